@@ -1,0 +1,72 @@
+"""The networks by their published names. All are plain modules that know nothing of pruning."""
+
+import difflib
+from collections.abc import Callable
+
+import torchvision
+from torch import nn
+
+from bip.errors import UserError
+from bip.models import resnet, resnet_cifar
+from bip.models.digits import DigitsNet
+
+_TORCHVISION = "torchvision/"
+
+# Constructors take (num_classes, channels).
+_OWN: dict[str, Callable[[int, int], nn.Module]] = {
+    "digits_net": DigitsNet,
+    "resnet18": resnet.resnet18,
+    "resnet34": resnet.resnet34,
+    "resnet50": resnet.resnet50,
+    "resnet20s": resnet_cifar.resnet20s,
+    "resnet32s": resnet_cifar.resnet32s,
+    "resnet44s": resnet_cifar.resnet44s,
+    "resnet56s": resnet_cifar.resnet56s,
+}
+
+# Capitals: the 7x7 stem and max-pool of ImageNet.
+_IMAGENET_STEM = {"ResNet18": "resnet18", "ResNet34": "resnet34", "ResNet50": "resnet50"}
+
+# In training mode these would return their auxiliary heads' logits in a tuple as well.
+_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+
+
+def names() -> list[str]:
+    """The networks' own names; ``torchvision/NAME`` builds any torchvision classifier besides."""
+    return [*_OWN, *_IMAGENET_STEM]
+
+
+def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
+    """A freshly initialised network: images (N, channels, H, W) -> logits (N, num_classes).
+
+    Raises UserError, with the nearest right name, for an unknown ``arch``, and for a torchvision
+    network (the capital names too) with other than 3 channels.
+    """
+    if arch in _OWN:
+        return _OWN[arch](num_classes, channels)
+    classifiers = torchvision.models.list_models(module=torchvision.models)
+    if arch in _IMAGENET_STEM:
+        name = _IMAGENET_STEM[arch]
+    elif arch.startswith(_TORCHVISION) and arch.removeprefix(_TORCHVISION) in classifiers:
+        name = arch.removeprefix(_TORCHVISION)
+    else:
+        raise UserError(
+            f"arch: unknown network '{arch}'; the nearest name is '{_nearest(arch, classifiers)}' "
+            f"(known: {', '.join(names())} and {_TORCHVISION}NAME)"
+        )
+    if channels != 3:
+        raise UserError(
+            f"arch: '{arch}' takes 3-channel images, not {channels}; "
+            f"use one of {', '.join(_OWN)} for these images"
+        )
+    options = {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+
+
+def _nearest(arch: str, classifiers: list[str]) -> str:
+    """The known name most like ``arch``; bare torchvision names (vgg16) are found as well."""
+    full_names = {name: _TORCHVISION + name for name in classifiers}
+    if not arch.startswith(_TORCHVISION):
+        full_names |= {name: name for name in names()}
+    bare = arch.removeprefix(_TORCHVISION)
+    return full_names[difflib.get_close_matches(bare, full_names, n=1, cutoff=0.0)[0]]
