@@ -1,0 +1,400 @@
+"""Batches of a data set on the training device: `open_data` and what it returns, `Data`.
+
+Three steps, each ignorant of the others: `Order` says which images and which random numbers a
+batch has (a `Request`); a source fetches uint8 images for requests, in memory or through worker
+processes; `Data` applies the batched crop, scales to float and normalises. What is drawn is a
+function of the request, so neither worker count nor prefetch depth nor the past can change it.
+"""
+
+import itertools
+import os
+import signal
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bip.data import augment, decode
+from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
+from bip.data.order import Order, holdout_split, rank_slice
+from bip.data.stores import ImageStore
+from bip.errors import UserError
+
+Loader = Literal["auto", "memory", "lmdb", "folder"]
+Batch = tuple[Tensor, Tensor]
+
+_DECODE_CHUNK = 500  # images per work item when a small set is decoded at the start
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rank's share of a batch.
+
+    Attributes:
+        indices: into the split, shape (n,).
+        uniforms: the random numbers of the training view, shape (n, draws); None asks for the
+            test view.
+    """
+
+    indices: NDArray[np.int64]
+    uniforms: NDArray[np.float64] | None = None
+
+
+class Source(Protocol):
+    """Fetches one split's images."""
+
+    def __len__(self) -> int: ...
+
+    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """For each request uint8 images (n, C, H, W) and int64 labels (n,), on the device.
+
+        Requests may be taken ahead of their batches. Images are the random view of
+        "resized_crop", and whole for "pad_crop", whose crop is applied to the batch afterwards.
+        """
+        ...
+
+
+class MemorySource:
+    """A split as one uint8 tensor on the training device."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        for request in requests:
+            if self.images.is_cuda:
+                rows = torch.from_numpy(request.indices).pin_memory()
+                rows = rows.to(self.images.device, non_blocking=True)
+                yield self.images[rows], self.labels[rows]
+            else:  # NumPy copies whole rows, faster than torch's indexing on the CPU
+                images = self.images.numpy()[request.indices]
+                yield torch.from_numpy(images), self.labels[torch.from_numpy(request.indices)]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads and decodes the images of requests; what a worker process holds."""
+
+    store: ImageStore
+    spec: DatasetSpec
+    image_dim: int
+
+    def read(self, request: Request) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """uint8 images (n, C, H, W) and labels (n,). Raises UserError for a bad record."""
+        spec, dim = self.spec, self.image_dim
+        out = np.empty((len(request.indices), spec.channels, dim, dim), np.uint8)
+        labels = np.empty(len(request.indices), np.int64)
+        draws = request.uniforms if spec.augment == "resized_crop" else None
+        for row, index in enumerate(request.indices.tolist()):
+            data, labels[row] = self.store.read(index)
+            try:
+                image = decode.open_image(data)
+                if draws is None:
+                    out[row] = decode.test_view(image, spec.channels, dim, spec.test_zoom)
+                else:
+                    out[row] = decode.resized_crop(image, draws[row], spec.channels, dim, spec.flip)
+            except (OSError, ValueError, SyntaxError) as error:
+                raise UserError(
+                    f"{self.store.name(index)} (class {self.store.classes[labels[row]]}) does not "
+                    f"decode ({error}); repair or remove the image and build the store again"
+                ) from error
+        return out, labels
+
+
+class _Work(Dataset[tuple[Tensor, Tensor] | str]):
+    """Requests as the DataLoader's items. An error travels as its one line of text."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | str:
+        try:
+            images, labels = self.reader.read(request)
+        except UserError as error:
+            return str(error)
+        return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _shield_worker(_: int) -> None:
+    # A scheduler signals the whole job; the parent decides when its workers end.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class WorkerSource:
+    """A split read and decoded by worker processes (in this one with `num_workers` 0)."""
+
+    def __init__(self, reader: Reader, num_workers: int, device: torch.device) -> None:
+        self.reader = reader
+        self.num_workers = num_workers
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.reader.store)
+
+    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        batches = DataLoader(
+            _Work(self.reader),
+            sampler=requests,
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_shield_worker if self.num_workers else None,
+            # Workers hold a few paths and use no CUDA; spawning would import torch in each.
+            multiprocessing_context="fork" if self.num_workers else None,
+            generator=torch.Generator(),  # else the DataLoader would draw from the global one
+        )
+        for batch in batches:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            images, labels = batch
+            yield (
+                images.to(self.device, non_blocking=True),
+                labels.to(self.device, non_blocking=True),
+            )
+
+
+class Data:
+    """The batches of one rank. Made by `open_data`.
+
+    Attributes:
+        train_size: images to train on, without the holdout.
+        batches_per_epoch: global batches of an epoch.
+        channels, image_dim: shape of an image, (channels, image_dim, image_dim).
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: DatasetSpec,
+        image_dim: int,
+        train: Source,
+        test: Source,
+        batch_size: int,
+        test_batch_size: int,
+        normalize: bool,
+        holdout: int,
+        seed: int,
+        rank: int,
+        world: int,
+        device: torch.device,
+    ) -> None:
+        if batch_size % world:
+            raise ValueError(f"batch_size {batch_size} does not divide by world size {world}")
+        self.channels = spec.channels
+        self.image_dim = image_dim
+        self._spec = spec
+        self._train = train
+        self._train_indices, holdout_indices = holdout_split(len(train), holdout)
+        self._splits = {
+            "test": (test, np.arange(len(test))),
+            "holdout": (train, holdout_indices),
+        }
+        self.train_size = len(self._train_indices)
+        self.batches_per_epoch = Order(self.train_size, batch_size, seed).batches_per_epoch
+        self._batch_size = batch_size
+        self._eval_batch = max(1, test_batch_size // world)
+        self._seed = seed
+        self._rank = rank
+        self._world = world
+        # (x / 255 - mean) / std = scale * x + shift
+        mean = torch.tensor(spec.mean if normalize else [0.0] * spec.channels)
+        std = torch.tensor(spec.std if normalize else [1.0] * spec.channels)
+        self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
+        self._shift = (-mean / std).view(-1, 1, 1).to(device)
+        self._live: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+
+    def train(self, level: str = "lower", start: int = 0) -> Iterator[Batch]:
+        """This rank's share of global batches start, start + 1, ... of a level, without end.
+
+        Yields float32 images (batch_size / world, C, H, W) and int64 labels, on the device.
+        Raises UserError for a damaged record.
+        """
+        order = Order(self.train_size, self._batch_size, self._seed, level)
+        requests = (self._train_request(order, number) for number in itertools.count(start))
+        return self._start(self._train, requests)
+
+    def evaluate(self, split: Literal["test", "holdout"]) -> Iterator[Batch]:
+        """This rank's shard of a split, in order: over all ranks each image exactly once.
+
+        Shards may differ by one image, so ranks may get different numbers of batches, or none.
+        """
+        source, indices = self._splits[split]
+        shard = indices[rank_slice(len(indices), self._rank, self._world)]
+        step = self._eval_batch
+        requests = (Request(shard[at : at + step]) for at in range(0, len(shard), step))
+        return self._start(source, requests)
+
+    def eval_size(self, split: Literal["test", "holdout"]) -> int:
+        """Images of a split, over all ranks."""
+        return len(self._splits[split][1])
+
+    def close(self) -> None:
+        """End the worker processes of all iterators."""
+        for batches in list(self._live):
+            batches.close()
+
+    def _train_request(self, order: Order, number: int) -> Request:
+        epoch, positions, indices = order.batch(number)
+        share = rank_slice(len(positions), self._rank, self._world)
+        draws = (
+            augment.PAD_CROP_DRAWS
+            if self._spec.augment == "pad_crop"
+            else augment.RESIZED_CROP_DRAWS
+        )
+        mine = positions[share]
+        uniforms = order.uniforms(epoch, int(mine[0]), len(mine), draws)
+        return Request(self._train_indices[indices[share]], uniforms)
+
+    def _start(self, source: Source, requests: Iterator[Request]) -> Iterator[Batch]:
+        batches = self._finish(source, requests)
+        self._live.add(batches)
+        return batches
+
+    def _finish(self, source: Source, requests: Iterator[Request]) -> Generator[Batch, None, None]:
+        ahead, current = itertools.tee(requests)
+        for request, (images, labels) in zip(current, source.fetch(ahead), strict=False):
+            if request.uniforms is not None and self._spec.augment == "pad_crop":
+                crops = augment.pad_crop_params(
+                    request.uniforms,
+                    self.image_dim,
+                    self.image_dim,
+                    self._spec.padding,
+                    self._spec.flip,
+                )
+                images = augment.pad_crop(images, crops, self._spec.padding)
+            yield images.float().mul_(self._scale).add_(self._shift), labels
+
+
+def open_data(
+    *,
+    dataset: str,
+    data_dir: Path,
+    batch_size: int,
+    test_batch_size: int,
+    image_dim: int | None,
+    normalize: bool,
+    num_classes: int,
+    holdout: int,
+    loader: Loader,
+    num_workers: int,
+    seed: int,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> Data:
+    """Open both splits of a data set.
+
+    Args:
+        dataset: a name that `dataset_spec` knows.
+        data_dir: where it lies (`open_split`).
+        batch_size: training images per step over all ranks; divides by `world`.
+        test_batch_size: likewise for evaluation; need not divide.
+        image_dim: input height and width in pixels; None for the set's own.
+        normalize: subtract the set's mean and divide by its deviation; else pixels in [0, 1].
+        num_classes: the network's; must be the set's.
+        holdout: training images to hold out, the same ones for every seed.
+        loader: "memory" decodes a small set once, onto the device; "lmdb" and "folder" read
+            through worker processes; "auto" takes memory for small sets, else the LMDB, else the
+            folder.
+        num_workers: processes per iterator of "lmdb" and "folder"; 0 reads in this process.
+
+    Raises:
+        UserError: set missing or damaged, wrong class count, loader that does not fit.
+    """
+    spec = dataset_spec(dataset)
+    dim = image_dim or spec.image_dim
+    in_memory = loader == "memory" or (loader == "auto" and spec.small)
+    if in_memory and not spec.small:
+        raise UserError(f"loader: memory is for small sets, not {spec.name}; use lmdb or folder")
+    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
+    if layout != "any" and spec.name == "Digits":
+        raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
+    train = open_split(dataset, data_dir, True, layout)
+    test = open_split(dataset, data_dir, False, layout)
+    _check_classes(dataset, data_dir, train.classes, test.classes, num_classes)
+
+    def source(split: ImageStore | ArraySplit) -> Source:
+        if isinstance(split, ArraySplit):
+            return _from_arrays(split, spec, dim, device)
+        reader = Reader(split, spec, dim)
+        if in_memory:
+            return _decode_all(reader, device)
+        return WorkerSource(reader, num_workers, device)
+
+    return Data(
+        spec=spec,
+        image_dim=dim,
+        train=source(train),
+        test=source(test),
+        batch_size=batch_size,
+        test_batch_size=test_batch_size,
+        normalize=normalize,
+        holdout=holdout,
+        seed=seed,
+        rank=rank,
+        world=world,
+        device=device,
+    )
+
+
+def _check_classes(
+    dataset: str, data_dir: Path, train: Sequence[str], test: Sequence[str], num_classes: int
+) -> None:
+    if list(train) != list(test):
+        odd = sorted(set(train) ^ set(test)) or list(train)
+        raise UserError(
+            f"data_dir: the training and test splits of {dataset} in {data_dir} have different "
+            f"classes ({len(train)} and {len(test)}; {odd[0]!r} is not in both alike)"
+        )
+    if len(train) != num_classes:
+        raise UserError(
+            f"num_classes: {num_classes}, but {dataset} in {data_dir} has {len(train)} classes; "
+            f"use --num-classes {len(train)}"
+        )
+
+
+def _from_arrays(
+    split: ArraySplit, spec: DatasetSpec, image_dim: int, device: torch.device
+) -> MemorySource:
+    images = split.images
+    if images.shape[2:] != (image_dim, image_dim):
+        images = np.stack(
+            [
+                decode.test_view(
+                    decode.from_planes(planes), spec.channels, image_dim, spec.test_zoom
+                )
+                for planes in images
+            ]
+        )
+    return MemorySource(
+        torch.from_numpy(images).to(device), torch.from_numpy(split.labels).to(device)
+    )
+
+
+def _decode_all(reader: Reader, device: torch.device) -> MemorySource:
+    count, dim = len(reader.store), reader.image_dim
+    images = torch.empty((count, reader.spec.channels, dim, dim), dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    chunks = [
+        np.arange(at, min(at + _DECODE_CHUNK, count)) for at in range(0, count, _DECODE_CHUNK)
+    ]
+    # All cores at the start, whatever num_workers says: it counts processes that stay.
+    cores = min(len(os.sched_getaffinity(0)), len(chunks))
+    workers = WorkerSource(reader, cores if len(chunks) > 1 else 0, torch.device("cpu"))
+    requests = (Request(chunk) for chunk in chunks)
+    for chunk, batch in zip(chunks, workers.fetch(requests), strict=True):
+        rows = slice(int(chunk[0]), int(chunk[-1]) + 1)
+        images[rows], labels[rows] = batch
+    return MemorySource(images.to(device), labels.to(device))

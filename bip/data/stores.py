@@ -1,0 +1,383 @@
+"""Stores of encoded images: `LmdbStore` and `FolderStore`, one interface; `LmdbWriter`.
+
+LMDB layout (format version 1; all integers big-endian; nothing is pickled):
+
+    key, 8 bytes: index 0 ... count - 1
+    value: label, width, height (int32 each), CRC32 (uint32), image bytes as in the original file
+    key b"header": JSON {"format", "version", "count", "classes", "class_counts", "image_bytes"}
+
+The CRC32 covers label, width, height and image bytes. A store is one file; it gets its name only
+when it is whole, and the header is its last record.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import struct
+import weakref
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import lmdb
+import numpy as np
+
+from bip.errors import UserError
+from bip.files import fsync_folder
+
+FORMAT = "bip-lmdb"
+VERSION = 1
+HEADER_KEY = b"header"
+_RECORD = struct.Struct(">iii")
+_CRC = struct.Struct(">I")
+_IMAGE_OFFSET = _RECORD.size + _CRC.size
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif"})
+
+
+class ImageStore(Protocol):
+    """A split of labelled, encoded images. Picklable, and cheap to pickle."""
+
+    path: Path
+    classes: list[str]
+
+    def __len__(self) -> int: ...
+
+    def label(self, index: int) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes and the label of one image. Raises UserError for a damaged record."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message to the user."""
+        ...
+
+
+def record_key(index: int) -> bytes:
+    return index.to_bytes(8, "big")
+
+
+def pack_record(data: bytes, label: int, width: int, height: int) -> bytes:
+    """The stored value of one image."""
+    head = _RECORD.pack(label, width, height)
+    return head + _CRC.pack(zlib.crc32(data, zlib.crc32(head))) + data
+
+
+class _Environment:
+    """An open read-only LMDB environment and the process that opened it."""
+
+    def __init__(self, path: Path) -> None:
+        self.pid = os.getpid()
+        self.env = lmdb.open(
+            str(path),
+            subdir=path.is_dir(),
+            readonly=True,
+            create=False,
+            lock=False,
+            readahead=False,
+            meminit=False,
+        )
+
+
+# LMDB allows one environment per file and process, so stores of one file share it here. The
+# entries go when the last store does.
+_open_environments: weakref.WeakValueDictionary[str, _Environment] = weakref.WeakValueDictionary()
+
+
+def _environment(path: Path) -> _Environment:
+    key = os.path.realpath(path)
+    found = _open_environments.get(key)
+    if found is not None and found.pid != os.getpid():
+        # Inherited over a fork: LMDB forbids its use here. Closing only unmaps the child's copy.
+        found.env.close()
+        found = None
+    if found is None:
+        found = _Environment(path)
+        _open_environments[key] = found
+    return found
+
+
+class LmdbStore:
+    """Read access to a store that `LmdbWriter` made; opened lazily in each process.
+
+    Raises:
+        UserError: not a store, half-built, truncated, or of a newer format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._opened: _Environment | None = None
+        header = self._read_header()
+        self.classes: list[str] = header["classes"]
+        self.header = header
+        self._count: int = header["count"]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def name(self, index: int) -> str:
+        return f"record {index} of {self.path}"
+
+    def label(self, index: int) -> int:
+        """The label alone; the image's pages and its checksum stay unread."""
+        with self._env().begin(buffers=True) as transaction:
+            label, _, _ = _RECORD.unpack_from(self._value(transaction, index))
+        return int(label)
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes and the label.
+
+        Raises:
+            UserError: the record is missing or its checksum does not match.
+        """
+        with self._env().begin(buffers=True) as transaction:
+            value = self._value(transaction, index)
+            head, data = value[: _RECORD.size], bytes(value[_IMAGE_OFFSET:])
+            label, _, _ = _RECORD.unpack(head)
+            (crc,) = _CRC.unpack_from(value, _RECORD.size)
+            if zlib.crc32(data, zlib.crc32(head)) != crc:
+                known = 0 <= label < len(self.classes)
+                class_name = self.classes[label] if known else f"number {label}, unknown"
+                raise UserError(
+                    f"{self.path}: record {index} (class {class_name}) fails its checksum; "
+                    "copy or build the store again"
+                )
+        return data, int(label)
+
+    def _value(self, transaction: lmdb.Transaction, index: int) -> memoryview:
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        try:
+            value = transaction.get(record_key(index))
+        except lmdb.Error as error:
+            raise UserError(
+                f"{self.path}: record {index} cannot be read ({error}); "
+                "copy or build the store again"
+            ) from error
+        if value is None or len(value) < _IMAGE_OFFSET:
+            raise UserError(
+                f"{self.path}: record {index} is missing or cut short; "
+                "copy or build the store again"
+            )
+        return memoryview(value)
+
+    def _env(self) -> lmdb.Environment:
+        if self._opened is None or self._opened.pid != os.getpid():
+            self._opened = self._open()
+        return self._opened.env
+
+    def _open(self) -> _Environment:
+        try:
+            opened = _environment(self.path)
+        except (lmdb.Error, OSError) as error:
+            raise UserError(
+                f"{self.path}: not a readable LMDB store ({error}); "
+                "build it with: python -m bip data build-lmdb SRC OUT"
+            ) from error
+        # A page beyond the end of the file would be a bus error, not an exception.
+        pages = opened.env.info()["last_pgno"] + 1
+        file = self.path / "data.mdb" if self.path.is_dir() else self.path
+        size, expected = file.stat().st_size, pages * opened.env.stat()["psize"]
+        if size < expected:
+            raise UserError(
+                f"{self.path}: truncated, {size} of {expected} bytes; copy or build it again"
+            )
+        return opened
+
+    def _read_header(self) -> dict[str, Any]:
+        remedy = "build it with: python -m bip data build-lmdb SRC OUT"
+        try:
+            with self._env().begin() as transaction:
+                text = transaction.get(HEADER_KEY)
+            header = json.loads(text) if text is not None else None
+        except (lmdb.Error, ValueError) as error:
+            raise UserError(f"{self.path}: unreadable header ({error}); {remedy}") from error
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise UserError(f"{self.path}: not a {FORMAT} store, or a half-built one; {remedy}")
+        if header.get("version") != VERSION:
+            raise UserError(
+                f"{self.path}: store format version {header.get('version')}, this program reads "
+                f"version {VERSION}; {remedy}"
+            )
+        count, classes = header.get("count"), header.get("classes")
+        if not isinstance(count, int) or not isinstance(classes, list):
+            raise UserError(f"{self.path}: header without count or classes; {remedy}")
+        return header
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+class LmdbWriter:
+    """Build a store of `classes` at `path`; use as a context manager.
+
+    Records go to a hidden file beside `path`, which is renamed to it when the block ends without
+    an exception and is removed otherwise. What a killed build left behind is overwritten.
+
+    Raises:
+        UserError: `path` exists, or another process is building it.
+    """
+
+    _BATCH = 1000  # records per transaction
+
+    def __init__(self, path: Path, classes: Sequence[str]) -> None:
+        self.path = path
+        self.classes = list(classes)
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._count = 0
+        self._image_bytes = 0
+        self._class_counts = [0] * len(self.classes)
+
+    def add(self, data: bytes, label: int, width: int, height: int) -> None:
+        """Append one image: its encoded bytes, class index and size in pixels."""
+        self._pending.append((record_key(self._count), pack_record(data, label, width, height)))
+        self._count += 1
+        self._image_bytes += len(data)
+        self._class_counts[label] += 1
+        if len(self._pending) >= self._BATCH:
+            self._flush()
+
+    def __enter__(self) -> Self:
+        self._lock = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._claim()
+            os.ftruncate(self._lock, 0)
+            self._env = lmdb.open(
+                str(self._partial),
+                subdir=False,
+                map_size=64 << 20,
+                lock=False,  # the flock above is the lock
+                sync=False,  # synced once, before the rename
+                metasync=False,
+            )
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may have been renamed to its final name between open and lock.
+            claimed = os.path.samestat(os.fstat(self._lock), os.stat(self._partial))
+        except (BlockingIOError, FileNotFoundError):
+            claimed = False
+        if not claimed:
+            raise UserError(f"{self.path}: another process is building it; wait for that one")
+        if self.path.exists():
+            self._partial.unlink()
+            raise UserError(f"{self.path}: exists; remove it or choose another folder")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._env.close()
+            with contextlib.suppress(FileNotFoundError):
+                self._partial.unlink()
+            os.close(self._lock)
+
+    def _finish(self) -> None:
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": self._count,
+            "classes": self.classes,
+            "class_counts": self._class_counts,
+            "image_bytes": self._image_bytes,
+        }
+        self._pending.append((HEADER_KEY, json.dumps(header).encode()))
+        self._flush()
+        self._env.sync(True)
+        os.replace(self._partial, self.path)
+        fsync_folder(self.path.parent)
+
+    def _flush(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._pending:
+                        # Keys only ever grow (the header's sorts last), so pages are filled whole.
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+        self._pending.clear()
+
+
+class FolderStore:
+    """An ImageFolder tree, `path`/CLASS/.../FILE: classes and files in sorted order.
+
+    Names are kept in one block of bytes, not as objects, so that forked workers share them.
+
+    Raises:
+        UserError: no images in `path`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        members, self.classes = image_tree(walk_files(path))
+        if not members:
+            raise UserError(f"{path}: no CLASS/IMAGE files below it")
+        self._labels = np.array([label for _, label in members], np.int32)
+        names = [os.fsencode(name) for name, _ in members]
+        self._names = b"".join(names)
+        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def name(self, index: int) -> str:
+        start = int(self._ends[index - 1]) if index else 0
+        return str(self.path / os.fsdecode(self._names[start : int(self._ends[index])]))
+
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The file's bytes and its label. Raises UserError if the file cannot be read."""
+        try:
+            with open(self.name(index), "rb") as stream:
+                return stream.read(), self.label(index)
+        except OSError as error:
+            raise UserError(
+                f"{self.name(index)}: cannot be read ({error.strerror}); image {index}, "
+                f"class {self.classes[self.label(index)]}"
+            ) from error
+
+
+def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
+    """Sort relative names CLASS/.../IMAGE into ((name, label) of each image, class names).
+
+    One rule for folders and archives, so that both give the same order. Hidden files and files
+    that are no images by their suffix are left out.
+    """
+    found: list[tuple[str, str]] = []
+    for name in names:
+        path = PurePosixPath(name)
+        hidden = any(part.startswith(".") for part in path.parts)
+        if len(path.parts) > 1 and not hidden and path.suffix.lower() in IMAGE_SUFFIXES:
+            found.append((path.parts[0], name))
+    found.sort()
+    classes = sorted({class_name for class_name, _ in found})
+    labels = {class_name: label for label, class_name in enumerate(classes)}
+    return [(name, labels[class_name]) for class_name, name in found], classes
+
+
+def walk_files(root: Path) -> Iterable[str]:
+    """The files below a folder, by their names relative to it. Links are followed."""
+    for folder, _, files in os.walk(root, followlinks=True):
+        prefix = os.path.relpath(folder, root)
+        for file in files:
+            yield file if prefix == "." else f"{prefix}/{file}"
