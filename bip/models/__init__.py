@@ -60,7 +60,10 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
             f"use one of {', '.join(_OWN)} for these images"
         )
     options = {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    network: nn.Module = torchvision.models.get_model(
+        name, weights=None, num_classes=num_classes, **options
+    )
+    return network
 
 
 def _nearest(arch: str, classifiers: list[str]) -> str:
