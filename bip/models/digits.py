@@ -28,4 +28,5 @@ class DigitsNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.layer1(F.max_pool2d(out, 2))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        return logits

@@ -93,7 +93,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        return logits
 
 
 def resnet18(num_classes: int, channels: int = 3) -> ResNet:

@@ -41,7 +41,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)), inplace=True)
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.fc(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
+        return logits
 
 
 def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
