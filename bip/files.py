@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bip.errors import UserError
+
 
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (new names, renames) durable."""
@@ -42,6 +44,16 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 def atomic_write_json(path: Path, value: Any) -> None:
     """`atomic_write_bytes` of `value` as indented JSON."""
     atomic_write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value, or None if there is no such file. Raises UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:

@@ -204,8 +204,16 @@ class LmdbStore:
                 f"version {VERSION}; {remedy}"
             )
         count, classes = header.get("count"), header.get("classes")
-        if not isinstance(count, int) or not isinstance(classes, list):
-            raise UserError(f"{self.path}: header without count or classes; {remedy}")
+        totals = header.get("class_counts"), header.get("image_bytes")
+        if not (
+            type(count) is int
+            and isinstance(classes, list)
+            and all(isinstance(name, str) for name in classes)
+            and isinstance(totals[0], list)
+            and len(totals[0]) == len(classes)
+            and type(totals[1]) is int
+        ):
+            raise UserError(f"{self.path}: header lacks count, classes or totals; {remedy}")
         return header
 
     def __getstate__(self) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The networks by their published names. All are plain modules that know nothing of pruning."""
 
 import difflib
+import math
 from collections.abc import Callable
 
+import torch
 import torchvision
 from torch import nn
 
@@ -73,3 +75,15 @@ def _nearest(arch: str, classifiers: list[str]) -> str:
         full_names |= {name: name for name in names()}
     bare = arch.removeprefix(_TORCHVISION)
     return full_names[difflib.get_close_matches(bare, full_names, n=1, cutoff=0.0)[0]]
+
+
+@torch.no_grad()
+def scale_initial_weights(network: nn.Module, k: float) -> None:
+    """Draw conv and linear weights anew, normal with deviation sqrt(2 / (k · fan_in)).
+
+    Kaiming's initialisation for a network of which only the fraction k will act
+    (HYDRA's scale_rand_init).
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.weight.normal_(0, math.sqrt(2 / (k * module.weight[0].numel())))

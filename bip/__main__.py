@@ -1,0 +1,77 @@
+"""python -m bip train | evaluate | export | compare | data"""
+
+import sys
+from collections.abc import Callable
+
+from bip.errors import UserError
+
+
+def _train(argv: list[str]) -> None:
+    from bip.config import load_config
+    from bip.run import train
+
+    train(load_config(argv))
+
+
+def _evaluate(argv: list[str]) -> None:
+    from bip.config import load_config
+    from bip.run import train
+
+    train(load_config(["--evaluate", *argv], "python -m bip evaluate"))
+
+
+def _export(argv: list[str]) -> None:
+    import tyro
+
+    from bip.export import export
+
+    tyro.cli(export, args=argv, prog="python -m bip export")
+
+
+def _compare(argv: list[str]) -> None:
+    import tyro
+
+    from bip.export import compare
+
+    tyro.cli(compare, args=argv, prog="python -m bip compare")
+
+
+def _data(argv: list[str]) -> None:
+    import tyro
+
+    from bip.data import build
+
+    commands = {"build-lmdb": build.build_lmdb, "info": build.info}
+    tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m bip data")
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "train": (_train, "pretrain, prune or fine-tune one network"),
+    "evaluate": (_evaluate, "test accuracy of a checkpoint"),
+    "export": (_export, "a checkpoint's masked weights as a safetensors file"),
+    "compare": (_compare, "how far two masks agree (IoU)"),
+    "data": (_data, "build and inspect image stores"),
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one command. Exit code 0, or 2 for input the user can mend."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m bip COMMAND [OPTIONS]; COMMAND --help tells its options\n")
+        print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}; one of {', '.join(COMMANDS)}")
+        COMMANDS[argv[0]][0](argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

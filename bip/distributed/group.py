@@ -1,0 +1,156 @@
+"""The ranks of one run: found in the environment of plain python, torchrun or srun."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bip.errors import UserError
+from bip.files import atomic_write_bytes
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the run's processes."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+
+
+def find_ranks(env: Mapping[str, str]) -> Ranks:
+    """torchrun's variables, else those of an srun step, else one process.
+
+    A batch script's own variables do not count: only srun sets SLURM_STEP_NUM_TASKS per step.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+    else:
+        return Ranks(0, 1, 0, 1)
+    try:
+        rank, world, local = (int(env[name]) for name in names[:3])
+        tasks_per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
+        local_world = int(env.get(names[3]) or tasks_per_node)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"environment: ranks are not set correctly ({error})") from None
+    return Ranks(rank, world, local, local_world)
+
+
+class Group:
+    """The run's process group; with one rank there is none and every call is local."""
+
+    def __init__(self, ranks: Ranks, device: torch.device) -> None:
+        self.rank, self.world = ranks.rank, ranks.world
+        self.local_rank = ranks.local_rank
+        self.device = device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast_(self, values: Tensor) -> Tensor:
+        """Rank 0's values, in place."""
+        if self.world > 1:
+            dist.broadcast(values, 0)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's object, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
+        return box[0]
+
+    def agree(self, problem: str | None) -> None:
+        """Raise UserError on every rank, with the first rank's `problem`, if any rank has one."""
+        problems: list[str | None] = [problem]
+        if self.world > 1:
+            problems = [None] * self.world
+            dist.all_gather_object(problems, problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise UserError(text if self.world == 1 else f"{text} (rank {rank})")
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def pick_device(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU. A scheduler that isolates GPUs shows each rank only its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible < ranks.local_world and visible != 1:
+        raise UserError(
+            f"{ranks.local_world} ranks on this node see {visible} GPUs; "
+            "start one rank per GPU"
+        )
+    device = torch.device("cuda", ranks.local_rank if visible >= ranks.local_world else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def join(rendezvous: Path, env: Mapping[str, str] = os.environ) -> Group:
+    """Find this process's rank and join the others.
+
+    Under torchrun the store is torch's own. Under srun rank 0 binds a free port itself and
+    publishes it in the shared folder `rendezvous`, keyed by job, restart and step, so that
+    neither two tasks on a node nor two attempts of one job can meet.
+    """
+    ranks = find_ranks(env)
+    device = pick_device(ranks)
+    if ranks.world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "MASTER_ADDR" in env and "RANK" in env:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            store = _srun_store(ranks, rendezvous, env)
+            dist.init_process_group(
+                backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
+            )
+    return Group(ranks, device)
+
+
+def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> dist.TCPStore:
+    key = [env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
+    path = rendezvous / ".".join(key)
+    if ranks.rank == 0:
+        host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
+        store = dist.TCPStore(
+            host, 0, ranks.world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+        )
+        rendezvous.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(path, f"{host} {store.port}".encode())
+        return store
+    deadline = time.monotonic() + TIMEOUT.total_seconds()
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise UserError(f"rank {ranks.rank}: rank 0 did not publish {path}; is it shared?")
+        time.sleep(0.1)
+    host, port = path.read_text().split()
+    return dist.TCPStore(host, int(port), ranks.world, is_master=False, timeout=TIMEOUT)

@@ -1,0 +1,190 @@
+"""What can be pruned and in what groups: the layout of the flat buffers, and `keep_count`."""
+
+import math
+from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bip.errors import UserError
+
+LayerType = Literal["unstructured", "filter", "channel"]
+Scope = Literal["global", "layer"]
+
+
+def keep_count(k: Decimal | Fraction | str, n: int) -> int:
+    """How many of n elements the keep ratio k keeps: n − floor((1 − k)·n), at least 1.
+
+    Exact: k counts as the decimal it was written as (floats keep 801 of 1,000 at 0.8).
+    Raises ValueError unless 0 < k <= 1 and n >= 1.
+    """
+    ratio = Fraction(k)
+    if not 0 < ratio <= 1 or n < 1:
+        raise ValueError(f"keep_count needs 0 < k <= 1 and n >= 1, not k={k}, n={n}")
+    return max(1, n - math.floor((1 - ratio) * n))
+
+
+@dataclass(frozen=True)
+class PrunableTensor:
+    """One weight tensor's place in the flat buffers.
+
+    `start:stop` are flat positions in logical (NCHW) order. A group is one index along `axis`
+    (0: output filter, 1: input channel); unstructured tensors have no axis and groups of one.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    fan_in: int
+    axis: int | None
+    first_group: int
+
+    @property
+    def size(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+    @property
+    def groups(self) -> int:
+        return self.size if self.axis is None else self.shape[self.axis]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Positions `start:stop` that are ranked among themselves; the `keep` largest stay."""
+
+    name: str
+    start: int
+    stop: int
+    keep: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Every prunable tensor of a network in module order; `dense` names the weights left alone."""
+
+    tensors: tuple[PrunableTensor, ...]
+    dense: tuple[str, ...]
+    layer_type: LayerType
+
+    @property
+    def size(self) -> int:
+        """Prunable weights."""
+        return self.tensors[-1].stop
+
+    @property
+    def groups(self) -> int:
+        """Units that are kept or pruned whole."""
+        return self.tensors[-1].first_group + self.tensors[-1].groups
+
+    def segments(self, k: Decimal | Fraction, scope: Scope) -> tuple[Segment, ...]:
+        """The rankings over groups: one of the whole network, or one per tensor."""
+        if scope == "global":
+            return (Segment("network", 0, self.groups, keep_count(k, self.groups)),)
+        return tuple(
+            Segment(t.name, t.first_group, t.first_group + t.groups, keep_count(k, t.groups))
+            for t in self.tensors
+        )
+
+    def kept_weights(self, mask: Tensor) -> int:
+        """Weights whose mask is 1. Waits for the device."""
+        return int(torch.count_nonzero(mask))
+
+
+def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
+    """The weights of conv and linear modules, tied weights once.
+
+    Structured types take convolutions only. `channel` leaves the first convolution (its inputs
+    are the image's colours) and refuses grouped convolutions with UserError.
+    """
+    tensors: list[PrunableTensor] = []
+    seen: set[int] = set()
+    start = first_group = convolutions = 0
+    for module_name, module in network.named_modules():
+        is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        convolutions += is_conv
+        if not is_conv and not (isinstance(module, nn.Linear) and layer_type == "unstructured"):
+            continue
+        weight = module.weight
+        if id(weight) in seen or (layer_type == "channel" and is_conv and convolutions == 1):
+            continue
+        seen.add(id(weight))
+        name = f"{module_name}.weight" if module_name else "weight"
+        if layer_type == "channel" and getattr(module, "groups", 1) != 1:
+            raise UserError(
+                f"layer_type: channel cannot prune the grouped convolution {module_name}; "
+                "use filter or unstructured"
+            )
+        axis = {"unstructured": None, "filter": 0, "channel": 1}[layer_type]
+        tensor = PrunableTensor(
+            name, weight.shape, start, weight[0].numel(), axis, first_group
+        )
+        tensors.append(tensor)
+        start, first_group = tensor.stop, first_group + tensor.groups
+    if not tensors:
+        raise UserError(f"arch: the network has no weights that layer_type {layer_type} can prune")
+    dense = tuple(
+        name for name, p in network.named_parameters() if p.dim() > 1 and id(p) not in seen
+    )
+    return Layout(tuple(tensors), dense, layer_type)
+
+
+@dataclass(frozen=True)
+class Followers:
+    """The per-filter parameters behind one prunable convolution: its bias, its batch-norm pair."""
+
+    tensor: PrunableTensor
+    parameters: tuple[nn.Parameter, ...]
+
+
+@torch.no_grad()
+def find_followers(network: nn.Module, layout: Layout, sample: Tensor) -> tuple[Followers, ...]:
+    """Which batch-norm takes each convolution's output, seen in one forward of `sample`.
+
+    Following the tensors works for any network, whatever its modules are called. Only filter
+    pruning has followers. The forward runs in eval mode and changes nothing.
+    """
+    if layout.layer_type != "filter":
+        return ()
+    producers: dict[int, nn.Module] = {}
+    outputs: list[Tensor] = []  # kept alive, so that no id is used twice
+    behind: dict[nn.Module, nn.Module] = {}
+
+    def after_conv(module: nn.Module, _inputs: object, output: Tensor) -> None:
+        producers[id(output)] = module
+        outputs.append(output)
+
+    def before_norm(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if (producer := producers.get(id(inputs[0]))) is not None:
+            behind[producer] = module
+
+    modules = dict(network.named_modules())
+    handles = []
+    for module in modules.values():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            handles.append(module.register_forward_hook(after_conv))
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            handles.append(module.register_forward_pre_hook(before_norm))
+    modes = {module: module.training for module in modules.values()}
+    try:
+        network.eval()(sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    followers = []
+    for tensor in layout.tensors:
+        conv = modules[tensor.name.removesuffix("weight").removesuffix(".")]
+        norm = behind.get(conv)
+        found = [conv.bias, *([norm.weight, norm.bias] if norm is not None else [])]
+        kept = tuple(p for p in found if isinstance(p, nn.Parameter))
+        if kept:
+            followers.append(Followers(tensor, kept))
+    return tuple(followers)

@@ -1,0 +1,166 @@
+"""θ, scores and mask of one network, as flat buffers outside it; the network itself holds z.
+
+The problem is bi-linear: mask and weights meet only in z = m ⊙ θ, so one gradient g = ∇_z l(z)
+gives both levels theirs (design: arXiv 2210.04092, Algorithm A1 and eq. A4).
+
+Four rules keep DDP, autocast, torch.compile and any memory format out of it: z's storage is
+rewritten in place and never reassigned; `requires_grad` is never toggled; every forward has its
+own autocast context; g is complete (accumulated, unscaled, all-reduced) before it is used.
+"""
+
+from decimal import Decimal
+
+import torch
+from torch import Tensor, nn
+
+from bip.errors import UserError
+from bip.pruning.mask import Followers, Layout, PrunableTensor, Scope
+from bip.pruning.threshold import write_top_k
+
+# Elementwise passes over large CPU tensors run in blocks that stay in the cache.
+CPU_BLOCK = 1 << 20
+
+
+class PrunedParameters:
+    """The pruned-parameter state of one network.
+
+    weights (θ), scores (s): leaf tensors (n,), in logical order whatever the network's memory
+    format; torch.optim owns them. mask (m): (n,) of 0.0 and 1.0, float32 because a float
+    product is several times faster than a bool one. `gradient` (n,) holds g, then the gradient
+    of the level whose step is being taken: the two levels never need theirs at once.
+    """
+
+    def __init__(self, network: nn.Module, layout: Layout, k: Decimal, scope: Scope) -> None:
+        named = dict(network.named_parameters())
+        self.layout = layout
+        self.segments = layout.segments(k, scope)
+        self.followers: tuple[Followers, ...] = ()
+        self.z = [named[tensor.name] for tensor in layout.tensors]
+        device = self.z[0].device
+        dtype = self.z[0].dtype
+        flat = torch.cat([z.detach().reshape(-1) for z in self.z])
+        self.weights = nn.Parameter(flat)
+        self.scores = nn.Parameter(torch.zeros_like(flat))
+        self.mask = torch.ones(layout.size, dtype=dtype, device=device)
+        self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
+        self._scratch = torch.empty(
+            layout.size if device.type != "cpu" else min(CPU_BLOCK, layout.size),
+            dtype=dtype, device=device,
+        )  # fmt: skip
+        if layout.layer_type != "unstructured":
+            self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
+            self._group_mask = torch.zeros(layout.groups, dtype=torch.float32, device=device)
+
+    @staticmethod
+    def view(flat: Tensor, tensor: PrunableTensor) -> Tensor:
+        """One prunable tensor's part of a flat buffer, in its own shape."""
+        return flat[tensor.start : tensor.stop].view(tensor.shape)
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Every prunable tensor's part of a flat buffer."""
+        return [self.view(flat, tensor) for tensor in self.layout.tensors]
+
+    def _blocks(self) -> list[slice]:
+        step = self._scratch.numel()
+        return [slice(i, min(i + step, self.layout.size)) for i in range(0, self.layout.size, step)]
+
+    @torch.no_grad()
+    def write_z(self) -> None:
+        """z = m ⊙ θ, in place in the network's own parameters."""
+        for z, weight, mask in zip(
+            self.z, self.views(self.weights), self.views(self.mask), strict=True
+        ):
+            torch.mul(weight, mask, out=z)
+
+    @torch.no_grad()
+    def take_gradient(self) -> None:
+        """g = ∇_z l from the network's .grad fields into `gradient`, in logical order."""
+        for flat, z in zip(self.views(self.gradient), self.z, strict=True):
+            assert z.grad is not None, "take_gradient needs a backward pass first"
+            flat.copy_(z.grad)
+
+    @torch.no_grad()
+    def set_lower_gradient(self) -> None:
+        """θ.grad = m ⊙ g. `gradient` must hold g; it is overwritten."""
+        self.gradient.mul_(self.mask)
+        self.weights.grad = self.gradient
+
+    @torch.no_grad()
+    def set_upper_gradient(self, inv_gamma: float) -> None:
+        """s.grad = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g. `gradient` must hold g; it is overwritten.
+
+        The ranking is by |s|, whose slope is sign(s); +1 is taken at s = 0, where it is free,
+        so that a score of exactly zero can move. inv_gamma = 0 gives HYDRA's θ ⊙ g.
+        """
+        for part in self._blocks():
+            g, score = self.gradient[part], self.scores[part]
+            factor = self._scratch[: g.numel()]
+            if inv_gamma:
+                torch.addcmul(self.weights[part], self.mask[part], g, value=-inv_gamma, out=factor)
+                g.mul_(factor)
+            else:
+                g.mul_(self.weights[part])
+            factor.fill_(1).copysign_(score + 0.0)  # -0.0 + 0.0 = +0.0
+            g.mul_(factor)
+        self.scores.grad = self.gradient
+
+    @torch.no_grad()
+    def term_norms(self, inv_gamma: float) -> Tensor:
+        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term. Needs g."""
+        squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
+        for part in self._blocks():
+            g = self.gradient[part]
+            factor = self._scratch[: g.numel()]
+            for i, left in enumerate((self.mask, self.weights)):
+                torch.mul(left[part], g, out=factor)
+                if i == 0:
+                    factor.mul_(g).mul_(inv_gamma)
+                squares[i] += factor.square().sum(dtype=torch.float64)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def update_mask(self) -> None:
+        """m = top-k(|s|): exactly `keep_count` groups, ties to the lowest flat index.
+
+        Structured groups rank by the L2 norm of their scores. Does not write z. Raises UserError
+        naming the tensor if a score is NaN.
+        """
+        try:
+            if self.layout.layer_type == "unstructured":
+                write_top_k(self.scores.detach(), self.segments, self.mask)
+            else:
+                self._update_group_mask()
+        except ValueError:
+            raise UserError(self._name_nan()) from None
+
+    def _update_group_mask(self) -> None:
+        for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
+            assert tensor.axis is not None
+            part = slice(tensor.first_group, tensor.first_group + tensor.groups)
+            others = [d for d in range(score.dim()) if d != tensor.axis]
+            torch.linalg.vector_norm(score, dim=others, out=self._norms[part])
+        write_top_k(self._norms, self.segments, self._group_mask)
+        for tensor, mask in zip(self.layout.tensors, self.views(self.mask), strict=True):
+            kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
+            mask.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(mask.dim())]))
+
+    def _name_nan(self) -> str:
+        for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
+            if bool(score.isnan().any()):
+                return f"scores of {tensor.name} are NaN; lower the learning rate (mask_lr or lr)"
+        return "scores are NaN; lower the learning rate (mask_lr or lr)"
+
+    @torch.no_grad()
+    def write_followers(self) -> None:
+        """Zero the bias and batch-norm pair of every pruned filter, in place.
+
+        Only for a final mask: while pruning this would stop the filter's gradient for good.
+        """
+        for follower in self.followers:
+            kept = self.view(self.mask, follower.tensor).flatten(1).amax(1)
+            for parameter in follower.parameters:
+                parameter.mul_(kept)
+
+    def kept(self) -> int:
+        """Weights kept. Waits for the device."""
+        return self.layout.kept_weights(self.mask)

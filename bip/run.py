@@ -1,0 +1,408 @@
+"""One run, composed: the only file that knows every part."""
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bip import models
+from bip.config import RunConfig, check_inputs
+from bip.data.datasets import dataset_spec
+from bip.data.loaders import Data, open_data
+from bip.distributed.group import Group, find_ranks, join
+from bip.errors import UserError
+from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json
+from bip.files import read_json, read_jsonl, sha256_file
+from bip.pruning.mask import find_followers, find_prunable
+from bip.pruning.parameters import PrunedParameters
+from bip.pruning.scores import initialise_scores
+from bip.pruning.steps import ForwardBackward, TrainingStep, build_step
+from bip.training.checkpoint import CheckpointFolder, State, encode, read_checkpoint
+from bip.training.checkpoint import hash_tensors, model_state, restore_model, split_state
+from bip.training.evaluate import Accuracy
+from bip.training.loop import Loop, Progress
+from bip.training.metrics import RunLog
+from bip.training.optim import Clock
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Run `config` to its end in its run folder and return its result.
+
+    A finished run is not run again; an interrupted one goes on from its newest checkpoint.
+    With `evaluate` nothing is trained or written. Raises UserError before anything is created
+    for input that cannot work.
+    """
+    check_inputs(config)
+    finished = read_json(config.run_folder / "result.json")
+    if finished is not None and not config.evaluate:
+        if find_ranks(os.environ).rank == 0:
+            print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)")
+        return dict(finished)
+    group = join(config.result_dir / ".rendezvous")
+    try:
+        run = Run(config, group)
+        return run.evaluate() if config.evaluate else run.train()
+    finally:
+        group.close()
+
+
+class Run:
+    """The parts of one run on this rank. Making one reads and checks all input, writes nothing."""
+
+    def __init__(self, config: RunConfig, group: Group) -> None:
+        self.config, self.group = config, group
+        self.folder = config.run_folder
+        self.checkpoints = CheckpointFolder(self.folder / "checkpoint")
+        self.began = time.monotonic()
+        config.batch_per_rank(group.world)
+        if config.sync_bn and group.device.type != "cuda":
+            raise UserError("sync_bn: needs GPUs; leave --sync-bn out on the CPU")
+        _set_backends(config)
+        problem = None
+        try:
+            self.data = self._open_data()
+            self.source, self.source_sha256 = self._read_source()
+            self.network = self._build_network()
+            self.pruned = self._build_pruned()
+        except UserError as error:
+            problem = str(error)
+        group.agree(problem)
+
+    def _open_data(self) -> Data:
+        config = self.config
+        return open_data(
+            dataset=config.dataset,
+            data_dir=config.data_dir,
+            batch_size=config.batch_size,
+            test_batch_size=config.test_batch_size,
+            image_dim=config.image_dim,
+            normalize=config.normalize,
+            num_classes=self._num_classes,
+            holdout=config.holdout,
+            loader=config.loader,
+            num_workers=config.num_workers,
+            seed=config.seed,
+            rank=self.group.rank,
+            world=self.group.world,
+            device=self.group.device,
+        )
+
+    @property
+    def _num_classes(self) -> int:
+        return self.config.num_classes or dataset_spec(self.config.dataset).classes
+
+    def _read_source(self) -> tuple[State | None, str | None]:
+        """The checkpoint that the run starts from (--source-net, or --resume to go on)."""
+        path = self.config.source_net
+        if path is None:
+            return None, None
+        state = read_checkpoint(path)
+        check_source(self.config, state)
+        return state, sha256_file(path)
+
+    def _build_network(self) -> nn.Module:
+        config = self.config
+        torch.manual_seed(config.seed)
+        network = models.build(config.arch, self._num_classes, self.data.channels)
+        if config.exp_mode == "pretrain" and config.scale_rand_init:
+            models.scale_initial_weights(network, float(config.k))
+        if self.source is not None:
+            restore_model(network, None, self.source, str(config.source_net))
+        if config.sync_bn:
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        on_gpu = self.group.device.type == "cuda"
+        memory_format = torch.channels_last if on_gpu else torch.contiguous_format
+        return network.to(self.group.device, memory_format=memory_format)
+
+    def _build_pruned(self) -> PrunedParameters | None:
+        """θ, scores and mask as the mode starts them; None for a dense network."""
+        config = self.config
+        if config.exp_mode == "pretrain" or config.layer_type == "dense":
+            return None
+        layout = find_prunable(self.network, config.layer_type)
+        pruned = PrunedParameters(self.network, layout, config.k, config.ranking_scope)
+        sample = torch.zeros(
+            2, self.data.channels, self.data.image_dim, self.data.image_dim,
+            device=self.group.device,
+        )  # fmt: skip
+        pruned.followers = find_followers(self.network, layout, sample)
+        if config.exp_mode == "prune" and not config.evaluate:
+            # Drawn on the CPU, so that the scores do not depend on the device.
+            scores = torch.empty(layout.size)
+            torch.manual_seed(config.seed + 1)
+            initialise_scores(scores, pruned.weights.detach().cpu(), layout, config.score_init)
+            with torch.no_grad():
+                pruned.scores.copy_(scores)
+            pruned.update_mask()
+            pruned.write_z()
+        elif self.source is not None:
+            restore_model(self.network, pruned, self.source, str(config.source_net))
+            pruned.write_followers()
+        return pruned
+
+    def evaluate(self) -> dict[str, Any]:
+        """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""
+        if self.config.resume is not None:
+            state = self.group.from_first(read_checkpoint(self.config.resume))
+            check_source(self.config, state)
+            restore_model(self.network, self.pruned, state, str(self.config.resume))
+        loop = self._loop(Progress(), RunLog(self.folder, active=False, step=0))
+        accuracy = loop.evaluate("test")
+        if self.group.is_first:
+            print(
+                f"top1 {accuracy.top1:.2f}% top5 {accuracy.top5:.2f}% loss {accuracy.loss:.4f} "
+                f"on {accuracy.count} test images"
+            )
+        return {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
+
+    def train(self) -> dict[str, Any]:
+        """Train from the start or the newest checkpoint to the end; write and return the result."""
+        state = self.group.from_first(self._newest_checkpoint())
+        progress = Progress(**state["progress"]) if state else Progress()
+        if state is not None:
+            restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
+        if self.group.is_first:
+            self._open_folder(progress)
+        self.group.barrier()
+        log = RunLog(self.folder, self.group.is_first, progress.iteration)
+        loop = self._loop(progress, log)
+        if state is not None and progress.iteration < loop.clock.iterations:
+            for name, optimizer in loop.step.optimizers.items():
+                optimizer.load_state_dict(state["optimizer"][name])
+        del state
+        cause = "error"
+        try:
+            loop.run()
+            result = self._finish(loop)
+            cause = "finished"
+        except KeyboardInterrupt:
+            cause = "interrupted"
+            raise
+        finally:
+            log.close()
+            self.data.close()
+            if self.group.is_first:
+                self._record_attempt("end", cause=cause, step=progress.iteration)
+        return result
+
+    def _newest_checkpoint(self) -> State | None:
+        """Rank 0's choice: --resume where it lies elsewhere, else the run folder's newest."""
+        if not self.group.is_first:
+            return None
+        resume = self.config.resume
+        inside = resume and resume.resolve().parent == self.checkpoints.folder.resolve()
+        state = read_checkpoint(resume) if resume and not inside else self.checkpoints.load()
+        if state is None:
+            return None
+        where = resume or self.checkpoints.folder
+        if "progress" not in state or "optimizer" not in state:
+            raise UserError(f"resume: {where} holds a finished model; give it as --source-net")
+        if state["fingerprint"] != self.config.fingerprint():
+            raise UserError(
+                f"resume: {where} was written by a run with other settings: "
+                f"{_difference(self.config, state['config'])}"
+            )
+        if self.source_sha256 not in (None, state["source_sha256"]):
+            raise UserError(
+                f"source_net: {self.config.source_net} is not the file that {self.folder} "
+                "started from; give another --exp-name, or remove the run folder"
+            )
+        self.source_sha256 = state["source_sha256"]
+        return state
+
+    def _open_folder(self, progress: Progress) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            settings = self.folder / "config.yml"
+            if not settings.exists():
+                atomic_write_bytes(settings, self.config.to_yaml().encode())
+            self._record_attempt("start", step=progress.iteration, **_surroundings(self))
+        except OSError as error:
+            raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
+        for line in self.config.warnings():
+            print(f"warning: {line}")
+        if self.pruned is not None and self.pruned.layout.dense:
+            print(f"kept dense: {', '.join(self.pruned.layout.dense)}")
+        begun = f"going on from step {progress.iteration}" if progress.iteration else "starting"
+        print(f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}", flush=True)
+
+    def _record_attempt(self, event: str, **facts: Any) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        append_jsonl(self.folder / "attempts.jsonl", {"event": event, "time": now, **facts})
+
+    def _loop(self, progress: Progress, log: RunLog) -> Loop:
+        config = self.config
+        per_epoch = max(1, self.data.batches_per_epoch // config.lower_batches)
+        iterations = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+        clock = Clock(iterations, per_epoch)
+        ddp = None
+        if self.group.world > 1:
+            devices = [self.group.device] if self.group.device.type == "cuda" else None
+            ddp = DistributedDataParallel(
+                self.network,
+                device_ids=devices,
+                broadcast_buffers=False,  # they are shared at evaluation and checkpoints
+                gradient_as_bucket_view=True,
+            )
+        forward_backward = ForwardBackward(
+            config, self.network, ddp, self.group.rank, self.group.device
+        )
+        step = build_step(
+            config, self.network, self.pruned, forward_backward, self.data.train, clock,
+            progress.iteration,
+        )  # fmt: skip
+        return Loop(
+            config, self.group, self.data, self.network, self.pruned, step, clock, log,
+            lambda: self._save(step, progress), lambda: self._save_best(progress), progress,
+        )  # fmt: skip
+
+    def _state(self, progress: Progress) -> State:
+        return model_state(self.config, self.network, self.pruned) | {
+            "progress": progress.to_state(),
+            "source_sha256": self.source_sha256,
+        }
+
+    def _save(self, step: TrainingStep, progress: Progress) -> None:
+        if not self.group.is_first:
+            return
+        optimizers = {name: o.state_dict() for name, o in step.optimizers.items()}
+        state = self._state(progress) | {"optimizer": optimizers}
+        self.checkpoints.save(state, progress.iteration)
+
+    def _save_best(self, progress: Progress) -> None:
+        if self.group.is_first:
+            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(self.checkpoints.best, encode(self._state(progress)))
+
+    def _finish(self, loop: Loop) -> dict[str, Any]:
+        """Final mask, final accuracy, the models and, last, result.json."""
+        extra = {}
+        if self.pruned is not None and self.pruned.followers and self.config.exp_mode == "prune":
+            extra["top1_before_bn_mask"] = loop.evaluate("test").top1
+        final = self._finalise(loop)
+        progress = loop.progress
+        best = None
+        if progress.best_epoch is not None:
+            final_state = self._state(progress)
+            best_state = self.group.from_first(self._read_best())
+            restore_model(self.network, self.pruned, best_state, str(self.checkpoints.best))
+            best = self._finalise(loop)
+            self._save_best(progress)
+            restore_model(self.network, self.pruned, final_state, "final model")
+        else:
+            self._save_best(progress)
+        result = self._result(final, best, progress) | extra
+        if self.group.is_first:
+            if self.config.save_dense:
+                plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}
+                path = self.checkpoints.folder / "model_dense.pth.tar"
+                atomic_write_bytes(path, encode(plain))
+            # Nothing is left to resume: the optimizers' state would only take space.
+            self.checkpoints.save(
+                self._state(progress) | {"optimizer": {}}, progress.iteration, keep_before=0
+            )
+            atomic_write_json(self.folder / "result.json", result)
+            print(f"finished: {self.folder} top1 {final.top1:.2f}%", flush=True)
+        self.group.barrier()
+        return result
+
+    def _read_best(self) -> State | None:
+        return read_checkpoint(self.checkpoints.best) if self.group.is_first else None
+
+    def _finalise(self, loop: Loop) -> Accuracy:
+        """The mask is final now: what follows pruned filters becomes zero; test accuracy."""
+        if self.pruned is not None:
+            self.pruned.write_followers()
+        if self.config.recalibrate_bn:
+            loop.recalibrate(self.config.recalibrate_bn)
+        return loop.evaluate("test")
+
+    def _result(
+        self, final: Accuracy, best: Accuracy | None, progress: Progress
+    ) -> dict[str, Any]:
+        config, pruned = self.config, self.pruned
+        state = model_state(config, self.network, pruned)
+        total = pruned.layout.size if pruned else sum(p.numel() for p in self.network.parameters())
+        kept = pruned.kept() if pruned else total
+        starts = [r for r in read_jsonl(self.folder / "attempts.jsonl") if r["event"] == "start"]
+        weights, mask = split_state(state)
+        return {
+            "k": float(config.k),
+            "kept": kept,
+            "total": total,
+            "sparsity": 1 - kept / total,
+            "top1": final.top1,
+            "top5": final.top5,
+            "best_top1": best.top1 if best else None,
+            "best_epoch": progress.best_epoch,
+            "epochs": config.epochs,
+            "seed": config.seed,
+            "arch": config.arch,
+            "dataset": config.dataset,
+            "trainer": config.trainer,
+            "layer_type": config.layer_type,
+            "mask_sha256": hash_tensors({"mask": mask}) if mask is not None else None,
+            "weights_sha256": hash_tensors(weights),
+            "seconds": progress.seconds,
+            "attempts": len(starts),
+        }
+
+
+def check_source(config: RunConfig, state: State) -> None:
+    """The source's network, and in fine-tuning its k and layer type, must be the run's own.
+
+    A published checkpoint does not say its k; it is then taken at the run's word.
+    """
+    arch = state.get("arch")
+    if isinstance(arch, str) and arch != config.arch:
+        raise UserError(f"source_net: holds the network {arch}, but arch is {config.arch}")
+    before = state.get("config")
+    if before is None or (config.exp_mode != "finetune" and not config.evaluate):
+        return
+    if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
+        raise UserError("source_net: holds a dense network; finetune starts from a pruned one")
+    for key, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
+        if before["exp_mode"] != "pretrain" and before[key] != mine:
+            raise UserError(
+                f"source_net: was pruned with {key} {before[key]}, but {key} is {mine}; "
+                "they must be the same"
+            )
+
+
+def _difference(config: RunConfig, before: dict[str, Any]) -> str:
+    """'lr 0.1 (now 0.2)' for the first setting that changed."""
+    now = config.to_plain()
+    for key in now:
+        if before.get(key) != now[key] and key not in config.UNFINGERPRINTED:
+            return f"{key} {before.get(key)} (now {now[key]})"
+    return "a setting of another version"
+
+
+def _set_backends(config: RunConfig) -> None:
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def _surroundings(run: Run) -> dict[str, Any]:
+    """What may differ between two attempts of one run."""
+    config, environment = run.config, os.environ
+    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "world": run.group.world,
+        "device": str(run.group.device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        **{key: getattr(config, key) for key in ("loader", "num_workers", "test_batch_size")},
+        "data_dir": str(config.data_dir),
+        "source_net": str(config.source_net) if config.source_net else None,
+        **{key.lower(): environment[key] for key in slurm if key in environment},
+    }

@@ -1,0 +1,226 @@
+"""Checkpoints: tensors and plain types, verified on load, never half-written.
+
+A save writes a step-named file, then replaces `manifest.json`, the commit point, then lets
+`checkpoint.pth.tar` name the newest. The one before stays until the next save.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bip.config import RunConfig
+from bip.errors import UserError
+from bip.files import atomic_write_bytes, atomic_write_json, read_json
+from bip.pruning.parameters import PrunedParameters
+
+FORMAT = 1
+SCORES = "popup_scores"
+State = dict[str, Any]
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """A mask of 0s and 1s as bits (uint8), eight to a byte."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy() != 0))
+
+
+def unpack_mask(bits: Tensor, size: int) -> Tensor:
+    """The float32 mask (size,) of `pack_mask`'s bits."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(np.float32))
+
+
+def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[str, Tensor]:
+    """state_dict with θ in z's place, and the scores as `LAYER.popup_scores`; on the CPU."""
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    if pruned is None:
+        return state
+    tensors = pruned.layout.tensors
+    for tensor, weight, score in zip(
+        tensors, pruned.views(pruned.weights), pruned.views(pruned.scores), strict=True
+    ):
+        state[tensor.name] = weight.detach().cpu().clone()
+        state[tensor.name.removesuffix("weight") + SCORES] = score.detach().cpu().clone()
+    return state
+
+
+def model_state(config: RunConfig, network: nn.Module, pruned: PrunedParameters | None) -> State:
+    """What every checkpoint holds: the network, its mask, and the settings that made it."""
+    return {
+        "format": FORMAT,
+        "arch": config.arch,
+        "state_dict": network_state(network, pruned),
+        "mask": pack_mask(pruned.mask) if pruned else None,
+        "config": config.to_plain(),
+        "fingerprint": config.fingerprint(),
+    }
+
+
+def split_state(state: State) -> tuple[dict[str, Tensor], Tensor | None]:
+    """(state_dict without scores, mask bits) of a checkpoint."""
+    weights = {
+        name.removeprefix("module."): value
+        for name, value in state["state_dict"].items()
+        if not name.endswith(SCORES)
+    }
+    return weights, state.get("mask")
+
+
+@torch.no_grad()
+def restore_model(
+    network: nn.Module, pruned: PrunedParameters | None, state: State, where: str
+) -> None:
+    """Load a checkpoint into the network (in place) and, where given, into θ, scores and mask.
+
+    A published checkpoint has scores but no mask; the mask is then their top-k. Raises UserError
+    naming `where` and the first tensor that does not fit.
+    """
+    weights, bits = split_state(state)
+    _check_fit(network, weights, where)
+    network.load_state_dict(weights)
+    if pruned is None:
+        return
+    scores = {
+        name.removeprefix("module."): value
+        for name, value in state["state_dict"].items()
+        if name.endswith(SCORES)
+    }
+    for tensor in pruned.layout.tensors:
+        name = tensor.name.removesuffix("weight") + SCORES
+        if name not in scores or scores[name].shape != tensor.shape:
+            raise UserError(f"{where}: has no fitting {name}; it is not a pruned network")
+        pruned.view(pruned.weights, tensor).copy_(weights[tensor.name])
+        pruned.view(pruned.scores, tensor).copy_(scores[name])
+    if bits is None:
+        pruned.update_mask()
+    else:
+        pruned.mask.copy_(unpack_mask(bits, pruned.layout.size))
+    pruned.write_z()
+
+
+def _check_fit(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    own = network.state_dict()
+    for name in [*own, *weights]:
+        if name not in weights:
+            raise UserError(f"{where}: has no {name}, which the network needs; is arch right?")
+        if name not in own:
+            raise UserError(f"{where}: has {name}, which the network lacks; is arch right?")
+        if own[name].shape != weights[name].shape:
+            raise UserError(
+                f"{where}: {name} is {tuple(weights[name].shape)}, the network's is "
+                f"{tuple(own[name].shape)}; are arch and num_classes right?"
+            )
+
+
+def hash_tensors(state: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) over names and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def encode(state: State) -> bytes:
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    return stream.getvalue()
+
+
+def decode(data: bytes, where: Path) -> State:
+    """Tensors and plain types from a checkpoint's bytes; no code in it is run.
+
+    Published checkpoints hold a numpy float, which is let through. Raises UserError.
+    """
+    scalar = getattr(np, "_core").multiarray.scalar
+    numpy_floats = [scalar, np.dtype, np.float64, np.dtypes.Float64DType]
+    # Files written under numpy 1 name the same function by its old module.
+    allowed = [*numpy_floats, (scalar, "numpy.core.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
+    if not isinstance(state, dict) or "state_dict" not in state:
+        raise UserError(f"{where}: not a checkpoint: it has no state_dict")
+    return state
+
+
+def read_checkpoint(path: Path) -> State:
+    """One checkpoint file. Raises UserError naming it."""
+    try:
+        return decode(path.read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+class CheckpointFolder:
+    """A run's checkpoints. Only rank 0 uses it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / "manifest.json"
+        self.newest = folder / "checkpoint.pth.tar"
+        self.best = folder / "model_best.pth.tar"
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The committed checkpoints, newest first: name, sha256, step."""
+        manifest = read_json(self.manifest)
+        return [] if manifest is None else list(manifest["checkpoints"])
+
+    def save(self, state: State, step: int, keep_before: int = 1) -> Path:
+        """Commit `state` as the newest checkpoint and drop all but the `keep_before` before it.
+
+        Raises OSError (disk full, read-only) with every earlier checkpoint intact.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = encode(state)
+        path = self.folder / f"step-{step:09d}.pth.tar"
+        atomic_write_bytes(path, data)
+        entry = {"name": path.name, "sha256": hashlib.sha256(data).hexdigest(), "step": step}
+        before = [old for old in self.entries() if old["name"] != path.name][:keep_before]
+        atomic_write_json(self.manifest, {"format": FORMAT, "checkpoints": [entry, *before]})
+        self._name_newest(path.name)
+        kept = {entry["name"], *(old["name"] for old in before)}
+        for other in self.folder.glob("step-*.pth.tar"):
+            if other.name not in kept:
+                other.unlink(missing_ok=True)
+        return path
+
+    def _name_newest(self, name: str) -> None:
+        temporary = self.folder / f".{self.newest.name}.{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(name)
+        os.replace(temporary, self.newest)
+
+    def load(self) -> State | None:
+        """The newest checkpoint whose digest is right; None if there are none.
+
+        A damaged one is renamed to *.damaged and the one before is used, with a message.
+        """
+        entries = self.entries()
+        for entry in entries:
+            path = self.folder / entry["name"]
+            try:
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                    return decode(data, path)
+                reason = "its SHA-256 is wrong"
+                with contextlib.suppress(OSError):
+                    path.rename(path.with_name(path.name + ".damaged"))
+            except OSError as error:
+                reason = error.strerror or str(error)
+            print(f"checkpoint {path} cannot be used: {reason}; trying the one before", flush=True)
+        if entries:
+            raise UserError(
+                f"{self.folder}: no checkpoint is readable; remove the folder to start again"
+            )
+        return None

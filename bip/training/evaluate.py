@@ -1,0 +1,61 @@
+"""Accuracy over a whole split: every image counted exactly once, whatever the ranks."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bip.distributed.group import Group
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percent correct (top-1, top-5) and mean loss over `count` images."""
+
+    top1: float
+    top5: float
+    loss: float
+    count: int
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    size: int,
+    group: Group,
+    bf16: bool = False,
+) -> Accuracy:
+    """Evaluate the plain module (not DDP's: its forward would hang on uneven shards).
+
+    `batches` is this rank's shard of `size` images. Raises RuntimeError if the ranks together
+    did not see each image once.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=group.device)
+    for images, labels in batches:
+        with torch.autocast(group.device.type, torch.bfloat16, enabled=bf16):
+            output = network(images)
+        output = output.float()
+        best = output.topk(min(5, output.shape[1])).indices
+        hits = best == labels[:, None]
+        loss = F.cross_entropy(output, labels, reduction="sum")
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels))]).to(
+            sums
+        )
+    for module, training in modes:
+        module.training = training
+    top1, top5, total_loss, count = group.sum_(sums).tolist()
+    if count != size:
+        raise RuntimeError(f"evaluation saw {int(count)} images, the split has {size}")
+    return Accuracy(100 * top1 / count, 100 * top5 / count, total_loss / count, int(count))
+
+
+def share_buffers(network: nn.Module, group: Group) -> None:
+    """Give every rank rank 0's buffers: batch-norm statistics differ between ranks by nature."""
+    if group.world > 1:
+        for buffer in network.buffers():
+            group.broadcast_(buffer)

@@ -1,0 +1,141 @@
+"""The step loop: the same for every method."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from bip.config import RunConfig
+from bip.data.loaders import Data
+from bip.errors import UserError
+from bip.distributed.group import Group
+from bip.pruning.parameters import PrunedParameters
+from bip.pruning.steps import BilevelStep, TrainingStep
+from bip.training.evaluate import Accuracy, evaluate, share_buffers
+from bip.training.metrics import RunLog, RunningMean
+from bip.training.optim import Clock
+
+
+@dataclass
+class Progress:
+    """How far a run has come: what a checkpoint says beside the tensors."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    best_holdout: float | None = None
+    best_epoch: int | None = None
+
+    def to_state(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Loop:
+    """One run's training, from `progress` to the end of `clock`."""
+
+    config: RunConfig
+    group: Group
+    data: Data
+    network: nn.Module
+    pruned: PrunedParameters | None
+    step: TrainingStep
+    clock: Clock
+    log: RunLog
+    save: Callable[[], None]
+    save_best: Callable[[], None]
+    progress: Progress = field(default_factory=Progress)
+
+    def run(self) -> None:
+        """Train. Leaves the network as it is after the last iteration."""
+        train_mode(self.network, self.config.freeze_bn)
+        began, before = time.monotonic(), self.progress.seconds
+        saved = began
+        means = RunningMean()
+        for iteration in range(self.progress.iteration, self.clock.iterations):
+            means.add(self.step(iteration))
+            done = self.progress.iteration = iteration + 1
+            self.progress.seconds = before + time.monotonic() - began
+            last = done == self.clock.iterations
+            if done % self.config.print_freq == 0 or last:
+                self._report(done, means.take(self.group))
+                due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+                if self.group.from_first(due) and not last:
+                    self._checkpoint()
+                    saved = time.monotonic()
+            if done % self.clock.per_epoch == 0 or last:
+                self._end_epoch(-(-done // self.clock.per_epoch), last)
+        self._checkpoint()
+
+    def _report(self, done: int, means: dict[str, float]) -> None:
+        if not math.isfinite(means["loss"]):
+            raise UserError(
+                f"loss: {means['loss']} by step {done}; training diverged, lower lr or mask_lr "
+                "(the last checkpoint is kept)"
+            )
+        values: dict[str, float] = {"epoch": (done - 1) // self.clock.per_epoch + 1, **means}
+        for name, optimizer in self.step.optimizers.items():
+            values[f"{name}_lr"] = optimizer.param_groups[0]["lr"]
+        if isinstance(self.step, BilevelStep) and self.step.upper.term_norms is not None:
+            implicit, direct = self.step.upper.term_norms.tolist()
+            values["implicit_over_direct"] = implicit / direct if direct else float("nan")
+        text = (
+            f"epoch {values['epoch']}/{self._epochs} step {done}/{self.clock.iterations} "
+            f"loss {means['loss']:.4f} top1 {means['top1']:.2f}% "
+            f"{means['images_per_second']:.0f} images/s"
+        )
+        self.log.record("step", done, text, epochs=self._epochs, **values)
+
+    @property
+    def _epochs(self) -> int:
+        return -(-self.clock.iterations // self.clock.per_epoch)
+
+    def _end_epoch(self, epoch: int, last: bool) -> None:
+        if epoch % self.config.eval_every and not last:
+            return
+        share_buffers(self.network, self.group)
+        test = self.evaluate("test")
+        values: dict[str, Any] = {"top1": test.top1, "top5": test.top5, "loss": test.loss}
+        text = f"epoch {epoch}/{self._epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
+        if self.config.holdout:
+            held = self.evaluate("holdout")
+            values["holdout_top1"] = held.top1
+            text += f" holdout top1 {held.top1:.2f}%"
+            if self.progress.best_holdout is None or held.top1 > self.progress.best_holdout:
+                self.progress.best_holdout, self.progress.best_epoch = held.top1, epoch
+                self.save_best()
+        self.log.record(
+            "epoch", self.progress.iteration, text, epoch=epoch, epochs=self._epochs, **values
+        )
+
+    def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
+        """Accuracy on "test" or "holdout" of the network as it is."""
+        return evaluate(
+            self.network, self.data.evaluate(split), self.data.eval_size(split), self.group,
+            bf16=self.config.precision == "bf16",
+        )  # fmt: skip
+
+    def recalibrate(self, batches: int) -> None:
+        """Estimate batch-norm statistics anew, on this many training batches past the last."""
+        stream = self.data.train("lower", self.clock.iterations * self.config.lower_steps)
+        torch.optim.swa_utils.update_bn(
+            (images for images, _ in itertools.islice(stream, batches)), self.network
+        )
+        share_buffers(self.network, self.group)
+
+    def _checkpoint(self) -> None:
+        share_buffers(self.network, self.group)
+        self.save()
+
+
+def train_mode(network: nn.Module, freeze_bn: bool) -> None:
+    """Training mode; frozen batch-norm normalises by its running statistics, as they are."""
+    network.train()
+    if freeze_bn:
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()

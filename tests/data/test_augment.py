@@ -1,0 +1,149 @@
+"""Crops and flips against naive per-image loops and torchvision."""
+
+import math
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.transforms import functional as tv
+
+from bip.data import decode
+from bip.data.augment import pad_crop, pad_crop_params, resized_crop_params
+from bip.data.order import Order
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device"))]
+
+
+def naive_pad_crop(image: np.ndarray, top: int, left: int, flip: bool, padding: int) -> np.ndarray:
+    """One image, pixel by pixel."""
+    channels, height, width = image.shape
+    out = np.zeros_like(image)
+    for channel in range(channels):
+        for y in range(height):
+            for x in range(width):
+                row = y + top - padding
+                column = (width - 1 - x if flip else x) + left - padding
+                if 0 <= row < height and 0 <= column < width:
+                    out[channel, y, x] = image[channel, row, column]
+    return out
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("shape", "padding", "flip"),
+    [((40, 3, 9, 7), 4, True), ((30, 1, 8, 8), 1, False), ((5, 3, 6, 6), 0, True)],
+)
+def test_pad_crop_is_the_naive_loop(
+    device: str, shape: tuple[int, ...], padding: int, flip: bool
+) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(1, 256, shape, dtype=np.uint8)
+    crops = pad_crop_params(rng.random((shape[0], 4)), shape[2], shape[3], padding, flip)
+    got = pad_crop(torch.from_numpy(images.copy()).to(device), crops, padding)
+    for image, one, top, left, mirror in zip(
+        images, got.cpu().numpy(), crops.top, crops.left, crops.flip, strict=True
+    ):
+        np.testing.assert_array_equal(one, naive_pad_crop(image, top, left, mirror, padding))
+
+
+def test_pad_crop_leaves_its_input_alone() -> None:
+    images = torch.randint(0, 256, (8, 3, 5, 5), dtype=torch.uint8)
+    before = images.clone()
+    pad_crop(images, pad_crop_params(np.full((8, 4), 0.4), 5, 5, 0, True), 0)
+    assert torch.equal(images, before)
+
+
+def test_pad_crop_covers_all_offsets_and_both_flips_evenly() -> None:
+    count = 81 * 2 * 200
+    crops = pad_crop_params(Order(count, 1, 0).uniforms(0, 0, count, 4), 32, 32, 4, True)
+    seen = np.zeros((9, 9, 2))
+    np.add.at(seen, (crops.top, crops.left, crops.flip.astype(int)), 1)
+    assert seen.min() > 200 - 5 * 200**0.5
+    assert seen.max() < 200 + 5 * 200**0.5
+    assert not pad_crop_params(Order(9, 1, 0).uniforms(0, 0, 9, 4), 8, 8, 1, False).flip.any()
+
+
+def naive_resized_crop(draws: np.ndarray, height: int, width: int) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params, its random numbers taken from `draws`."""
+    for attempt in range(10):
+        area = height * width * (0.08 + 0.92 * draws[2 * attempt])
+        low, high = math.log(3 / 4), math.log(4 / 3)
+        ratio = math.exp(low + (high - low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1)), h, w
+    if width / height < 3 / 4:
+        w, h = width, round(width / (3 / 4))
+    elif width / height > 4 / 3:
+        w, h = round(height * (4 / 3)), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 900), st.integers(1, 900)), min_size=1, max_size=20),
+    st.integers(0, 2**32),
+)
+def test_resized_crop_is_the_naive_loop(sizes: list[tuple[int, int]], seed: int) -> None:
+    heights, widths = np.array(sizes).T
+    draws = np.random.default_rng(seed).random((len(sizes), 24))
+    crops = resized_crop_params(draws, heights, widths, True)
+    for row, (height, width) in enumerate(sizes):
+        box = tuple(int(field[row]) for field in crops[:4])
+        assert box == naive_resized_crop(draws[row], height, width)
+        top, left, h, w = box
+        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width
+        assert crops.flip[row] == (draws[row, 22] < 0.5)
+
+
+def test_a_very_long_image_takes_the_central_crop() -> None:
+    crops = resized_crop_params(
+        np.full((1, 24), 0.999), np.array([1000]), np.array([30]), False
+    )
+    assert tuple(int(field[0]) for field in crops) == (480, 0, 40, 30, 0)
+
+
+@pytest.fixture(scope="module")
+def photos(imagenet: Path) -> list[Image.Image]:
+    files = sorted((imagenet / "val").rglob("*.JPEG"))
+    return [Image.open(BytesIO(file.read_bytes())) for file in files[::20]]
+
+
+def test_resized_crop_pixels_are_torchvisions(photos: list[Image.Image]) -> None:
+    rng = np.random.default_rng(1)
+    flips = 0
+    for photo in photos:
+        draws = rng.random(24)
+        top, left, height, width = naive_resized_crop(draws, photo.height, photo.width)
+        expected = tv.resized_crop(photo.convert("RGB"), top, left, height, width, [224, 224])
+        if draws[22] < 0.5:
+            expected, flips = tv.hflip(expected), flips + 1
+        got = decode.resized_crop(photo, draws, 3, 224, flip=True)
+        np.testing.assert_array_equal(got, np.asarray(expected).transpose(2, 0, 1))
+    assert 0 < flips < len(photos)
+
+
+def test_the_test_view_is_torchvisions(photos: list[Image.Image]) -> None:
+    for photo in photos:
+        expected = tv.center_crop(tv.resize(photo.convert("RGB"), [256]), [224, 224])
+        got = decode.test_view(photo, 3, 224, 256 / 224)
+        np.testing.assert_array_equal(got, np.asarray(expected).transpose(2, 0, 1))
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from([1, 256 / 224]))
+def test_the_test_view_has_its_size(height: int, width: int, dim: int, zoom: float) -> None:
+    image = Image.new("CMYK", (width, height), (10, 20, 30, 40))
+    assert decode.test_view(image, 3, dim, zoom).shape == (3, dim, dim)
+    assert decode.test_view(image, 1, dim, zoom).shape == (1, dim, dim)
+
+
+def test_an_image_of_the_right_size_stays_as_it_is() -> None:
+    planes = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    np.testing.assert_array_equal(decode.test_view(decode.from_planes(planes), 3, 8, 1.0), planes)

@@ -1,0 +1,128 @@
+"""`build-lmdb` and `info` on real images."""
+
+import random
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bip.data.build import build_lmdb, info
+from bip.data.decode import open_image
+from bip.data.stores import FolderStore, LmdbStore
+from bip.errors import UserError
+
+
+def test_a_zip_becomes_stores_in_sorted_order(small_cifar_zip: Path, small_cifar: Path) -> None:
+    assert sorted(path.name for path in small_cifar.iterdir()) == ["test.lmdb", "train.lmdb"]
+    with zipfile.ZipFile(small_cifar_zip) as archive:
+        for split, count in (("train", 310), ("test", 70)):
+            store = LmdbStore(small_cifar / f"{split}.lmdb")
+            names = sorted(n for n in archive.namelist() if n.startswith(f"cifar/{split}/"))
+            assert len(store) == len(names) == count
+            assert len(store.classes) == 10
+            for index, name in enumerate(names):
+                data, label = store.read(index)
+                assert data == archive.read(name)
+                assert store.classes[label] == name.split("/")[2]
+
+
+def test_a_folder_gives_the_same_stores_as_a_zip(
+    small_cifar_zip: Path, small_cifar: Path, tmp_path: Path
+) -> None:
+    with zipfile.ZipFile(small_cifar_zip) as archive:
+        archive.extractall(tmp_path)
+    build_lmdb(tmp_path / "cifar", tmp_path / "out")
+    for split in ("train", "test"):
+        built, zipped = tmp_path / "out" / f"{split}.lmdb", small_cifar / f"{split}.lmdb"
+        assert built.read_bytes() == zipped.read_bytes()
+
+
+def test_lmdb_and_folder_hold_the_same_images_in_the_same_order(imagenet: Path) -> None:
+    store, folder = LmdbStore(imagenet / "val.lmdb"), FolderStore(imagenet / "val")
+    assert store.classes == folder.classes
+    assert len(store) == len(folder) == 171
+    for index in range(171):
+        assert store.read(index) == folder.read(index)
+
+
+def test_records_carry_the_size(imagenet: Path) -> None:
+    from bip.data.stores import _RECORD, record_key
+
+    store = LmdbStore(imagenet / "val.lmdb")
+    with store._env().begin() as transaction:
+        for index in range(0, 171, 10):
+            _, width, height = _RECORD.unpack_from(transaction.get(record_key(index)))
+            assert (width, height) == open_image(store.read(index)[0]).size
+
+
+def test_building_again_keeps_what_is_there(
+    small_cifar_zip: Path, small_cifar: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (small_cifar / "train.lmdb").stat()
+    build_lmdb(small_cifar_zip, small_cifar)
+    assert (small_cifar / "train.lmdb").stat().st_ino == before.st_ino
+    assert "kept" in capsys.readouterr().err
+
+
+def tree(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"P5 1 1 255 \x07" if name.endswith(".pgm") else b"junk")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train/a/1.pgm", "train/b/broken.jpg"], "train/b/broken.jpg cannot be stored"),
+        (["train/a/1.pgm", "test/b/1.pgm"], "class 'a' is only in one of train/ and test/"),
+        (["a/1.pgm", "b/1.pgm"], "no train/CLASS/IMAGE"),
+        (["train/1.pgm"], "no train/CLASS/IMAGE"),
+    ],
+)
+def test_a_bad_tree_is_named_and_leaves_nothing(
+    tmp_path: Path, names: list[str], message: str
+) -> None:
+    src = tree(tmp_path / "src", *names)
+    with pytest.raises(UserError, match=message) as error:
+        build_lmdb(src, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert list((tmp_path / "out").glob("*")) == []
+
+
+def test_a_different_store_in_the_way_is_an_error(small_cifar: Path, tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", "train/a/1.pgm")
+    with pytest.raises(UserError, match="exists with 310 images of 10 classes"):
+        build_lmdb(src, small_cifar)
+
+
+@pytest.mark.parametrize("name", ["missing", "text.txt", "broken.zip"])
+def test_a_bad_source_is_named(tmp_path: Path, name: str) -> None:
+    tree(tmp_path, "text.txt", "broken.zip")
+    with pytest.raises(UserError, match=name):
+        build_lmdb(tmp_path / name, tmp_path / "out")
+
+
+def test_info(small_cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info(small_cifar)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith(f"{small_cifar}/test.lmdb: 70 images, 10 classes of 7-7, ")
+    assert out[1].startswith(f"{small_cifar}/train.lmdb: 310 images, 10 classes of 31-31, ")
+    info(small_cifar / "test.lmdb")
+    assert capsys.readouterr().out.splitlines() == out[:1]
+    with pytest.raises(UserError, match="build-lmdb"):
+        info(tmp_path)
+
+
+@pytest.mark.slow
+def test_all_of_cifar10(cifar_zip: Path, tmp_path: Path) -> None:
+    started = time.perf_counter()
+    build_lmdb(cifar_zip, tmp_path)
+    print(f"built in {time.perf_counter() - started:.1f} s")
+    with zipfile.ZipFile(cifar_zip) as archive:
+        names = sorted(name for name in archive.namelist() if name.startswith("train/"))
+        store = LmdbStore(tmp_path / "train.lmdb")
+        assert len(store) == len(names) == 50_000
+        for index in random.Random(0).sample(range(50_000), 500):
+            assert store.read(index)[0] == archive.read(names[index])

@@ -1,0 +1,154 @@
+"""What the sets are, and how they are found on disk."""
+
+import builtins
+import hashlib
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from bip.data.datasets import ArraySplit, dataset_spec, open_split
+from bip.data.stores import FolderStore, LmdbStore
+from bip.errors import UserError
+
+
+def test_digits_are_scikit_learns() -> None:
+    train, test = (open_split("Digits", Path("unused"), part) for part in (True, False))
+    assert isinstance(train, ArraySplit) and isinstance(test, ArraySplit)
+    assert train.images.shape == (1437, 1, 8, 8)
+    assert test.images.shape == (360, 1, 8, 8)
+    assert train.images.dtype == np.uint8
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
+    spec = dataset_spec("Digits")
+    pixels = train.images / 255
+    np.testing.assert_allclose(spec.mean, pixels.mean(), atol=1e-4)
+    np.testing.assert_allclose(spec.std, pixels.std(), atol=1e-4)
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("sklearn"):
+            raise ModuleNotFoundError(name)
+        return real(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UserError, match=r"pip install 'bip-hpc\[demo\]'"):
+        open_split("Digits", Path("unused"), True)
+
+
+def test_aliases() -> None:
+    assert dataset_spec("ImageNetOrigin") is dataset_spec("ImageNetLMDB") is dataset_spec("ImageNet")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"), [("cifar10", "CIFAR10"), ("TinyImagenet", "TinyImageNet"), ("zzz", "known: ")]
+)
+def test_an_unknown_set_gets_the_nearest_name(name: str, hint: str) -> None:
+    with pytest.raises(UserError, match=f"dataset: unknown '{name}'.*{hint}"):
+        dataset_spec(name)
+
+
+def test_lmdb_comes_before_folder_and_val_counts_as_test(imagenet: Path, tmp_path: Path) -> None:
+    train, test = (open_split("ImageNet", imagenet, part) for part in (True, False))
+    assert isinstance(train, LmdbStore) and isinstance(test, LmdbStore)
+    assert (train.path.name, test.path.name) == ("train.lmdb", "val.lmdb")
+    folder = open_split("ImageNet", imagenet, False, "folder")
+    assert isinstance(folder, FolderStore)
+    assert folder.path == imagenet / "val"
+    (tmp_path / "ImageNet").symlink_to(imagenet)  # data_dir/NAME
+    below = open_split("ImageNet", tmp_path, True, "lmdb")
+    assert isinstance(below, LmdbStore)
+
+
+@pytest.mark.parametrize(
+    ("make", "layout", "message"),
+    [
+        (False, "any", "does not exist"),
+        (True, "any", "holds no CIFAR10 .*test.lmdb .*cifar-10-python.tar.gz .*test/"),
+        (True, "lmdb", r"holds no CIFAR10 \(test.lmdb or val.lmdb\)"),
+        (True, "folder", r"holds no CIFAR10 \(test/ or val/\)"),
+    ],
+)
+def test_a_missing_set_names_the_path_and_the_remedy(
+    tmp_path: Path, make: bool, layout: str, message: str
+) -> None:
+    folder = tmp_path / "data"
+    if make:
+        folder.mkdir()
+    with pytest.raises(UserError, match=message) as error:
+        open_split("CIFAR10", folder, False, layout)  # type: ignore[arg-type]
+    assert str(folder) in str(error.value)
+    assert "python -m bip data build-lmdb SRC" in str(error.value)
+
+
+@pytest.fixture
+def cifar_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with `cifar-10-batches-py` of 6 images per file, whose MD5 torchvision expects."""
+    folder = tmp_path / "archives" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+
+    def batch(name: str) -> list[str]:
+        content = {
+            "data": rng.integers(0, 256, (6, 3072), dtype=np.uint8),
+            "labels": rng.integers(0, 10, 6).tolist(),
+        }
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
+    monkeypatch.setattr(cifar, "test_list", [batch("test_batch")])
+    names = {"label_names": [f"class{i}" for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    md5 = hashlib.md5((folder / "batches.meta").read_bytes()).hexdigest()
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5})
+    return folder.parent
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_torchvisions_cifar_archive(cifar_archive: Path, packed: bool) -> None:
+    folder = cifar_archive / "cifar-10-batches-py"
+    with open(folder / "data_batch_2", "rb") as stream:
+        second = pickle.load(stream)
+    if packed:
+        with tarfile.open(cifar_archive / "cifar-10-python.tar.gz", "w:gz") as tar:
+            tar.add(folder, folder.name)
+        shutil.rmtree(folder)
+    before = sorted(cifar_archive.iterdir())
+    train, test = (open_split("CIFAR10", cifar_archive, part) for part in (True, False))
+    assert isinstance(train, ArraySplit)
+    assert (train.images.shape, len(test)) == ((30, 3, 32, 32), 6)
+    assert train.classes[0] == "class0"
+    np.testing.assert_array_equal(train.images[6:12].reshape(6, -1), second["data"])
+    assert train.labels[6:12].tolist() == second["labels"]
+    assert sorted(cifar_archive.iterdir()) == before
+
+
+def test_a_damaged_cifar_archive_is_named(cifar_archive: Path) -> None:
+    batch = cifar_archive / "cifar-10-batches-py" / "data_batch_3"
+    batch.write_bytes(batch.read_bytes()[:-1])
+    with pytest.raises(UserError, match=f"{cifar_archive}.*missing or damaged"):
+        open_split("CIFAR10", cifar_archive, True)
+    shutil.rmtree(batch.parent)
+    (cifar_archive / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b junk")
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz: cannot be extracted"):
+        open_split("CIFAR10", cifar_archive, True)
+
+
+def test_a_folder_tree_of_grayscale_and_colour(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for mode in ("L", "RGB"):
+            (tmp_path / split / mode).mkdir(parents=True)
+            Image.new(mode, (32, 32), 7).save(tmp_path / split / mode / "1.png")
+    store = open_split("CIFAR10", tmp_path, True)
+    assert isinstance(store, FolderStore)
+    assert store.classes == ["L", "RGB"]

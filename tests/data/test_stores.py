@@ -1,0 +1,278 @@
+"""LMDB and folder stores: round trips, damage, processes."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import textwrap
+import zlib
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+
+from bip.data.stores import FolderStore, LmdbStore, LmdbWriter, image_tree, pack_record
+from bip.errors import UserError
+
+CLASSES = ["cat", "dog", "eel"]
+
+
+def images(count: int = 20) -> list[tuple[bytes, int, int, int]]:
+    """(bytes, label, width, height); some smaller than an LMDB page, some larger."""
+    rng = np.random.default_rng(0)
+    return [(rng.bytes(400 * i + 1), i % 3, i + 1, i + 2) for i in range(count)]
+
+
+def write(path: Path, records: list[tuple[bytes, int, int, int]]) -> Path:
+    with LmdbWriter(path, CLASSES) as writer:
+        for record in records:
+            writer.add(*record)
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write(tmp_path / "train.lmdb", images())
+
+
+def one_line(error: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_round_trip(store: Path) -> None:
+    opened = LmdbStore(store)
+    assert opened.classes == CLASSES
+    assert len(opened) == 20
+    for index, (data, label, _, _) in enumerate(images()):
+        assert opened.read(index) == (data, label)
+        assert opened.label(index) == label
+    assert opened.header["class_counts"] == [7, 7, 6]
+    assert opened.header["image_bytes"] == sum(len(data) for data, *_ in images())
+    for index in (-1, 20):
+        with pytest.raises(IndexError):
+            opened.read(index)
+
+
+def test_the_layout_is_the_documented_one(store: Path) -> None:
+    with lmdb.open(str(store), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        keys = list(txn.cursor().iternext(values=False))
+        assert keys == [struct.pack(">Q", index) for index in range(20)] + [b"header"]
+        value = txn.get(struct.pack(">Q", 7))
+        header = json.loads(txn.get(b"header"))
+    data, label, width, height = images()[7]
+    assert struct.unpack(">iii", value[:12]) == (label, width, height)
+    assert struct.unpack(">I", value[12:16]) == (zlib.crc32(value[:12] + data),)
+    assert value[16:] == data
+    assert (header["format"], header["version"], header["count"]) == ("bip-lmdb", 1, 20)
+
+
+def test_a_store_in_a_folder_reads_the_same(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder.lmdb"
+    folder.mkdir()
+    store.rename(folder / "data.mdb")
+    assert LmdbStore(folder).read(3) == images()[3][:2]
+
+
+def test_the_map_grows(tmp_path: Path) -> None:
+    records = [(bytes(1 << 20), 0, 1, 1) for _ in range(80)]  # more than the first 64 MiB
+    opened = LmdbStore(write(tmp_path / "train.lmdb", records))
+    assert len(opened) == 80
+    assert opened.read(79) == (bytes(1 << 20), 0)
+
+
+@pytest.mark.parametrize("place", ["label", "size", "checksum", "first byte", "last byte"])
+def test_a_flipped_byte_is_found_and_its_record_named(store: Path, place: str) -> None:
+    data, label, width, height = images()[9]
+    content = bytearray(store.read_bytes())
+    at = content.index(pack_record(data, label, width, height))
+    offset = {"label": 3, "size": 4, "checksum": 12, "first byte": 16, "last byte": 15 + len(data)}
+    content[at + offset[place]] ^= 1
+    store.write_bytes(content)
+    opened = LmdbStore(store)
+    assert opened.read(8) == images()[8][:2]
+    with pytest.raises(UserError) as error:
+        opened.read(9)
+    assert f"{store}: record 9 (class" in one_line(error)
+    if place != "label":
+        assert f"(class {CLASSES[label]})" in one_line(error)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 4096, 20_000, 0.5, 0.99])
+def test_a_truncated_store_is_refused(store: Path, keep: float) -> None:
+    size = store.stat().st_size
+    os.truncate(store, int(keep * size) if isinstance(keep, float) else keep)
+    with pytest.raises(UserError) as error:
+        LmdbStore(store)
+    assert str(store) in one_line(error)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a store", bytes(9000), b"\x80\x04K\x01." * 5000])
+def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "train.lmdb"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        LmdbStore(path)
+    assert str(path) in one_line(error)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"format": "other"}, "not a bip-lmdb store"),
+        ({"count": "20"}, "count"),
+        ({"classes": [1, 2, 3]}, "classes"),
+        ({"class_counts": [20]}, "totals"),
+    ],
+)
+def test_a_header_that_does_not_fit_is_refused(
+    store: Path, change: dict[str, object], message: str
+) -> None:
+    with lmdb.open(str(store), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        header = json.loads(txn.get(b"header")) | change
+        txn.put(b"header", json.dumps(header).encode())
+    with pytest.raises(UserError, match=message):
+        LmdbStore(store)
+
+
+def test_a_missing_record_is_named(store: Path) -> None:
+    with lmdb.open(str(store), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(struct.pack(">Q", 4))
+    with pytest.raises(UserError, match="record 4 is missing"):
+        LmdbStore(store).read(4)
+
+
+def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        LmdbWriter(tmp_path / "train.lmdb", CLASSES) as writer,
+    ):
+        writer.add(*images()[0])
+        1 / 0  # noqa: B018
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_is_no_store_and_does_not_stop_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "train.lmdb"
+    code = """
+        import os, sys
+        from pathlib import Path
+        from bip.data.stores import LmdbWriter
+        with LmdbWriter(Path(sys.argv[1]), ["cat"]) as writer:
+            for _ in range(2500):
+                writer.add(b"x" * 100, 0, 1, 1)
+            os.kill(os.getpid(), 9)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(path)], check=False)
+    assert killed.returncode == -9
+    (partial,) = tmp_path.iterdir()
+    assert partial.name == ".train.lmdb.partial"
+    assert partial.stat().st_size > 100_000
+    with pytest.raises(UserError, match="half-built"):
+        LmdbStore(partial)
+    write(path, images(3))
+    assert len(LmdbStore(path)) == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_store_is_never_overwritten(store: Path) -> None:
+    before = store.read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        write(store, images(2))
+    assert store.read_bytes() == before
+    assert list(store.parent.iterdir()) == [store]
+
+
+def test_two_builds_of_one_store_exclude_each_other(tmp_path: Path) -> None:
+    path = tmp_path / "train.lmdb"
+    with LmdbWriter(path, CLASSES) as writer:
+        writer.add(*images()[0])
+        with pytest.raises(UserError, match="another process"):
+            write(path, images(2))
+        writer.add(*images()[1])
+    assert len(LmdbStore(path)) == 2
+
+
+def test_stores_of_one_file_live_side_by_side(store: Path) -> None:
+    first, second = LmdbStore(store), LmdbStore(store.parent / "." / store.name)
+    assert first.read(1) == second.read(1)
+    del first
+    assert second.read(2) == images()[2][:2]
+
+
+def test_a_pickled_store_is_small_and_reads(store: Path) -> None:
+    opened = LmdbStore(store)
+    opened.read(0)
+    text = pickle.dumps(opened)
+    assert len(text) < 1000
+    assert pickle.loads(text).read(5) == images()[5][:2]
+
+
+def _read_all(store: LmdbStore) -> list[tuple[bytes, int]]:
+    return [store.read(index) for index in range(len(store))]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_open_store_works_in_child_processes(store: Path, method: str) -> None:
+    opened = LmdbStore(store)
+    opened.read(0)
+    expected = [record[:2] for record in images()]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(_read_all, [opened] * 4) == [expected] * 4
+        assert _read_all(opened) == expected
+
+
+def test_a_child_does_not_use_its_parents_environment(store: Path) -> None:
+    first, second = LmdbStore(store), LmdbStore(store)
+    first.read(0)
+    inherited = first._opened
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        same_bytes = first.read(1) == second.read(1) == images()[1][:2]
+        fresh = first._opened is not inherited and first._opened is second._opened
+        os.write(writer, b"ok" if same_bytes and fresh else b"no")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 2) == b"ok"
+    assert first._opened is inherited
+    assert first.read(3) == images()[3][:2]
+
+
+def test_folder_store(tmp_path: Path) -> None:
+    for name in ("b/2.jpg", "b/10.PNG", "a/z/1.jpeg", "a/y.jpg", "a/notes.txt", "a/.hidden.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "stray.jpg").write_bytes(b"")
+    opened = pickle.loads(pickle.dumps(FolderStore(tmp_path)))
+    assert opened.classes == ["a", "b"]
+    assert _read_all(opened) == [
+        (b"a/y.jpg", 0),
+        (b"a/z/1.jpeg", 0),
+        (b"b/10.PNG", 1),
+        (b"b/2.jpg", 1),
+    ]
+    assert opened.name(1) == str(tmp_path / "a/z/1.jpeg")
+    (tmp_path / "b/2.jpg").unlink()
+    with pytest.raises(UserError) as error:
+        opened.read(3)
+    assert "b/2.jpg: cannot be read (No such file" in one_line(error)
+
+
+def test_an_empty_tree_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no CLASS/IMAGE"):
+        FolderStore(tmp_path)
+
+
+def test_image_tree_sorts_by_class_first() -> None:
+    # "a-b/..." sorts before "a/..." as text, yet class "a" comes before class "a-b".
+    members, classes = image_tree(["a-b/1.jpg", "a/1.jpg"])
+    assert classes == ["a", "a-b"]
+    assert members == [("a/1.jpg", 0), ("a-b/1.jpg", 1)]
