@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 PAD_CROP_DRAWS = 4  # top, left, flip; one unused
 RESIZED_CROP_DRAWS = 24  # ten tries of (area, ratio), then top, left, flip; one unused
@@ -106,18 +106,20 @@ def pad_crop(images: Tensor, crops: Crops, padding: int) -> Tensor:
     Returns:
         A new tensor of the same shape and type. Where the crop leaves the image it is zero.
     """
-    count, _, height, width = images.shape
+    height, width = images.shape[2:]
+    rows = np.arange(len(images))
+    padded = functional.pad(images, (padding,) * 4)
     if images.device.type == "cpu":
         # NumPy copies whole windows; torch's indexing on the CPU takes five times as long.
-        sides = (padding, padding)
-        padded = np.pad(images.numpy(), ((0, 0), (0, 0), sides, sides))
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(2, 3))
-        out = windows[np.arange(count), :, crops.top, crops.left]
-        out[crops.flip] = out[crops.flip][..., ::-1]
+        windows = np.lib.stride_tricks.sliding_window_view(
+            padded.numpy(), (height, width), axis=(2, 3)
+        )
+        out = windows[rows, :, crops.top, crops.left]
+        mirrored = np.flatnonzero(crops.flip)
+        out[mirrored] = torch.from_numpy(out[mirrored]).flip(-1).numpy()
         return torch.from_numpy(out)
     # One small transfer that does not wait for the device.
-    plan = torch.from_numpy(np.stack([np.arange(count), crops.top, crops.left, crops.flip]))
-    image, top, left, flip = plan.pin_memory().to(images.device, non_blocking=True)
-    windows_ = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    cropped = windows_[image, :, top, left]
+    plan = torch.from_numpy(np.stack([rows, crops.top, crops.left, crops.flip])).pin_memory()
+    row, top, left, flip = plan.to(images.device, non_blocking=True)
+    cropped = padded.unfold(2, height, 1).unfold(3, width, 1)[row, :, top, left]
     return torch.where(flip.bool()[:, None, None, None], cropped.flip(-1), cropped)

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import lmdb
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bip.data.decode import open_image
+from bip.data import decode
 from bip.data.stores import LmdbStore, LmdbWriter, image_tree, walk_files
 from bip.errors import UserError
 
@@ -26,7 +27,7 @@ def build_lmdb(src: Path, out: Path) -> None:
 
     Raises:
         UserError: no such tree, splits with different classes, a file that is no image, a store
-            in OUT that differs.
+            in OUT that differs, a full disk.
     """
     console = Console(stderr=True)
     with _open_tree(src) as tree:
@@ -50,7 +51,10 @@ def build_lmdb(src: Path, out: Path) -> None:
                 _check_same(path, len(members), classes)
                 console.print(f"{path}: there already, kept", highlight=False, soft_wrap=True)
                 continue
-            _write(path, tree, prefix, members, classes, console)
+            try:
+                _write(path, tree, prefix, members, classes, console)
+            except (OSError, lmdb.Error) as error:
+                raise UserError(f"{path}: cannot be written ({error}); build it again") from error
             size = path.stat().st_size / 1e6
             console.print(
                 f"{path}: {len(members)} images, {len(classes)} classes, {size:.0f} MB",
@@ -179,11 +183,10 @@ def _write(
         for name, label in bar.track(members):
             try:
                 data = tree.read(prefix + name)
-                width, height = open_image(data).size
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-                reason = "not an image" if "identify" in str(error) else str(error)
+                width, height = decode.open_image(data).size
+            except (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError) as error:
                 raise UserError(
-                    f"{path.name}: {prefix}{name} cannot be stored ({reason}); "
-                    "repair or remove it and build again"
+                    f"{prefix}{name} cannot be stored ({decode.reason(error)}); "
+                    f"repair or remove it and build {path.name} again"
                 ) from error
             writer.add(data, label, width, height)

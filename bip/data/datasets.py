@@ -210,7 +210,7 @@ def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layou
 
 def _digits(train: bool) -> ArraySplit:
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+        from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError(
             "dataset: Digits comes with scikit-learn; pip install 'bip-hpc[demo]'"
@@ -230,7 +230,7 @@ def _extract(archive: Path, folder: Path) -> None:
 
 
 def _cifar(name: str, root: Path, named: Path, train: bool) -> ArraySplit:
-    from torchvision import datasets  # type: ignore[import-untyped]
+    from torchvision import datasets
 
     try:
         # torchvision checks each file's MD5 before it unpickles it.

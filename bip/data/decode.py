@@ -1,21 +1,39 @@
 """Encoded bytes to uint8 pixels, with Pillow. One module, so that every store decodes alike."""
 
+import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bip.data.augment import resized_crop_params
 
 _MODES = {1: "L", 3: "RGB"}
+
+# What Pillow raises on damaged images, in `open_image` and in the views.
+DECODE_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+
+
+def reason(error: BaseException) -> str:
+    """A decoding error in a few words."""
+    return "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def open_image(data: bytes) -> Image.Image:
     """Read an image's header; pixels are decoded on first use.
 
     Raises:
-        OSError, ValueError, SyntaxError: not an image (Pillow's own exceptions).
+        DECODE_ERRORS: not an image.
     """
     return Image.open(BytesIO(data))
 

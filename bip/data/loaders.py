@@ -104,10 +104,11 @@ class Reader:
                     out[row] = decode.test_view(image, spec.channels, dim, spec.test_zoom)
                 else:
                     out[row] = decode.resized_crop(image, draws[row], spec.channels, dim, spec.flip)
-            except (OSError, ValueError, SyntaxError) as error:
+            except decode.DECODE_ERRORS as error:
+                class_name = self.store.classes[labels[row]]
                 raise UserError(
-                    f"{self.store.name(index)} (class {self.store.classes[labels[row]]}) does not "
-                    f"decode ({error}); repair or remove the image and build the store again"
+                    f"{self.store.name(index)} (class {class_name}) does not decode "
+                    f"({decode.reason(error)}); repair or remove the image and build the store again"
                 ) from error
         return out, labels
 
@@ -308,7 +309,8 @@ def open_data(
         loader: "memory" decodes a small set once, onto the device; "lmdb" and "folder" read
             through worker processes; "auto" takes memory for small sets, else the LMDB, else the
             folder.
-        num_workers: processes per iterator of "lmdb" and "folder"; 0 reads in this process.
+        num_workers: processes of each iterator of "lmdb" and "folder" (so twice as many in BiP,
+            with its two levels); 0 reads in this process.
 
     Raises:
         UserError: set missing or damaged, wrong class count, loader that does not fit.
@@ -390,8 +392,8 @@ def _decode_all(reader: Reader, device: torch.device) -> MemorySource:
     chunks = [
         np.arange(at, min(at + _DECODE_CHUNK, count)) for at in range(0, count, _DECODE_CHUNK)
     ]
-    # All cores at the start, whatever num_workers says: it counts processes that stay.
-    cores = min(len(os.sched_getaffinity(0)), len(chunks))
+    # The machine's cores, whatever num_workers says: it counts processes that stay.
+    cores = min(len(os.sched_getaffinity(0)), len(chunks), 8)
     workers = WorkerSource(reader, cores if len(chunks) > 1 else 0, torch.device("cpu"))
     requests = (Request(chunk) for chunk in chunks)
     for chunk, batch in zip(chunks, workers.fetch(requests), strict=True):

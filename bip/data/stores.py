@@ -83,13 +83,16 @@ class _Environment:
         )
 
 
-# LMDB allows one environment per file and process, so stores of one file share it here. The
-# entries go when the last store does.
-_open_environments: weakref.WeakValueDictionary[str, _Environment] = weakref.WeakValueDictionary()
+# LMDB allows one environment per file and process, so stores of one file (device, inode) share it
+# here. The entries go when the last store does.
+_open_environments: weakref.WeakValueDictionary[tuple[int, int], _Environment] = (
+    weakref.WeakValueDictionary()
+)
 
 
 def _environment(path: Path) -> _Environment:
-    key = os.path.realpath(path)
+    status = path.stat()
+    key = (status.st_dev, status.st_ino)
     found = _open_environments.get(key)
     if found is not None and found.pid != os.getpid():
         # Inherited over a fork: LMDB forbids its use here. Closing only unmaps the child's copy.

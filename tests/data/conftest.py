@@ -57,8 +57,6 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-
-
 def open_with_defaults(**changes: object) -> Data:
     """`open_data` with the arguments a test does not care about filled in."""
     arguments: dict[str, object] = {

@@ -16,8 +16,12 @@ from bip.data import decode
 from bip.data.augment import pad_crop, pad_crop_params, resized_crop_params
 from bip.data.order import Order
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no CUDA device"))]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
+]
 
 
 def naive_pad_crop(image: np.ndarray, top: int, left: int, flip: bool, padding: int) -> np.ndarray:
@@ -99,14 +103,13 @@ def test_resized_crop_is_the_naive_loop(sizes: list[tuple[int, int]], seed: int)
         box = tuple(int(field[row]) for field in crops[:4])
         assert box == naive_resized_crop(draws[row], height, width)
         top, left, h, w = box
-        assert 0 <= top <= top + h <= height and 0 <= left <= left + w <= width
+        assert 0 <= top <= top + h <= height
+        assert 0 <= left <= left + w <= width
         assert crops.flip[row] == (draws[row, 22] < 0.5)
 
 
 def test_a_very_long_image_takes_the_central_crop() -> None:
-    crops = resized_crop_params(
-        np.full((1, 24), 0.999), np.array([1000]), np.array([30]), False
-    )
+    crops = resized_crop_params(np.full((1, 24), 0.999), np.array([1000]), np.array([30]), False)
     assert tuple(int(field[0]) for field in crops) == (480, 0, 40, 30, 0)
 
 

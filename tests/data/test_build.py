@@ -1,7 +1,9 @@
 """`build-lmdb` and `info` on real images."""
 
 import random
-import time
+import subprocess
+import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 
 from bip.data.build import build_lmdb, info
 from bip.data.decode import open_image
-from bip.data.stores import FolderStore, LmdbStore
+from bip.data.stores import _RECORD, FolderStore, LmdbStore, record_key
 from bip.errors import UserError
 
 
@@ -47,8 +49,6 @@ def test_lmdb_and_folder_hold_the_same_images_in_the_same_order(imagenet: Path) 
 
 
 def test_records_carry_the_size(imagenet: Path) -> None:
-    from bip.data.stores import _RECORD, record_key
-
     store = LmdbStore(imagenet / "val.lmdb")
     with store._env().begin() as transaction:
         for index in range(0, 171, 10):
@@ -97,6 +97,43 @@ def test_a_different_store_in_the_way_is_an_error(small_cifar: Path, tmp_path: P
         build_lmdb(src, small_cifar)
 
 
+def test_a_damaged_zip_member_is_named(small_cifar_zip: Path, tmp_path: Path) -> None:
+    content = bytearray(small_cifar_zip.read_bytes())
+    name = b"cifar/train/cat/0003.jpg"
+    content[content.index(name) + len(name) + 50] ^= 1
+    (tmp_path / "bad.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"cifar/train/cat/0003\.jpg cannot be stored .Bad CRC"):
+        build_lmdb(tmp_path / "bad.zip", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_is_named(small_cifar_zip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "file"
+    out.write_bytes(b"")
+    with pytest.raises(UserError, match=f"{out}: cannot be made"):
+        build_lmdb(small_cifar_zip, out)
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from bip.data.build import build_lmdb
+        from bip.errors import UserError
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a full disk
+        try:
+            build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]))
+        except UserError as error:
+            sys.exit(str(error))
+    """
+    full = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), small_cifar_zip, tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert full.returncode == 1
+    assert full.stderr.startswith(f"{tmp_path}/out/train.lmdb: cannot be written (")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["missing", "text.txt", "broken.zip"])
 def test_a_bad_source_is_named(tmp_path: Path, name: str) -> None:
     tree(tmp_path, "text.txt", "broken.zip")
@@ -115,11 +152,8 @@ def test_info(small_cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         info(tmp_path)
 
 
-@pytest.mark.slow
 def test_all_of_cifar10(cifar_zip: Path, tmp_path: Path) -> None:
-    started = time.perf_counter()
     build_lmdb(cifar_zip, tmp_path)
-    print(f"built in {time.perf_counter() - started:.1f} s")
     with zipfile.ZipFile(cifar_zip) as archive:
         names = sorted(name for name in archive.namelist() if name.startswith("train/"))
         store = LmdbStore(tmp_path / "train.lmdb")

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -23,8 +24,13 @@ from bip.errors import UserError
 from tests.data.conftest import open_with_defaults as opened
 from tests.data.test_augment import naive_pad_crop
 
-CIFAR = {"dataset": "CIFAR10", "num_classes": 10}
-IMAGENET = {"dataset": "ImageNet", "num_classes": 171, "image_dim": 64, "batch_size": 24}
+CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10}
+IMAGENET: dict[str, Any] = {
+    "dataset": "ImageNet",
+    "num_classes": 171,
+    "image_dim": 64,
+    "batch_size": 24,
+}
 
 
 def take(batches: Iterator[Batch], count: int) -> list[Batch]:
@@ -94,7 +100,9 @@ def test_levels_and_seeds_draw_different_batches() -> None:
 def test_ranks_share_the_global_batch(imagenet: Path, world: int) -> None:
     for case in ({}, {**IMAGENET, "data_dir": imagenet, "loader": "lmdb"}):
         whole = take(opened(**case).train("upper", 2), 3)
-        shares = [take(opened(**case, rank=r, world=world).train("upper", 2), 3) for r in range(world)]
+        shares = [
+            take(opened(**case, rank=r, world=world).train("upper", 2), 3) for r in range(world)
+        ]
         joined = [
             (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts]))
             for parts in zip(*shares, strict=True)
@@ -130,6 +138,7 @@ def test_resumed_training_on_imagenet(imagenet: Path) -> None:
     data.close()
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
 def test_lmdb_folder_and_worker_counts_give_identical_batches(imagenet: Path) -> None:
     batches = []
     for loader, workers in (("lmdb", 0), ("folder", 0), ("lmdb", 1), ("folder", 3)):
@@ -151,9 +160,10 @@ def test_memory_and_lmdb_give_identical_batches(small_cifar: Path) -> None:
 @pytest.mark.parametrize("test_batch_size", [1, 3, 50, 7000])
 def test_evaluation_shows_every_image_once(world: int, test_batch_size: int) -> None:
     test, train = (open_split("Digits", Path("unused"), part) for part in (False, True))
-    assert isinstance(test, ArraySplit) and isinstance(train, ArraySplit)
+    assert isinstance(test, ArraySplit)
+    assert isinstance(train, ArraySplit)
     held = holdout_split(1437, 59)[1]  # 59 and 360 do not divide by all of 1-4
-    expected = {
+    expected: dict[Literal["test", "holdout"], tuple[np.ndarray, np.ndarray]] = {
         "test": (test.images, test.labels),
         "holdout": (train.images[held], train.labels[held]),
     }
@@ -176,7 +186,10 @@ def test_evaluation_shows_every_image_once(world: int, test_batch_size: int) -> 
 @pytest.mark.parametrize("world", [3, 4])
 def test_a_split_smaller_than_the_world_leaves_ranks_without_batches(world: int) -> None:
     counts = [
-        sum(len(y) for _, y in opened(rank=r, world=world, holdout=2, batch_size=12).evaluate("holdout"))
+        sum(
+            len(y)
+            for _, y in opened(rank=r, world=world, holdout=2, batch_size=12).evaluate("holdout")
+        )
         for r in range(world)
     ]
     assert sum(counts) == 2
@@ -193,8 +206,22 @@ def test_the_holdout_is_never_trained_on() -> None:
     assert np.bincount(labels).tolist() == np.bincount(train.labels[rest]).tolist()
 
 
-def test_image_dim_resizes(imagenet: Path, small_cifar: Path) -> None:
-    cases = [{"image_dim": 12}, {**CIFAR, "data_dir": small_cifar, "image_dim": 24}]
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        (tmp_path / split / "a" / "1.jpg").write_bytes(b"<html>404</html>")
+    data = opened(dataset="ImageNet", num_classes=1, data_dir=tmp_path, batch_size=1, num_workers=1)
+    with pytest.raises(
+        UserError, match=r"train/a/1\.jpg .class a. does not decode .no known image"
+    ):
+        next(data.train())
+
+
+def test_image_dim_resizes(small_cifar: Path) -> None:
+    cases: list[dict[str, Any]] = [
+        {"image_dim": 12},
+        {**CIFAR, "data_dir": small_cifar, "image_dim": 24},
+    ]
     for case in cases:
         data = opened(**case)
         dim = case["image_dim"]
@@ -268,7 +295,7 @@ def test_splits_with_different_classes_are_an_error(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/a", "test/c"):
         (tmp_path / name).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / name / "1.png")
-    with pytest.raises(UserError, match="different classes.*'b'"):
+    with pytest.raises(UserError, match=r"different classes.*'b'"):
         opened(dataset="CIFAR10", num_classes=2, data_dir=tmp_path)
 
 
@@ -307,7 +334,8 @@ def test_batches_on_cuda_are_those_on_the_cpu(small_cifar: Path, loader: str) ->
     expected = take(opened(**case).train(), 6)
     data = opened(**case, device=torch.device("cuda"))
     for (images, labels), (x, y) in zip(take(data.train(), 6), expected, strict=True):
-        assert images.is_cuda and labels.is_cuda
+        assert images.is_cuda
+        assert labels.is_cuda
         torch.testing.assert_close(images.cpu(), x, rtol=0, atol=1e-6)
         assert torch.equal(labels.cpu(), y)
     data.close()

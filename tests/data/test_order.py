@@ -80,7 +80,8 @@ def test_uniforms_of_a_position_do_not_depend_on_the_range_drawn(
     order = Order(600, 10, seed, level)
     part = order.uniforms(2, first, count, draws)
     assert part.shape == (count, draws)
-    assert (part >= 0).all() and (part < 1).all()
+    assert (part >= 0).all()
+    assert (part < 1).all()
     np.testing.assert_array_equal(part, order.uniforms(2, 0, 600, draws)[first : first + count])
 
 

@@ -150,12 +150,13 @@ def test_a_missing_record_is_named(store: Path) -> None:
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
-    with (
-        pytest.raises(ZeroDivisionError),
-        LmdbWriter(tmp_path / "train.lmdb", CLASSES) as writer,
-    ):
-        writer.add(*images()[0])
-        1 / 0  # noqa: B018
+    def fail_midway() -> None:
+        with LmdbWriter(tmp_path / "train.lmdb", CLASSES) as writer:
+            writer.add(*images()[0])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail_midway()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -205,6 +206,14 @@ def test_stores_of_one_file_live_side_by_side(store: Path) -> None:
     assert first.read(1) == second.read(1)
     del first
     assert second.read(2) == images()[2][:2]
+
+
+def test_a_store_built_anew_under_an_old_name_is_read_anew(store: Path) -> None:
+    old = LmdbStore(store)
+    store.unlink()
+    write(store, images(3))
+    assert len(LmdbStore(store)) == 3
+    assert old.read(19) == images()[19][:2]  # its file lives on until it is closed
 
 
 def test_a_pickled_store_is_small_and_reads(store: Path) -> None:
