@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from bip.errors import UserError
 
@@ -41,7 +42,7 @@ def _data(argv: list[str]) -> None:
 
     from bip.data import build
 
-    commands = {"build-lmdb": build.build_lmdb, "info": build.info}
+    commands: dict[str, Callable[..., Any]] = {"build-lmdb": build.build_lmdb, "info": build.info}
     tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m bip data")
 
 

@@ -25,9 +25,7 @@ from bip.flags import one_line, parse_flags
 Mode = Literal["pretrain", "prune", "finetune"]
 LayerType = Literal["dense", "unstructured", "filter", "channel"]
 Schedule = Literal["cosine", "step"]
-ScoreInit = Literal[
-    "hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"
-]
+ScoreInit = Literal["hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"]
 DatasetName = Literal[
     "CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageNetOrigin", "ImageNetLMDB", "Digits"
 ]
@@ -261,9 +259,7 @@ class RunConfig(BaseModel):
         if self.optimizer == "adam":
             idle["adam has none"] = {"momentum"}
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
-        given = {
-            name for name in self.model_fields_set if getattr(self, name) != defaults[name]
-        }
+        given = {name for name in self.model_fields_set if getattr(self, name) != defaults[name]}
         lines = []
         for reason, names in idle.items():
             if shown := sorted(names & given):

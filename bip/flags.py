@@ -51,16 +51,16 @@ def parse_flags(
         for model in models
         for name, field in model.model_fields.items()
     }
-    flags: Any = TypedDict("flags", fields, total=False)  # type: ignore[operator]
+    flags: Any = TypedDict("flags", fields, total=False)  # type: ignore[misc]
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            given: dict[str, Any] = tyro.cli(flags, args=argv, prog=prog, description=description)
+            given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_unbox(printed.getvalue())) from None
-    return given
+    return dict(given)
 
 
 def _unbox(box: str) -> str:

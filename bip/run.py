@@ -16,14 +16,28 @@ from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data
 from bip.distributed.group import Group, find_ranks, join
 from bip.errors import UserError
-from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json
-from bip.files import read_json, read_jsonl, sha256_file
+from bip.files import (
+    append_jsonl,
+    atomic_write_bytes,
+    atomic_write_json,
+    read_json,
+    read_jsonl,
+    sha256_file,
+)
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.scores import initialise_scores
 from bip.pruning.steps import ForwardBackward, TrainingStep, build_step
-from bip.training.checkpoint import CheckpointFolder, State, encode, read_checkpoint
-from bip.training.checkpoint import hash_tensors, model_state, restore_model, split_state
+from bip.training.checkpoint import (
+    CheckpointFolder,
+    State,
+    encode,
+    hash_tensors,
+    model_state,
+    read_checkpoint,
+    restore_model,
+    split_state,
+)
 from bip.training.evaluate import Accuracy
 from bip.training.loop import Loop, Progress
 from bip.training.metrics import RunLog
@@ -114,10 +128,10 @@ class Run:
         if self.source is not None:
             restore_model(network, None, self.source, str(config.source_net))
         if config.sync_bn:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        on_gpu = self.group.device.type == "cuda"
-        memory_format = torch.channels_last if on_gpu else torch.contiguous_format
-        return network.to(self.group.device, memory_format=memory_format)
+            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+        if self.group.device.type == "cuda":
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.to(self.group.device)
 
     def _build_pruned(self) -> PrunedParameters | None:
         """θ, scores and mask as the mode starts them; None for a dense network."""
@@ -229,7 +243,9 @@ class Run:
         if self.pruned is not None and self.pruned.layout.dense:
             print(f"kept dense: {', '.join(self.pruned.layout.dense)}")
         begun = f"going on from step {progress.iteration}" if progress.iteration else "starting"
-        print(f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}", flush=True)
+        print(
+            f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}", flush=True
+        )
 
     def _record_attempt(self, event: str, **facts: Any) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
@@ -322,9 +338,7 @@ class Run:
             loop.recalibrate(self.config.recalibrate_bn)
         return loop.evaluate("test")
 
-    def _result(
-        self, final: Accuracy, best: Accuracy | None, progress: Progress
-    ) -> dict[str, Any]:
+    def _result(self, final: Accuracy, best: Accuracy | None, progress: Progress) -> dict[str, Any]:
         config, pruned = self.config, self.pruned
         state = model_state(config, self.network, pruned)
         total = pruned.layout.size if pruned else sum(p.numel() for p in self.network.parameters())

@@ -108,7 +108,7 @@ class Reader:
                 class_name = self.store.classes[labels[row]]
                 raise UserError(
                     f"{self.store.name(index)} (class {class_name}) does not decode "
-                    f"({decode.reason(error)}); repair or remove the image and build the store again"
+                    f"({decode.reason(error)}); repair or remove it and build the store again"
                 ) from error
         return out, labels
 

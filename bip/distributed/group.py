@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch import Tensor
 
 from bip.errors import UserError
@@ -107,8 +108,7 @@ def pick_device(ranks: Ranks) -> torch.device:
     visible = torch.cuda.device_count()
     if visible < ranks.local_world and visible != 1:
         raise UserError(
-            f"{ranks.local_world} ranks on this node see {visible} GPUs; "
-            "start one rank per GPU"
+            f"{ranks.local_world} ranks on this node see {visible} GPUs; start one rank per GPU"
         )
     device = torch.device("cuda", ranks.local_rank if visible >= ranks.local_world else 0)
     torch.cuda.set_device(device)
@@ -136,12 +136,12 @@ def join(rendezvous: Path, env: Mapping[str, str] = os.environ) -> Group:
     return Group(ranks, device)
 
 
-def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> dist.TCPStore:
+def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> TCPStore:
     key = [env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
     path = rendezvous / ".".join(key)
     if ranks.rank == 0:
         host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
-        store = dist.TCPStore(
+        store = TCPStore(
             host, 0, ranks.world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
         )
         rendezvous.mkdir(parents=True, exist_ok=True)
@@ -153,4 +153,4 @@ def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> dist.
             raise UserError(f"rank {ranks.rank}: rank 0 did not publish {path}; is it shared?")
         time.sleep(0.1)
     host, port = path.read_text().split()
-    return dist.TCPStore(host, int(port), ranks.world, is_master=False, timeout=TIMEOUT)
+    return TCPStore(host, int(port), ranks.world, is_master=False, timeout=TIMEOUT)

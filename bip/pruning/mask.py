@@ -122,9 +122,7 @@ def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
                 "use filter or unstructured"
             )
         axis = {"unstructured": None, "filter": 0, "channel": 1}[layer_type]
-        tensor = PrunableTensor(
-            name, weight.shape, start, weight[0].numel(), axis, first_group
-        )
+        tensor = PrunableTensor(name, weight.shape, start, weight[0].numel(), axis, first_group)
         tensors.append(tensor)
         start, first_group = tensor.stop, first_group + tensor.groups
     if not tensors:

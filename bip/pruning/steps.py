@@ -14,7 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from bip.config import RunConfig
 from bip.pruning.parameters import PrunedParameters
 from bip.training.optim import (
-    Clock, build_optimizer, lower_rate, mask_rate, set_rate, split_parameters,
+    Clock,
+    build_optimizer,
+    lower_rate,
+    mask_rate,
+    set_rate,
+    split_parameters,
 )
 
 Batch = tuple[Tensor, Tensor]
@@ -80,7 +85,8 @@ class ForwardBackward:
 class TrainingStep(Protocol):
     """One iteration of a method, by its number. `optimizers` is what a checkpoint keeps of it."""
 
-    optimizers: dict[str, torch.optim.Optimizer]
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]: ...
 
     def __call__(self, iteration: int) -> list[Report]: ...
 

@@ -58,6 +58,7 @@ def model_state(config: RunConfig, network: nn.Module, pruned: PrunedParameters 
         "arch": config.arch,
         "state_dict": network_state(network, pruned),
         "mask": pack_mask(pruned.mask) if pruned else None,
+        "masked": [t.name for t in pruned.layout.tensors] if pruned else [],
         "config": config.to_plain(),
         "fingerprint": config.fingerprint(),
     }
@@ -71,6 +72,19 @@ def split_state(state: State) -> tuple[dict[str, Tensor], Tensor | None]:
         if not name.endswith(SCORES)
     }
     return weights, state.get("mask")
+
+
+def layer_masks(state: State) -> dict[str, Tensor]:
+    """The mask of each pruned weight, float32 in its shape, by the weight's name."""
+    weights, bits = split_state(state)
+    if bits is None:
+        return {}
+    sizes = [weights[name].numel() for name in state["masked"]]
+    parts = unpack_mask(bits, sum(sizes)).split(sizes)
+    return {
+        name: part.view(weights[name].shape)
+        for name, part in zip(state["masked"], parts, strict=True)
+    }
 
 
 @torch.no_grad()
@@ -139,7 +153,7 @@ def decode(data: bytes, where: Path) -> State:
 
     Published checkpoints hold a numpy float, which is let through. Raises UserError.
     """
-    scalar = getattr(np, "_core").multiarray.scalar
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     numpy_floats = [scalar, np.dtype, np.float64, np.dtypes.Float64DType]
     # Files written under numpy 1 name the same function by its old module.
     allowed = [*numpy_floats, (scalar, "numpy.core.multiarray.scalar")]

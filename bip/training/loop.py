@@ -12,8 +12,8 @@ from torch import nn
 
 from bip.config import RunConfig
 from bip.data.loaders import Data
-from bip.errors import UserError
 from bip.distributed.group import Group
+from bip.errors import UserError
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.steps import BilevelStep, TrainingStep
 from bip.training.evaluate import Accuracy, evaluate, share_buffers

@@ -33,7 +33,11 @@ class RunningMean:
         count = group.world * sum(report.count for report in self.reports)
         seconds = time.perf_counter() - self.began
         self.reports, self.began = [], time.perf_counter()
-        return {"loss": loss / count, "top1": 100 * correct / count, "images_per_second": count / seconds}
+        return {
+            "loss": loss / count,
+            "top1": 100 * correct / count,
+            "images_per_second": count / seconds,
+        }
 
 
 class RunLog:
