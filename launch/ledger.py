@@ -1,0 +1,260 @@
+"""The sweep folder: its ledger of points, the queue, the claims, and the state of every point.
+
+    series.json           the ledger: every point that ever belonged to the sweep
+    points/RUN_ID.yml     a point's configuration
+    jobs/queue.json       the points that workers are to run now, and how many at once
+    jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
+    jobs/RUN_ID.failed    why the last attempt failed
+    jobs/RUN_ID.log       what the run printed
+    jobs/slot-N.lock      held by a worker: a sweep has as many workers as slots
+    MODE/RUN_ID/          the run folders; result.json in one means done
+
+A point's state is read from these files and nowhere else, so any number of launchers, workers and
+onlookers agree on it, and the kernel releases the locks of whatever dies.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from bip.errors import UserError
+from bip.files import atomic_write_bytes, atomic_write_json
+from launch.series import STAGES, Point
+
+VERSION = 1
+StateName = Literal["waiting", "running", "done", "failed", "blocked"]
+FINAL: tuple[StateName, ...] = ("done", "failed", "blocked")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line of the ledger. Paths are relative to the sweep folder, which may be moved."""
+
+    run_id: str
+    stage: str
+    k: str
+    seed: int
+    arch: str
+    layer_type: str
+    trainer: str
+    folder: str
+    config: str
+    needs: list[str]
+
+    @classmethod
+    def of(cls, point: Point) -> "Record":
+        config = point.config
+        return cls(
+            run_id=point.run_id,
+            stage=point.stage,
+            k=config.k_text,
+            seed=config.seed,
+            arch=config.arch,
+            layer_type=config.layer_type,
+            trainer=point.trainer,
+            folder=f"{point.stage}/{point.run_id}",
+            config=f"points/{point.run_id}.yml",
+            needs=list(point.needs),
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    name: StateName
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """What workers are to do now. `command` is run with `--configs FILE` appended."""
+
+    points: list[str]
+    parallelism: int
+    ntasks_per_node: int
+    cpus_per_task: int
+    env: dict[str, str]
+    command: list[str]
+
+
+class Lock:
+    """An exclusive flock on a file, held until closed or until every process with it is dead.
+
+    The descriptor may be passed to a child, which then keeps the lock if this process is killed.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def try_acquire(cls, path: Path) -> "Lock | None":
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return cls(descriptor)
+
+    @classmethod
+    @contextlib.contextmanager
+    def wait(cls, path: Path) -> Iterator[None]:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def is_held(path: Path) -> bool:
+        """A look takes the lock (shared) for an instant: whoever loses to a look tries again."""
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def write(self, text: str) -> None:
+        """Replace the file's content, a note about the holder."""
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, text.encode(), 0)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Sweep:
+    """A sweep folder, RESULT_DIR/EXP_NAME."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ledger = folder / "series.json"
+        self.jobs = folder / "jobs"
+
+    def log(self, run_id: str) -> Path:
+        return self.jobs / f"{run_id}.log"
+
+    def claim_path(self, run_id: str) -> Path:
+        return self.jobs / f"{run_id}.lock"
+
+    def slot_path(self, slot: int) -> Path:
+        return self.jobs / f"slot-{slot}.lock"
+
+    def failure_path(self, run_id: str) -> Path:
+        return self.jobs / f"{run_id}.failed"
+
+    def records(self) -> list[Record]:
+        """The ledger's points, in the order of stages. Raises UserError if there is no ledger."""
+        try:
+            content = json.loads(self.ledger.read_text())
+            if content["version"] != VERSION:
+                raise UserError(
+                    f"{self.ledger}: format version {content['version']}, not {VERSION}; "
+                    "it was made by another version of this program"
+                )
+            return [Record(**values) for values in content["points"]]
+        except FileNotFoundError:
+            raise UserError(
+                f"{self.folder}: not a sweep folder (no series.json); give RESULT_DIR/EXP_NAME "
+                "of a series"
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
+            ) from None
+
+    def add(self, points: Iterable[Point]) -> None:
+        """Merge the points into the ledger and write their configurations."""
+        points = list(points)
+        (self.folder / "points").mkdir(parents=True, exist_ok=True)
+        self.jobs.mkdir(exist_ok=True)
+        with Lock.wait(self.jobs / "ledger.lock"):
+            records = {record.run_id: record for record in self.records_or_none()}
+            for point in points:
+                record = Record.of(point)
+                path, text = self.folder / record.config, point.config.to_yaml().encode()
+                if not path.is_file() or path.read_bytes() != text:
+                    atomic_write_bytes(path, text)
+                records[record.run_id] = record
+            ordered = sorted(records.values(), key=lambda record: STAGES.index(record.stage))
+            content = {"version": VERSION, "points": [asdict(record) for record in ordered]}
+            if not self.ledger.exists() or json.loads(self.ledger.read_text()) != content:
+                atomic_write_json(self.ledger, content)
+
+    def records_or_none(self) -> list[Record]:
+        return self.records() if self.ledger.exists() else []
+
+    def queue(self) -> Queue:
+        return Queue(**json.loads((self.jobs / "queue.json").read_text()))
+
+    def set_queue(self, queue: Queue) -> None:
+        """Queue points, their old failures forgotten. Points that live workers have stay queued."""
+        path = self.jobs / "queue.json"
+        with Lock.wait(self.jobs / "ledger.lock"):
+            points = queue.points
+            # Workers submitted just now have no slot yet.
+            recent = path.exists() and time.time() - path.stat().st_mtime < 60
+            if recent or self.busy_slots():
+                points = list(dict.fromkeys([*self.queue().points, *points]))
+            for run_id in queue.points:
+                self.failure_path(run_id).unlink(missing_ok=True)
+            atomic_write_json(path, asdict(queue) | {"points": points})
+
+    def busy_slots(self) -> int:
+        """How many workers are alive."""
+        return sum(map(Lock.is_held, self.jobs.glob("slot-*.lock")))
+
+    def is_done(self, record: Record) -> bool:
+        return (self.folder / record.folder / "result.json").exists()
+
+    def fail(self, record: Record, reason: str) -> None:
+        content = {"reason": reason, "time": time.time()}
+        atomic_write_json(self.failure_path(record.run_id), content)
+
+    def failure(self, record: Record) -> str | None:
+        """Why the last attempt failed, or None."""
+        try:
+            return str(json.loads(self.failure_path(record.run_id).read_text())["reason"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return "failed (its record is unreadable)"
+
+    def states(self, records: Collection[Record]) -> dict[str, State]:
+        """The state of every point. A point is blocked when a point that it needs cannot finish."""
+        states: dict[str, State] = {}
+        # Stage order: what a point needs comes before it.
+        for record in records:
+            needed = [(name, states.get(name)) for name in record.needs]
+            stuck = [name for name, state in needed if state and state.name in FINAL[1:]]
+            if self.is_done(record):
+                state = State("done")
+            elif Lock.is_held(self.claim_path(record.run_id)):
+                state = State("running")
+            elif (reason := self.failure(record)) is not None:
+                state = State("failed", reason)
+            elif stuck:
+                state = State("blocked", f"needs {stuck[0]}, which {states[stuck[0]].name}")
+            else:
+                state = State("waiting")
+            states[record.run_id] = state
+        return states
+
+    def started(self, record: Record) -> float | None:
+        """When (Unix seconds) the running attempt began."""
+        try:
+            return float(json.loads(self.claim_path(record.run_id).read_text())["started"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None

@@ -1,0 +1,358 @@
+"""The k series, and the plan of a sweep: series x seeds x networks x layer types x trainers."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel, Field
+
+from bip.config import Mode, RunConfig, build_config, check_inputs, merge
+from bip.errors import UserError
+
+# The published sparsity ladder (BiP, figures 4-6), as written there.
+UNSTRUCTURED = tuple(
+    map(
+        Decimal,
+        "0.8000 0.6400 0.5120 0.4100 0.3280 0.2620 0.2097 0.1678 0.1342 0.1074 0.0859 "
+        "0.0687 0.0550 0.0440 0.0350 0.0280 0.0225 0.0180 0.0144 0.0115 0.0092".split(),
+    )
+)
+STRUCTURED = tuple(map(Decimal, "0.9 0.8 0.7 0.6 0.5 0.4 0.3 0.2 0.1".split()))
+NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
+
+STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
+BEST = Path("checkpoint", "model_best.pth.tar")  # in a run folder: what the next stage starts from
+TRAINER_FILES = {"bilevel": "bip.yml", "base": "hydra.yml"}
+
+# Flags that act in some kinds of run only. A run where one is idle never sees it, so that, for
+# example, a sweep over --mask-lr shares its dense network.
+_ACTS_IN = {
+    **dict.fromkeys(("lr2", "mask_lr", "mask_lr_schedule", "mask_wd"), {"bip"}),
+    **dict.fromkeys(("accelerate", "lower_steps"), {"bip"}),
+    **dict.fromkeys(("scaled_score_init", "scores_init_type"), {"bip", "hydra"}),
+    **dict.fromkeys(("scope", "recalibrate_bn"), {"bip", "hydra", "finetune"}),
+    "scale_rand_init": {"pretrain"},
+}
+# A point has its own of these: (product flag, single flag).
+_AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
+_AXES |= {"layer_types": "layer_type", "trainers": "trainer"}
+
+
+class SeriesOptions(BaseModel):
+    """The flags of `python -m launch series` beside those of `bip train`."""
+
+    series: str | None = Field(None, description="unstructured, structured or a comma list of k")
+    seeds: str | None = Field(None, description="comma list; multiplies the series")
+    archs: str | None = Field(None, description="comma list of networks; multiplies the series")
+    layer_types: str | None = Field(None, description="comma list; multiplies the series")
+    trainers: str | None = Field(
+        None, description="bilevel,base; settings from bip.yml and hydra.yml beside --configs"
+    )
+    stages: str | None = Field(
+        None, description="of pretrain,prune,finetune (default: the exp_mode of --configs)"
+    )
+    pretrain_configs: Path | None = Field(
+        None, description="file of the pretrain stage (default: pretrain.yml beside --configs)"
+    )
+    finetune_configs: Path | None = Field(
+        None, description="file of the finetune stage (default: finetune.yml beside --configs)"
+    )
+    profile: Path | None = Field(
+        None, description="the cluster's facts (default: slurm/profiles/local.yml)"
+    )
+    parallelism: int | None = Field(None, description="runs at once (default: the profile's)")
+    wait: bool = Field(True, description="stay and show the progress")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    stage: Mode
+    trainer: str  # the pruning's: a finetune point names what pruned its network
+    config: RunConfig
+    needs: tuple[str, ...]  # run IDs
+
+    @property
+    def run_id(self) -> str:
+        return self.config.run_id
+
+
+@dataclass
+class Plan:
+    """The points in the order in which they are to run, and what the user should be told."""
+
+    points: list[Point]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The sweep folder, RESULT_DIR/EXP_NAME."""
+        config = self.points[0].config
+        return config.result_dir / config.exp_name
+
+
+def parse_series(text: str) -> tuple[Decimal, ...]:
+    """The k values of a named series or a comma list, as written.
+
+    Raises UserError for a value that is no number, outside (0, 1], or given twice.
+    """
+    if text in NAMED_SERIES:
+        return NAMED_SERIES[text]
+    values: list[Decimal] = []
+    for part in _parts("series", text):
+        try:
+            k = Decimal(part)
+        except InvalidOperation:
+            names = ", ".join(NAMED_SERIES)
+            raise UserError(f"series: {part!r} is not a number; give {names} or 0.5,0.1") from None
+        if not (k.is_finite() and 0 < k <= 1):
+            raise UserError(f"series: {part} lies outside (0, 1]; k is the fraction kept")
+        if k in values:
+            raise UserError(f"series: {part} is given twice")
+        values.append(k)
+    return tuple(values)
+
+
+def _parts(name: str, text: str) -> list[str]:
+    """A comma list's values. Raises UserError for an empty or repeated one."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part:
+            raise UserError(f"{name}: an empty value in {text!r}; give a list such as A,B")
+        if parts.count(part) > 1:
+            raise UserError(f"{name}: {part} is given twice")
+    return parts
+
+
+def _parse_stages(text: str) -> list[Mode]:
+    stages = _parts("stages", text)
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise UserError(f"stages: unknown stage {unknown[0]!r}; choose from {','.join(STAGES)}")
+    ordered = [stage for stage in STAGES if stage in stages]
+    if stages != ordered:
+        raise UserError(f"stages: {text} is out of order; give {','.join(ordered)}")
+    if ordered == ["pretrain", "finetune"]:
+        raise UserError("stages: finetune takes a pruned network; give pretrain,prune,finetune")
+    return ordered
+
+
+def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
+    """Every point of the sweep that `flags` describe, validated; nothing is created.
+
+    `flags` are those given on the command line (`SeriesOptions` and `RunConfig` by field name),
+    `ranks` the processes of one run. Raises UserError for any value that cannot work.
+    """
+    options = SeriesOptions(**{k: v for k, v in flags.items() if k in SeriesOptions.model_fields})
+    run_flags = {k: v for k, v in flags.items() if k in RunConfig.model_fields}
+    return _Planner(options, run_flags, ranks).plan()
+
+
+class _Planner:
+    def __init__(self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int) -> None:
+        self.options = options
+        self.ranks = ranks
+        self.main_file: Path | None = run_flags.pop("configs", None)
+        self.flags = run_flags
+        self.notes: list[str] = []
+        self.points: dict[str, Point] = {}
+        self.files: dict[tuple[Mode, str], tuple[Path | None, dict[str, Any]]] = {}
+        for name in ("resume", "evaluate"):
+            if name in run_flags:
+                raise UserError(f"{name}: a series starts and resumes its own runs; leave it out")
+        for plural, single in _AXES.items():
+            if getattr(options, plural) is not None and single in run_flags:
+                raise UserError(
+                    f"{single}: --{plural.replace('_', '-')} gives it too; keep one of the two"
+                )
+        self.main = merge({"configs": self.main_file} if self.main_file else {}) | run_flags
+        self.stages = self._stages()
+        self.axes = self._axes()
+        self._check_sources()
+
+    def _stages(self) -> list[Mode]:
+        own_mode = self.main.get("exp_mode")
+        if self.options.stages is None:
+            if own_mode is None:
+                raise UserError("stages: missing; give --stages, or exp_mode in the --configs file")
+            return _parse_stages(str(own_mode))
+        stages = _parse_stages(self.options.stages)
+        own_stage = "prune" if "prune" in stages else stages[0]
+        if "exp_mode" in self.flags and stages != [self.flags["exp_mode"]]:
+            raise UserError("exp_mode: --stages gives it too; keep one of the two")
+        if own_mode is not None and own_mode != own_stage:
+            raise UserError(
+                f"{self.main_file}: exp_mode is {own_mode}, but --configs must name the file of "
+                f"stage {own_stage}"
+            )
+        return stages
+
+    def _axes(self) -> list[tuple[Any, ...]]:
+        """(seed, arch, layer_type, trainer, k) of every point: k varies fastest."""
+        given = self.options
+        if given.series is None and self.stages != ["pretrain"]:
+            raise UserError("series: missing; give --series unstructured, structured or 0.5,0.1")
+        series: tuple[Any, ...] = (self.main.get("k"),)
+        if given.series is not None:
+            series = parse_series(given.series)
+        if given.trainers is not None and "prune" not in self.stages:
+            raise UserError("trainers: only the prune stage has a choice of trainers")
+
+        def axis(name: str) -> list[Any]:
+            listed = getattr(given, name)
+            return [self.main.get(_AXES[name])] if listed is None else _parts(name, listed)
+
+        seeds = [self._seed(seed) for seed in axis("seeds")]
+        if len(set(seeds)) < len(seeds):
+            raise UserError(f"seeds: a value is given twice in {given.seeds!r}")
+        names = map(axis, ("archs", "layer_types", "trainers"))
+        return list(itertools.product(seeds, *names, series))
+
+    @staticmethod
+    def _seed(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return int(value)
+        except ValueError:
+            raise UserError(f"seeds: {value!r} is not a whole number") from None
+
+    def _check_sources(self) -> None:
+        """One --source-net cannot serve points that need different networks."""
+        if "source_net" not in self.main:
+            return
+        if self.stages[0] == "pretrain":
+            reason = "has no effect" if len(self.stages) == 1 else "comes from the pretrain stage"
+            raise UserError(f"source_net: {reason}; leave it out or leave out the stage")
+        _, archs, layer_types, _, series = (set(axis) for axis in zip(*self.axes, strict=True))
+        if len(archs) > 1:
+            raise UserError("source_net: one checkpoint is of one network; give one --archs value")
+        if self.stages[0] == "finetune" and len(layer_types) * len(series) > 1:
+            raise UserError(
+                "source_net: one pruned network has one k and layer type; give --stages "
+                "prune,finetune (finished prune runs are not run again)"
+            )
+
+    def plan(self) -> Plan:
+        for seed, arch, layer_type, trainer, k in self.axes:
+            source: Point | None = None
+            for stage in self.stages:
+                axes = {"seed": seed, "arch": arch}
+                if stage != "pretrain":
+                    axes |= {"layer_type": layer_type, "k": k}
+                source = self._add(stage, trainer, axes, source)
+        points = sorted(self.points.values(), key=lambda point: STAGES.index(point.stage))
+        return Plan(points, self.notes, list(self._warnings(points)))
+
+    def _add(
+        self, stage: Mode, trainer: str | None, axes: dict[str, Any], source: Point | None
+    ) -> Point:
+        path, values = self._file(stage, trainer or "base")
+        values = values | {name: value for name, value in axes.items() if value is not None}
+        if source is not None:
+            values["source_net"] = source.config.run_folder / BEST
+        config = build_config(values, str(path or ""))
+        if source is None:
+            check_inputs(config)
+        elif config.dataset != source.config.dataset:
+            raise UserError(
+                f"{path}: dataset is {config.dataset}, but stage {source.stage} trains on "
+                f"{source.config.dataset}"
+            )
+        config.batch_per_rank(self.ranks)
+        pruned_by = config.trainer if source is None or stage != "finetune" else source.trainer
+        needs = (source.run_id,) if source else ()
+        point = Point(stage, pruned_by, config, needs)
+        known = self.points.setdefault(point.run_id, point)
+        if known.config.source_net != config.source_net:
+            raise UserError(
+                f"{stage}: {point.run_id} would start from two networks, {known.needs} and "
+                f"{needs}; give each its own --exp-name"
+            )
+        return known
+
+    def _file(self, stage: Mode, trainer: str) -> tuple[Path | None, dict[str, Any]]:
+        """The stage's settings: its file, beaten by the flags that act in it."""
+        key = (stage, trainer if stage == "prune" else "")
+        if key not in self.files:
+            path = self._path(stage, trainer)
+            values = merge({"configs": path} if path else {})
+            if values.get("exp_mode", stage) != stage:
+                raise UserError(f"{path}: exp_mode is {values['exp_mode']}, not {stage}")
+            if stage == "prune" and self.options.trainers is not None:
+                values["trainer"] = trainer
+            # The published files name an experiment per stage; a sweep has one, of one folder.
+            for name in ("exp_name", "result_dir"):
+                if name in self.main:
+                    values[name] = self.main[name]
+            values |= self._acting(stage, values)
+            values["exp_mode"] = stage
+            # Jobs may start in another folder than this command.
+            for name in ("result_dir", "data_dir", "source_net"):
+                default = RunConfig.model_fields[name].default
+                if (folder := values.get(name, default)) is not None:
+                    values[name] = Path(folder).absolute()
+            self.files[key] = path, values
+        return self.files[key]
+
+    def _path(self, stage: Mode, trainer: str) -> Path | None:
+        main_stage = "prune" if "prune" in self.stages else self.stages[0]
+        if stage == main_stage:
+            if self.options.trainers is None or self.main_file is None:
+                return self.main_file
+            path = self.main_file
+            sibling = path.with_name(TRAINER_FILES.get(trainer, path.name))
+            if self.main.get("trainer", "base") != trainer and sibling.is_file():
+                path = sibling
+            self.notes.append(f"trainer {trainer}: settings from {path}")
+            return path
+        named: Path | None = getattr(self.options, f"{stage}_configs")
+        if named is not None:
+            return named
+        if self.main_file is None:
+            raise UserError(f"{stage}_configs: missing; give --{stage}-configs FILE")
+        path = self.main_file.with_name(f"{stage}.yml")
+        if not path.is_file():
+            raise UserError(f"{stage}_configs: no such file: {path}; give --{stage}-configs FILE")
+        return path
+
+    def _acting(self, stage: Mode, values: dict[str, Any]) -> dict[str, Any]:
+        kind = str(stage)
+        if stage == "prune":
+            trainer = self.flags.get("trainer", values.get("trainer"))
+            kind = "bip" if trainer == "bilevel" else "hydra"
+        dropped = {name for name, kinds in _ACTS_IN.items() if kind not in kinds}
+        if stage == "pretrain":
+            dropped |= {"k", "layer_type"}
+        if stage != "prune":
+            dropped |= {"trainer"}
+        if stage != self.stages[0]:
+            dropped |= {"source_net"}
+        return {name: value for name, value in self.flags.items() if name not in dropped}
+
+    def _warnings(self, points: list[Point]) -> Iterable[str]:
+        if self.stages == ["pretrain"] and self.options.series is not None:
+            yield "series: no effect, a dense network is trained"
+        for stage in ("pretrain", "finetune"):
+            name = f"{stage}_configs"
+            if getattr(self.options, name) is not None and (
+                stage not in self.stages or self.stages == [stage]
+            ):
+                yield f"{name}: no effect; the file of the only other stages is --configs"
+        methods = {point.config.method for point in points}
+        for name in self.flags:
+            if not _ACTS_IN.get(name, methods) & cast(set[str], methods):
+                yield f"{name}: no effect in any stage of this sweep"
+        seen = {f"{point.stage}: {line}" for point in points for line in point.config.warnings()}
+        yield from sorted(seen)
+        if "prune" in self.stages and "finetune" not in self.stages:
+            smallest = min(point.config.k for point in points if point.stage == "prune")
+            if smallest < Decimal("0.01"):
+                yield (
+                    f"series: k = {smallest} keeps under 1%; the published advice is to fine-tune "
+                    "there: add finetune to --stages"
+                )

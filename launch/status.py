@@ -1,0 +1,154 @@
+"""The state of a sweep as a table, read from the ledger and the run folders alone."""
+
+import json
+import os
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from launch.ledger import Record, State, StateName, Sweep
+
+_STYLES: dict[StateName, str] = {
+    "waiting": "dim",
+    "running": "cyan",
+    "done": "green",
+    "failed": "bold red",
+    "blocked": "yellow",
+}
+# Columns that are left out where all rows agree; the caption names the value instead.
+_COMMON = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed": "seed"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is known of one point. `top1` is in percent, `sparsity` a fraction, `seconds` wall."""
+
+    run_id: str
+    stage: str
+    k: str
+    arch: str
+    layer_type: str
+    trainer: str
+    seed: int
+    state: StateName
+    reason: str = ""
+    kept: int | None = None
+    sparsity: float | None = None
+    top1: float | None = None
+    epoch: int | None = None
+    epochs: int | None = None
+    loss: float | None = None
+    seconds: float | None = None
+    folder: str = ""
+
+
+def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
+    """One row per point of the sweep in `folder` (or of `run_ids` only).
+
+    Raises UserError if `folder` is no sweep folder.
+    """
+    sweep = Sweep(folder)
+    records = sweep.records()
+    states = sweep.states(records)
+    wanted = [record for record in records if run_ids is None or record.run_id in run_ids]
+    return [_row(sweep, record, states[record.run_id]) for record in wanted]
+
+
+def _row(sweep: Sweep, record: Record, state: State) -> Row:
+    folder = sweep.folder / record.folder
+    values = {name: value for name, value in asdict(record).items() if name in Row.__annotations__}
+    values |= {"state": state.name, "reason": state.reason, "folder": str(folder)}
+    if state.name == "done":
+        result = _read_json(folder / "result.json")
+        if result is None:
+            values["reason"] = "result.json is not readable"
+        for name in ("kept", "sparsity", "top1", "epochs", "seconds"):
+            values[name] = (result or {}).get(name)
+        values["epoch"] = values["epochs"]
+    else:
+        last = _last_record(folder / "metrics.jsonl")
+        values |= {name: last.get(name) for name in ("epoch", "epochs", "loss")}
+        started = sweep.started(record) if state.name == "running" else None
+        values["seconds"] = None if started is None else max(0.0, time.time() - started)
+    return Row(**values)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _last_record(path: Path) -> dict[str, Any]:
+    """The newest whole record of metrics.jsonl that tells the epoch; only the tail is read."""
+    try:
+        with open(path, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 8192))
+            lines = stream.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # torn by the cut above, or still being written
+        if isinstance(record, dict) and "epoch" in record:
+            return record
+    return {}
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """'3 done, 1 running'."""
+    states = [row.state for row in rows]
+    return ", ".join(f"{states.count(name)} {name}" for name in _STYLES if name in states)
+
+
+def table(rows: list[Row], folder: Path) -> Table:
+    """The rows as a rich table; the caption tells what all rows share and where the folders are."""
+    shared = {name for name in _COMMON if len({getattr(row, name) for row in rows}) == 1}
+    found = Table(title=f"{folder.name}: {summary(rows)}", title_justify="left")
+    found.add_column("stage")
+    found.add_column("k", justify="right")
+    for name, title in _COMMON.items():
+        if name not in shared:
+            found.add_column(title)
+    found.add_column("state")
+    for title in ("kept", "sparsity %", "top-1 %", "epochs", "seconds"):
+        found.add_column(title, justify="right")
+    found.add_column("folder or reason", overflow="fold")
+    for row in rows:
+        found.add_row(
+            row.stage,
+            "dense" if row.stage == "pretrain" else row.k,
+            *(str(getattr(row, name)) for name in _COMMON if name not in shared),
+            Text(row.state, style=_STYLES[row.state]),
+            "" if row.kept is None else f"{row.kept:,}",
+            "" if row.sparsity is None else f"{100 * row.sparsity:.2f}",
+            "" if row.top1 is None else f"{row.top1:.2f}",
+            epochs(row),
+            "" if row.seconds is None else f"{row.seconds:.1f}",
+            Text(row.reason or os.path.relpath(row.folder, folder)),
+        )
+    caption = [f"{_COMMON[name]} {getattr(rows[0], name)}" for name in _COMMON if name in shared]
+    found.caption = Text(f"{', '.join(caption)}\nrun folders under {folder}".strip())
+    found.caption_justify = "left"
+    return found
+
+
+def epochs(row: Row) -> str:
+    if row.epoch is None:
+        return ""
+    return f"{row.epoch}" if row.state == "done" else f"{row.epoch}/{row.epochs or '?'}"
+
+
+def as_json(rows: list[Row]) -> str:
+    """The rows as a JSON list, for programs."""
+    return json.dumps([asdict(row) for row in rows], indent=2)

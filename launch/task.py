@@ -1,0 +1,128 @@
+"""What runs inside a job: a worker that takes points in turn until none is left."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.ledger import FINAL, Lock, Queue, Record, Sweep
+
+TRAIN = [sys.executable, "-m", "bip", "train"]
+POLL_SECONDS = 0.25
+# The launcher's CUDA_VISIBLE_DEVICES, which submitit's local executor empties.
+VISIBLE_GPUS = "BIP_LAUNCH_CUDA_VISIBLE_DEVICES"
+
+# These would tell a run that it is one rank of something that it is not.
+_FOREIGN = re.compile(
+    r"SLURM_(?!CONF$)|SUBMITIT_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|"
+    r"MASTER_PORT)$|TORCHELASTIC_"
+)
+
+
+def work(folder: str) -> None:
+    """Run queued points of the sweep, one at a time, until all of them are done, failed or blocked.
+
+    A worker holds one of the `parallelism` slots of the sweep; without a free one it leaves.
+    """
+    sweep = Sweep(Path(folder))
+    slot = _take_slot(sweep)
+    if slot is None:
+        return
+    number, lock = slot
+    try:
+        while number < (queue := sweep.queue()).parallelism:
+            records = {record.run_id: record for record in sweep.records()}
+            states = sweep.states(records.values())
+            queued = [name for name in queue.points if name in records]
+            if all(states[name].name in FINAL for name in queued):
+                return
+            for name in queued:
+                ready = all(states[need].name == "done" for need in records[name].needs)
+                if states[name].name == "waiting" and ready:
+                    if run_point(sweep, records[name], queue, lock):
+                        break  # look again from the top: much may have changed
+            else:
+                # Others have the rest. Stay: what they run may unlock points, or they may die.
+                time.sleep(POLL_SECONDS)
+    finally:
+        lock.close()
+
+
+def _take_slot(sweep: Sweep) -> tuple[int, Lock] | None:
+    for _ in range(8):  # an onlooker holds a slot for an instant
+        for number in range(sweep.queue().parallelism):
+            if lock := Lock.try_acquire(sweep.slot_path(number)):
+                return number, lock
+        time.sleep(POLL_SECONDS / 2)
+    return None
+
+
+def run_point(sweep: Sweep, record: Record, queue: Queue, slot: Lock) -> bool:
+    """Claim the point, run it as a process of its own and record a failure.
+
+    False if another worker was faster.
+    """
+    claim = Lock.try_acquire(sweep.claim_path(record.run_id))
+    if claim is None:
+        return False
+    try:
+        if sweep.is_done(record) or sweep.failure(record) is not None:
+            return False
+        claim.write(json.dumps({"started": time.time(), "worker": os.getpid()}))
+        with open(sweep.log(record.run_id), "ab") as log:
+            begin = log.tell()
+            # The run holds the claim and the slot too: should this worker be killed, the run goes
+            # on, and nobody starts it twice or one too many.
+            process = subprocess.Popen(
+                [*_ranks(queue), "--configs", str(sweep.folder / record.config)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=run_environment(os.environ, queue),
+                pass_fds=(claim.descriptor, slot.descriptor),
+            )
+            code = process.wait()
+        if not sweep.is_done(record):
+            sweep.fail(record, _reason(code, sweep.log(record.run_id), begin))
+    finally:
+        claim.close()
+    return True
+
+
+def _ranks(queue: Queue) -> list[str]:
+    if queue.ntasks_per_node == 1:
+        return queue.command
+    python, *rest = queue.command
+    torchrun = [python, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc-per-node={queue.ntasks_per_node}", *rest]
+
+
+def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str]:
+    """The environment of a run: the launcher's, without what belongs to the job around it."""
+    env = {name: value for name, value in inherited.items() if not _FOREIGN.match(name)}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    if (gpus := env.pop(VISIBLE_GPUS, None)) is not None:
+        env["CUDA_VISIBLE_DEVICES"] = gpus
+    return env | {"OMP_NUM_THREADS": str(queue.cpus_per_task)} | queue.env
+
+
+def _reason(code: int, log: Path, begin: int) -> str:
+    """One line: how the attempt ended and its telling last line."""
+    with open(log, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(begin, size - 16384))
+        text = stream.read().decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    # Under torchrun the launcher's own report follows the failed rank's last words.
+    telling = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    last = (telling if code > 0 and telling else lines or ["it printed nothing"])[-1]
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}; last line: {last}"
+    if code == 0:
+        return f"ended without a result; last line: {last}"
+    return f"exit code {code}: {last}"

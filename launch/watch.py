@@ -1,0 +1,82 @@
+"""Waiting for a sweep: a live display on a terminal, a line per finished run elsewhere."""
+
+import time
+from collections.abc import Collection, Iterator
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from bip.errors import UserError
+from launch.ledger import FINAL, Sweep
+from launch.status import Row, epochs, status, summary
+
+POLL_SECONDS = 0.5
+# Workers need a moment to start; after this long without one, nothing more will happen.
+DEAD_SECONDS = 30.0
+
+
+def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
+    """Watch until every point is done, failed or blocked; returns the final rows.
+
+    Raises UserError when no worker is left and points are unfinished.
+    """
+    rows = status(sweep.folder, run_ids)
+    told = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
+    if told:
+        console.print(f"{len(told)} of {len(rows)} runs were finished before")
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    )
+    overall = progress.add_task(sweep.folder.name, total=len(rows))
+    with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
+        for rows in _polls(sweep, run_ids):
+            for row in rows:
+                if row.state in FINAL and row.run_id not in told:
+                    told.add(row.run_id)
+                    console.print(_finished(row, len(told), len(rows)), soft_wrap=True)
+            if console.is_terminal:
+                progress.update(overall, completed=len(told), description=summary(rows))
+                running = [_running(row) for row in rows if row.state == "running"]
+                live.update(Group(progress, *running), refresh=True)
+        live.update(Text(""))
+    return rows
+
+
+def _polls(sweep: Sweep, run_ids: Collection[str]) -> Iterator[list[Row]]:
+    """The rows, again and again until all are final."""
+    alive = time.monotonic()
+    while True:
+        rows = status(sweep.folder, run_ids)
+        yield rows
+        if all(row.state in FINAL for row in rows):
+            return
+        if sweep.busy_slots():
+            alive = time.monotonic()
+        elif time.monotonic() - alive > DEAD_SECONDS:
+            raise UserError(
+                f"no worker is alive ({summary(rows)}); see {sweep.jobs}/*_log.err, then give the "
+                "same command again"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _name(row: Row) -> str:
+    ratio = "" if row.stage == "pretrain" else f" k {row.k}"
+    return f"{row.stage}{ratio} {row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
+
+
+def _finished(row: Row, count: int, total: int) -> Text:
+    if row.state == "done":
+        end = f"{row.seconds:.1f} s" if row.seconds is not None else row.reason
+        top1 = f", top-1 {row.top1:.2f}%" if row.top1 is not None else ""
+        return Text(f"[{count}/{total}] done     {_name(row)}{top1}, {end}")
+    return Text(f"[{count}/{total}] {row.state:8} {_name(row)}: {row.reason}")
+
+
+def _running(row: Row) -> Text:
+    loss = "" if row.loss is None else f"  loss {row.loss:.4f}"
+    epoch = f"  epoch {epochs(row)}" if row.epoch is not None else "  starting"
+    seconds = "" if row.seconds is None else f"  {row.seconds:.0f} s"
+    return Text(f"  {_name(row)}{epoch}{loss}{seconds}", style="cyan")
