@@ -1,0 +1,78 @@
+"""Real training runs on Digits, in this process: a fraction of a second each."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bip import run
+from bip.config import load_config
+from bip.files import read_jsonl
+from bip.training.checkpoint import State, layer_masks, read_checkpoint
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "Digits"
+LAYER_TYPES = ("unstructured", "filter", "channel")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended."""
+
+    folder: Path
+    result: dict[str, Any]
+
+    @property
+    def newest(self) -> Path:
+        return self.folder / "checkpoint" / "checkpoint.pth.tar"
+
+    @property
+    def best(self) -> Path:
+        return self.folder / "checkpoint" / "model_best.pth.tar"
+
+    @property
+    def state(self) -> State:
+        return read_checkpoint(self.newest)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The final state_dict (θ, not z), without scores."""
+        return {n: t for n, t in self.state["state_dict"].items() if "popup_scores" not in n}
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return layer_masks(self.state)
+
+    def records(self, event: str = "step") -> list[dict[str, Any]]:
+        """The records of metrics.jsonl of one kind."""
+        return [r for r in read_jsonl(self.folder / "metrics.jsonl") if r["event"] == event]
+
+    @property
+    def losses(self) -> list[float]:
+        return [record["loss"] for record in self.records()]
+
+
+def flags(**settings: Any) -> list[str]:
+    """Settings as command-line flags: `bn_wd=False` is `--no-bn-wd`."""
+    words: list[str] = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def arguments(kind: str, result_dir: Path, **settings: Any) -> list[str]:
+    """Flags of a short run by configs/Digits/KIND.yml that logs every step."""
+    short = {"epochs": 1, "print_freq": 1, "result_dir": result_dir}
+    return ["--configs", str(CONFIGS / f"{kind}.yml"), *flags(**short | settings)]
+
+
+def train(kind: str, result_dir: Path, **settings: Any) -> Finished:
+    """Run it to its end."""
+    config = load_config(arguments(kind, result_dir, **settings))
+    run.train(config)
+    return Finished(config.run_folder, json.loads((config.run_folder / "result.json").read_text()))
