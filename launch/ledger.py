@@ -6,7 +6,8 @@
     jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
     jobs/RUN_ID.failed    why the last attempt failed
     jobs/RUN_ID.log       what the run printed
-    jobs/slot-N.lock      held by a worker: a sweep has as many workers as slots
+    jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
+    jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
     MODE/RUN_ID/          the run folders; result.json in one means done
 
 A point's state is read from these files and nowhere else, so any number of launchers, workers and
@@ -23,9 +24,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from bip.config import read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json
-from launch.series import STAGES, Point
+from launch.series import STAGES, Point, check_same_source
 
 VERSION = 1
 StateName = Literal["waiting", "running", "done", "failed", "blocked"]
@@ -149,8 +151,11 @@ class Sweep:
     def claim_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.lock"
 
-    def slot_path(self, slot: int) -> Path:
-        return self.jobs / f"slot-{slot}.lock"
+    def worker_path(self, number: int) -> Path:
+        return self.jobs / f"worker-{number}.lock"
+
+    def slot_path(self, number: int) -> Path:
+        return self.jobs / f"slot-{number}.lock"
 
     def failure_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.failed"
@@ -176,8 +181,23 @@ class Sweep:
             ) from None
 
     def add(self, points: Iterable[Point]) -> None:
-        """Merge the points into the ledger and write their configurations."""
+        """Merge the points into the ledger and write their configurations.
+
+        Raises UserError, with nothing written, if one of them is there with another source_net,
+        and if the folder cannot be written.
+        """
         points = list(points)
+        for point in points:
+            path = self.folder / Record.of(point).config
+            if path.is_file():
+                old = read_yaml(path).get("source_net")
+                check_same_source(point.run_id, old and Path(old), point.config.source_net)
+        try:
+            self._write(points)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error})") from None
+
+    def _write(self, points: list[Point]) -> None:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         with Lock.wait(self.jobs / "ledger.lock"):
@@ -204,17 +224,16 @@ class Sweep:
         path = self.jobs / "queue.json"
         with Lock.wait(self.jobs / "ledger.lock"):
             points = queue.points
-            # Workers submitted just now have no slot yet.
+            # Workers submitted just now have not begun yet.
             recent = path.exists() and time.time() - path.stat().st_mtime < 60
-            if recent or self.busy_slots():
+            if recent or self.live_workers():
                 points = list(dict.fromkeys([*self.queue().points, *points]))
             for run_id in queue.points:
                 self.failure_path(run_id).unlink(missing_ok=True)
             atomic_write_json(path, asdict(queue) | {"points": points})
 
-    def busy_slots(self) -> int:
-        """How many workers are alive."""
-        return sum(map(Lock.is_held, self.jobs.glob("slot-*.lock")))
+    def live_workers(self) -> int:
+        return sum(map(Lock.is_held, self.jobs.glob("worker-*.lock")))
 
     def is_done(self, record: Record) -> bool:
         return (self.folder / record.folder / "result.json").exists()

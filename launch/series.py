@@ -13,14 +13,14 @@ from bip.config import Mode, RunConfig, build_config, check_inputs, merge
 from bip.errors import UserError
 
 # The published sparsity ladder (BiP, figures 4-6), as written there.
-UNSTRUCTURED = tuple(
-    map(
-        Decimal,
-        "0.8000 0.6400 0.5120 0.4100 0.3280 0.2620 0.2097 0.1678 0.1342 0.1074 0.0859 "
-        "0.0687 0.0550 0.0440 0.0350 0.0280 0.0225 0.0180 0.0144 0.0115 0.0092".split(),
-    )
+# fmt: off
+UNSTRUCTURED = (
+    "0.8000", "0.6400", "0.5120", "0.4100", "0.3280", "0.2620", "0.2097", "0.1678", "0.1342",
+    "0.1074", "0.0859", "0.0687", "0.0550", "0.0440", "0.0350", "0.0280", "0.0225", "0.0180",
+    "0.0144", "0.0115", "0.0092",
 )
-STRUCTURED = tuple(map(Decimal, "0.9 0.8 0.7 0.6 0.5 0.4 0.3 0.2 0.1".split()))
+STRUCTURED = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
+# fmt: on
 NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
@@ -30,10 +30,16 @@ TRAINER_FILES = {"bilevel": "bip.yml", "base": "hydra.yml"}
 # Flags that act in some kinds of run only. A run where one is idle never sees it, so that, for
 # example, a sweep over --mask-lr shares its dense network.
 _ACTS_IN = {
-    **dict.fromkeys(("lr2", "mask_lr", "mask_lr_schedule", "mask_wd"), {"bip"}),
-    **dict.fromkeys(("accelerate", "lower_steps"), {"bip"}),
-    **dict.fromkeys(("scaled_score_init", "scores_init_type"), {"bip", "hydra"}),
-    **dict.fromkeys(("scope", "recalibrate_bn"), {"bip", "hydra", "finetune"}),
+    "lr2": {"bip"},
+    "mask_lr": {"bip"},
+    "mask_lr_schedule": {"bip"},
+    "mask_wd": {"bip"},
+    "accelerate": {"bip"},
+    "lower_steps": {"bip"},
+    "scaled_score_init": {"bip", "hydra"},
+    "scores_init_type": {"bip", "hydra"},
+    "scope": {"bip", "hydra", "finetune"},
+    "recalibrate_bn": {"bip", "hydra", "finetune"},
     "scale_rand_init": {"pretrain"},
 }
 # A point has its own of these: (product flag, single flag).
@@ -101,10 +107,8 @@ def parse_series(text: str) -> tuple[Decimal, ...]:
 
     Raises UserError for a value that is no number, outside (0, 1], or given twice.
     """
-    if text in NAMED_SERIES:
-        return NAMED_SERIES[text]
     values: list[Decimal] = []
-    for part in _parts("series", text):
+    for part in NAMED_SERIES.get(text) or _parts("series", text):
         try:
             k = Decimal(part)
         except InvalidOperation:
@@ -139,6 +143,23 @@ def _parse_stages(text: str) -> list[Mode]:
     if ordered == ["pretrain", "finetune"]:
         raise UserError("stages: finetune takes a pruned network; give pretrain,prune,finetune")
     return ordered
+
+
+def check_same_source(run_id: str, one: Path | None, other: Path | None) -> None:
+    """One run folder holds a run from one network. Raises UserError if the sources differ.
+
+    The run ID in the path of a run's checkpoint identifies it wherever the folders have moved.
+    """
+    parts = len(BEST.parts)
+    names = [
+        Path(*path.parts[-parts - 1 :]) if path and path.parts[-parts:] == BEST.parts else path
+        for path in (one, other)
+    ]
+    if names[0] != names[1]:
+        raise UserError(
+            f"source_net: {run_id} would start from {one} and from {other}; "
+            "give the second its own --exp-name"
+        )
 
 
 def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
@@ -257,6 +278,12 @@ class _Planner:
             values["source_net"] = source.config.run_folder / BEST
         config = build_config(values, str(path or ""))
         if source is None:
+            if stage != "pretrain" and config.source_net is None:
+                before = STAGES[: STAGES.index(stage)]
+                raise UserError(
+                    f"source_net: missing; give --source-net PATH, or --stages "
+                    f"{','.join([*before, *self.stages])} to make it"
+                )
             check_inputs(config)
         elif config.dataset != source.config.dataset:
             raise UserError(
@@ -268,11 +295,7 @@ class _Planner:
         needs = (source.run_id,) if source else ()
         point = Point(stage, pruned_by, config, needs)
         known = self.points.setdefault(point.run_id, point)
-        if known.config.source_net != config.source_net:
-            raise UserError(
-                f"{stage}: {point.run_id} would start from two networks, {known.needs} and "
-                f"{needs}; give each its own --exp-name"
-            )
+        check_same_source(point.run_id, known.config.source_net, config.source_net)
         return known
 
     def _file(self, stage: Mode, trainer: str) -> tuple[Path | None, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from bip.errors import UserError
 from launch.ledger import FINAL, Queue, Sweep
 from launch.profile import Profile
-from launch.task import TRAIN, VISIBLE_GPUS, work
+from launch.task import TRAIN, VISIBLE_GPUS, without_job, work
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
 
@@ -23,7 +23,7 @@ def submit(sweep: Sweep, profile: Profile, run_ids: list[str], command: list[str
     sweep.set_queue(Queue(points=run_ids, command=command, **profile_values))
     states = sweep.states(sweep.records())
     unfinished = sum(states[run_id].name not in FINAL for run_id in sweep.queue().points)
-    count = min(profile.parallelism, unfinished) - sweep.busy_slots()
+    count = min(profile.parallelism, unfinished) - sweep.live_workers()
     if count > 0:
         _start_apart(sweep, count)
     return max(count, 0)
@@ -35,7 +35,7 @@ def _start_apart(sweep: Sweep, count: int) -> None:
     submitit starts local jobs in the session of its caller, where Ctrl-C and a closed terminal
     would end them.
     """
-    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env = without_job(os.environ)
     if "CUDA_VISIBLE_DEVICES" in env:
         env[VISIBLE_GPUS] = env["CUDA_VISIBLE_DEVICES"]
     log = sweep.jobs / "submit.log"

@@ -27,39 +27,52 @@ _FOREIGN = re.compile(
 def work(folder: str) -> None:
     """Run queued points of the sweep, one at a time, until all of them are done, failed or blocked.
 
-    A worker holds one of the `parallelism` slots of the sweep; without a free one it leaves.
+    Of each number below `parallelism` there is one worker; one without a number leaves.
     """
     sweep = Sweep(Path(folder))
-    slot = _take_slot(sweep)
-    if slot is None:
+    taken = _take_number(sweep)
+    if taken is None:
         return
-    number, lock = slot
+    number, presence = taken
     try:
         while number < (queue := sweep.queue()).parallelism:
             records = {record.run_id: record for record in sweep.records()}
             states = sweep.states(records.values())
-            queued = [name for name in queue.points if name in records]
-            if all(states[name].name in FINAL for name in queued):
+            queued = [records[name] for name in queue.points if name in records]
+            if all(states[record.run_id].name in FINAL for record in queued):
                 return
-            for name in queued:
-                ready = all(states[need].name == "done" for need in records[name].needs)
-                if states[name].name == "waiting" and ready:
-                    if run_point(sweep, records[name], queue, lock):
-                        break  # look again from the top: much may have changed
-            else:
-                # Others have the rest. Stay: what they run may unlock points, or they may die.
+            ready = [
+                record
+                for record in queued
+                if states[record.run_id].name == "waiting"
+                and all(states[need].name == "done" for need in record.needs)
+            ]
+            # After a run look again from the top: much may have changed. With nothing to run stay
+            # nevertheless: what others run may unlock points, or they may die.
+            if not _run_first(sweep, ready, queue, number):
                 time.sleep(POLL_SECONDS)
     finally:
-        lock.close()
+        presence.close()
 
 
-def _take_slot(sweep: Sweep) -> tuple[int, Lock] | None:
-    for _ in range(8):  # an onlooker holds a slot for an instant
+def _take_number(sweep: Sweep) -> tuple[int, Lock] | None:
+    for _ in range(8):  # an onlooker holds a lock for an instant
         for number in range(sweep.queue().parallelism):
-            if lock := Lock.try_acquire(sweep.slot_path(number)):
+            if lock := Lock.try_acquire(sweep.worker_path(number)):
                 return number, lock
         time.sleep(POLL_SECONDS / 2)
     return None
+
+
+def _run_first(sweep: Sweep, ready: list[Record], queue: Queue, number: int) -> bool:
+    """Run the first point that nobody else claims; False if there is none to be had now."""
+    slot = Lock.try_acquire(sweep.slot_path(number))
+    if slot is None:  # the run of an earlier, killed worker goes on in it
+        return False
+    try:
+        return any(run_point(sweep, record, queue, slot) for record in ready)
+    finally:
+        slot.close()
 
 
 def run_point(sweep: Sweep, record: Record, queue: Queue, slot: Lock) -> bool:
@@ -102,9 +115,14 @@ def _ranks(queue: Queue) -> list[str]:
     return [*torchrun, f"--nproc-per-node={queue.ntasks_per_node}", *rest]
 
 
+def without_job(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without the variables of a job, or of ranks, that this process is part of."""
+    return {name: value for name, value in env.items() if not _FOREIGN.match(name)}
+
+
 def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str]:
     """The environment of a run: the launcher's, without what belongs to the job around it."""
-    env = {name: value for name, value in inherited.items() if not _FOREIGN.match(name)}
+    env = without_job(inherited)
     env.pop("CUDA_VISIBLE_DEVICES", None)
     if (gpus := env.pop(VISIBLE_GPUS, None)) is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
@@ -118,8 +136,10 @@ def _reason(code: int, log: Path, begin: int) -> str:
         stream.seek(max(begin, size - 16384))
         text = stream.read().decode(errors="replace")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # Under torchrun the launcher's own report follows the failed rank's last words.
-    telling = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    # Under torchrun its own report (ChildFailedError) follows the failed rank's last words.
+    pattern = r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"
+    raised = [line for line in lines if re.match(pattern, line)]
+    telling = [line for line in lines if line.startswith("error: ")] or raised
     last = (telling if code > 0 and telling else lines or ["it printed nothing"])[-1]
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; last line: {last}"

@@ -1,5 +1,6 @@
 """Waiting for a sweep: a live display on a terminal, a line per finished run elsewhere."""
 
+import sys
 import time
 from collections.abc import Collection, Iterator
 
@@ -8,7 +9,6 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from bip.errors import UserError
 from launch.ledger import FINAL, Sweep
 from launch.status import Row, epochs, status, summary
 
@@ -18,9 +18,9 @@ DEAD_SECONDS = 30.0
 
 
 def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
-    """Watch until every point is done, failed or blocked; returns the final rows.
+    """Watch until every point is done, failed or blocked, or no worker is left.
 
-    Raises UserError when no worker is left and points are unfinished.
+    Returns the final rows.
     """
     rows = status(sweep.folder, run_ids)
     told = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
@@ -52,13 +52,15 @@ def _polls(sweep: Sweep, run_ids: Collection[str]) -> Iterator[list[Row]]:
         yield rows
         if all(row.state in FINAL for row in rows):
             return
-        if sweep.busy_slots():
+        if sweep.live_workers():
             alive = time.monotonic()
         elif time.monotonic() - alive > DEAD_SECONDS:
-            raise UserError(
-                f"no worker is alive ({summary(rows)}); see {sweep.jobs}/*_log.err, then give the "
-                "same command again"
+            print(
+                f"error: no worker is alive ({summary(rows)}); see {sweep.jobs}/*_log.err, then "
+                "give the same command again",
+                file=sys.stderr,
             )
+            return
         time.sleep(POLL_SECONDS)
 
 

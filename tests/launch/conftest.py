@@ -1,0 +1,95 @@
+"""A stand-in for `bip train` and helpers to drive real launchers, workers and locks with it."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bip.files import read_jsonl
+from launch.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "Digits"
+
+# Takes --configs FILE like bip train; FAKE_* steer it. Keeps no lock and no order of its own.
+FAKE_TRAIN = """
+import os, sys, time
+from pathlib import Path
+from bip.config import build_config, merge
+from bip.files import append_jsonl, atomic_write_json
+
+config = build_config(merge({"configs": Path(sys.argv[2])}))
+log = Path(os.environ["FAKE_LOG"])
+
+def tell(event):
+    append_jsonl(log, {
+        "event": event, "run_id": config.run_id, "stage": config.exp_mode, "k": config.k_text,
+        "pid": os.getpid(), "time": time.time(), "threads": os.environ["OMP_NUM_THREADS"],
+        "environment": dict(os.environ),
+    })
+
+tell("start")
+if config.k_text in os.environ.get("FAKE_FAIL", "").split(","):
+    print("a line before")
+    print("error: data_dir: the disk is on fire", file=sys.stderr)
+    sys.exit(2)
+if config.source_net and config.source_net.name == "model_best.pth.tar":
+    assert (config.source_net.parents[1] / "result.json").exists(), "started before its source"
+while Path(os.environ.get("FAKE_HOLD", "/nonexistent")).exists():
+    time.sleep(0.02)
+time.sleep(float(os.environ.get("FAKE_SECONDS", "0.05")))
+config.run_folder.mkdir(parents=True, exist_ok=True)
+best = config.run_folder / "checkpoint" / "model_best.pth.tar"
+best.parent.mkdir(exist_ok=True)
+best.touch()
+tell("end")
+atomic_write_json(config.run_folder / "result.json", {
+    "kept": 7, "sparsity": 1 - float(config.k), "top1": 91.5, "epochs": config.epochs,
+    "seconds": 1.25,
+})
+"""
+
+
+def until(condition: Callable[[], Any], seconds: float = 30.0) -> Any:
+    """The first true value of `condition`."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"not true within {seconds} s: {condition}")
+
+
+class FakeSweep:
+    """One sweep in a temporary folder whose runs are FAKE_TRAIN."""
+
+    def __init__(self, folder: Path) -> None:
+        self.results = folder / "results"
+        self.folder = self.results / "sweep"
+        self.log = folder / "log.jsonl"
+        self.hold = folder / "hold"
+        self.script = folder / "fake_train.py"
+        self.script.write_text(FAKE_TRAIN)
+        self.command = [sys.executable, str(self.script)]
+
+    def argv(self, *more: str) -> list[str]:
+        place = ["--result-dir", str(self.results), "--exp-name", "sweep"]
+        return ["series", "--configs", str(DIGITS / "bip.yml"), *place, *more]
+
+    def series(self, *more: str) -> int:
+        return main(self.argv(*more), self.command)
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        return [record for record in read_jsonl(self.log) if record["event"] == event]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSweep:
+    sweep = FakeSweep(tmp_path)
+    monkeypatch.setenv("FAKE_LOG", str(sweep.log))
+    monkeypatch.setenv("FAKE_HOLD", str(sweep.hold))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return sweep

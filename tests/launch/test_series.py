@@ -1,0 +1,318 @@
+"""The k series, the plan's product and chain, and bad input: one line, exit 2, nothing created."""
+
+import shutil
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bip.config import RunConfig, load_config, read_yaml
+from bip.errors import UserError
+from bip.flags import parse_flags
+from launch.__main__ import main
+from launch.profile import load_profile
+from launch.series import Plan, SeriesOptions, make_plan, parse_series
+from tests.launch.conftest import DIGITS, FakeSweep
+
+PUBLISHED = (
+    "0.8000 0.6400 0.5120 0.4100 0.3280 0.2620 0.2097 0.1678 0.1342 0.1074 0.0859 0.0687 0.0550 "
+    "0.0440 0.0350 0.0280 0.0225 0.0180 0.0144 0.0115 0.0092"
+)
+
+
+def plan(*argv: str, configs: Path | str = DIGITS / "bip.yml", ranks: int = 1) -> Plan:
+    line = ["--configs", str(configs), *argv]
+    return make_plan(parse_flags([SeriesOptions, RunConfig], line, "series", ""), ranks)
+
+
+def setting(file: str, key: str) -> Any:
+    return read_yaml(DIGITS / file)[key]
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    path = tmp_path / "dense.pth.tar"
+    path.touch()
+    return path
+
+
+def test_unstructured_series_is_the_published_one() -> None:
+    series = parse_series("unstructured")
+    assert len(series) == 21
+    assert [format(k, "f") for k in series] == PUBLISHED.split()
+
+
+def test_structured_series_is_nine_tenths_down_to_one() -> None:
+    assert parse_series("structured") == tuple(Decimal(n) / 10 for n in range(9, 0, -1))
+
+
+def test_comma_list_keeps_its_order_and_its_digits() -> None:
+    assert [str(k) for k in parse_series("0.1, 0.50,1")] == ["0.1", "0.50", "1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("0.5,0.50", "0.50 is given twice"),
+        ("0.5,0", "0 lies outside (0, 1]"),
+        ("0.5,1.01", "1.01 lies outside (0, 1]"),
+        ("-0.1", "-0.1 lies outside (0, 1]"),
+        ("nan", "nan lies outside (0, 1]"),
+        ("0.5,,0.1", "an empty value"),
+        ("unstructred", "'unstructred' is not a number"),
+    ],
+)
+def test_bad_series_names_the_value(text: str, named: str) -> None:
+    with pytest.raises(UserError, match="series: ") as error:
+        parse_series(text)
+    assert named in str(error.value)
+
+
+def test_product_and_chain() -> None:
+    """2 k x 2 seeds x 2 networks x 2 layer types; one pretraining per network and seed."""
+    found = plan(
+        *("--series", "0.5,0.1", "--seeds", "1,2", "--archs", "digits_net,resnet20s"),
+        *("--layer-types", "unstructured,filter", "--stages", "pretrain,prune,finetune"),
+        *("--result-dir", "/results", "--exp-name", "sweep"),
+    )
+    stages = [point.stage for point in found.points]
+    assert stages == ["pretrain"] * 4 + ["prune"] * 16 + ["finetune"] * 16
+    by_id = {point.run_id: point for point in found.points}
+    assert len(by_id) == 36
+    axes = set()
+    for point in found.points:
+        config = point.config
+        assert config.run_folder == Path("/results/sweep") / point.stage / point.run_id
+        assert config.exp_mode == point.stage
+        if point.stage == "pretrain":
+            assert point.needs == ()
+            assert config.source_net is None
+            assert config.epochs == setting("pretrain.yml", "epochs")
+            continue
+        (need,) = point.needs
+        source = by_id[need].config
+        assert config.source_net == source.run_folder / "checkpoint" / "model_best.pth.tar"
+        assert (source.arch, source.seed) == (config.arch, config.seed)
+        if point.stage == "prune":  # always from the dense network, whatever the k before
+            assert source.exp_mode == "pretrain"
+            axes.add((config.k, config.seed, config.arch, config.layer_type))
+            assert config.trainer == "bilevel"
+        else:
+            assert source.exp_mode == "prune"
+            assert (source.k, source.layer_type) == (config.k, config.layer_type)
+            assert (config.trainer, point.trainer) == ("base", "bilevel")
+    assert len(axes) == 16
+
+
+def test_single_stage_takes_the_files_own_mode_and_the_given_source(dense: Path) -> None:
+    found = plan("--series", "unstructured", "--source-net", str(dense))
+    assert [str(point.config.k) for point in found.points] == PUBLISHED.split()
+    assert {(p.stage, p.needs, p.config.source_net) for p in found.points} == {("prune", (), dense)}
+    (pretrain,) = plan(configs=DIGITS / "pretrain.yml").points
+    assert pretrain.stage == "pretrain"
+
+
+def test_paths_in_a_plan_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = plan("--series", "0.1", "--stages", "pretrain,prune")
+    assert found.folder == tmp_path / "trained_models" / "Digits_digits_net_BiP"
+    assert {point.config.data_dir for point in found.points} == {tmp_path / "data"}
+
+
+def test_flags_reach_the_stages_where_they_act() -> None:
+    chain = ("--series", "0.1", "--stages", "pretrain,prune,finetune")
+    plain = {point.stage: point for point in plan(*chain).points}
+    tuned = {
+        point.stage: point
+        for point in plan(*chain, "--epochs", "3", "--mask_lr", "0.7", "--data-dir", "/x").points
+    }
+    assert {point.config.epochs for point in tuned.values()} == {3}
+    assert {str(point.config.data_dir) for point in tuned.values()} == {"/x"}
+    assert tuned["prune"].config.mask_lr == 0.7
+    masked = {point.stage: point for point in plan(*chain, "--mask-lr", "0.7").points}
+    assert masked["pretrain"].run_id == plain["pretrain"].run_id  # shared with the plain sweep
+    assert masked["finetune"].config.mask_lr == plain["finetune"].config.mask_lr
+    assert masked["prune"].run_id != plain["prune"].run_id
+
+
+def test_underscores_and_hyphens_are_one() -> None:
+    a = plan("--series", "0.1", "--layer_types", "filter", "--stages", "pretrain,prune")
+    b = plan("--series", "0.1", "--layer-types", "filter", "--stages", "pretrain,prune")
+    assert [point.config for point in a.points] == [point.config for point in b.points]
+
+
+def test_trainer_sweep_takes_each_trainers_file_and_says_so(dense: Path) -> None:
+    found = plan("--series", "0.1", "--trainers", "bilevel,base", "--source-net", str(dense))
+    bip, hydra = (point.config for point in found.points)
+    assert (bip.method, bip.wd) == ("bip", setting("bip.yml", "wd"))
+    assert setting("bip.yml", "wd") != setting("hydra.yml", "wd")
+    assert (hydra.method, hydra.wd) == ("hydra", setting("hydra.yml", "wd"))
+    notes = " ".join(found.notes)
+    assert f"bilevel: settings from {DIGITS / 'bip.yml'}" in notes
+    assert f"base: settings from {DIGITS / 'hydra.yml'}" in notes
+
+
+def test_trainer_without_a_file_of_its_own_keeps_the_named_one(dense: Path, tmp_path: Path) -> None:
+    shutil.copy(DIGITS / "bip.yml", tmp_path / "mine.yml")
+    found = plan(
+        *("--series", "0.1", "--trainers", "base", "--source-net", str(dense)),
+        configs=tmp_path / "mine.yml",
+    )
+    assert found.points[0].config.method == "hydra"
+    assert found.points[0].config.wd == setting("bip.yml", "wd")
+    assert found.notes == [f"trainer base: settings from {tmp_path / 'mine.yml'}"]
+
+
+def test_a_run_never_has_two_sources() -> None:
+    """Whatever a RUN_ID covers, two points of one folder must start from one network."""
+    line = ("--series", "0.1", "--trainers", "bilevel,base", "--stages", "pretrain,prune,finetune")
+    try:
+        points = plan(*line).points
+    except UserError as error:
+        assert "would start from" in str(error)  # noqa: PT017
+    else:
+        finetunes = [point for point in points if point.stage == "finetune"]
+        assert len({point.run_id for point in finetunes}) == 2
+        assert len({point.needs for point in finetunes}) == 2
+
+
+def test_extreme_sparsity_without_finetune_warns_once(dense: Path) -> None:
+    few = plan("--series", "unstructured", "--source-net", str(dense)).warnings
+    assert len([line for line in few if "fine-tune" in line and "0.0092" in line]) == 1
+    chain = plan("--series", "unstructured", "--stages", "pretrain,prune,finetune")
+    assert not any("fine-tune" in line for line in chain.warnings)
+    at_one_percent = plan("--series", "0.01", "--source-net", str(dense))
+    assert not any("fine-tune" in line for line in at_one_percent.warnings)
+
+
+def test_option_without_effect_warns(dense: Path) -> None:
+    found = plan(
+        *("--series", "0.1", "--source-net", str(dense), "--mask-lr", "0.3"),
+        configs=DIGITS / "hydra.yml",
+    )
+    assert any(line.startswith("mask_lr: no effect") for line in found.warnings)
+
+
+def test_stage_files_can_be_named(tmp_path: Path) -> None:
+    values = read_yaml(DIGITS / "pretrain.yml") | {"epochs": 4}
+    (tmp_path / "other.yml").write_text(yaml.safe_dump(values))
+    other = ("--pretrain-configs", str(tmp_path / "other.yml"))
+    pretrain, _ = plan("--series", "0.1", "--stages", "pretrain,prune", *other).points
+    assert pretrain.config.epochs == 4
+
+
+def test_batch_must_divide_by_the_ranks() -> None:
+    with pytest.raises(UserError, match="batch_size: 64 does not divide by 3 ranks"):
+        plan("--series", "0.1", "--stages", "pretrain,prune", ranks=3)
+
+
+CHAIN = ["--stages", "pretrain,prune"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ([], "series: missing"),
+        (["--series", "0.5"], "source_net: missing; give --source-net PATH, or --stages pretrain,"),
+        (["--series", "0.5", "--source-net", "/nowhere.pth"], "source_net: no such file: /nowhere"),
+        (["--series", "0.5,0.5", *CHAIN], "series: 0.5 is given twice"),
+        (["--series", "2", *CHAIN], "series: 2 lies outside"),
+        (["--seris", "0.5", *CHAIN], "Perhaps you meant: --series"),
+        (["--series", "0.5", "--k", "0.1", *CHAIN], "k: --series gives it too"),
+        (["--series", "0.5", "--seeds", "1,1", *CHAIN], "seeds: 1 is given twice"),
+        (["--series", "0.5", "--seeds", "1,01", *CHAIN], "seeds: a value is given twice"),
+        (["--series", "0.5", "--seeds", "one", *CHAIN], "seeds: 'one' is not a whole number"),
+        (["--series", "0.5", "--seeds", "-1", *CHAIN], "seed: "),
+        (["--series", "0.5", "--layer-types", "filtre", *CHAIN], "layer_type: "),
+        (["--series", "0.5", "--trainers", "bip", *CHAIN], "trainer: "),
+        (["--series", "0.5", "--archs", "digits_net,resnet21s", *CHAIN], "'resnet21s'"),
+        (["--series", "0.5", "--lr", "-1", *CHAIN], "lr: "),
+        (["--series", "0.5", "--stages", "prune,pretrain"], "stages: prune,pretrain is out of"),
+        (["--series", "0.5", "--stages", "pretrain,pune"], "stages: unknown stage 'pune'"),
+        (["--series", "0.5", "--stages", "pretrain,finetune"], "finetune takes a pruned network"),
+        (["--series", "0.5", "--stages", "finetune"], "exp_mode is prune, but --configs must name"),
+        (["--series", "0.5", *CHAIN, "--source-net", "/x"], "source_net: comes from the pretrain"),
+        (["--series", "0.5", *CHAIN, "--resume", "/x"], "resume: a series starts and resumes"),
+        (["--series", "0.5", *CHAIN, "--pretrain-configs", "/no.yml"], "/no.yml: cannot be read"),
+        (["--series", "0.5", *CHAIN, "--profile", "/no.yml"], "profile: no such file: /no.yml"),
+        (["--series", "0.5", *CHAIN, "--parallelism", "0"], "parallelism: must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_creates_nothing(
+    argv: list[str], named: str, fake: FakeSweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fake.series(*argv) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert not fake.results.exists()
+
+
+def test_one_source_cannot_serve_several_pruned_networks(dense: Path) -> None:
+    with pytest.raises(UserError, match="--stages prune,finetune"):
+        plan(*("--series", "0.5,0.1", "--source-net", str(dense)), configs=DIGITS / "finetune.yml")
+    with pytest.raises(UserError, match="one checkpoint is of one network"):
+        plan("--series", "0.5", "--source-net", str(dense), "--archs", "digits_net,resnet20s")
+
+
+def test_configurations_of_points_load_as_they_are(fake: FakeSweep, dense: Path) -> None:
+    """What the ledger's files say to `bip train` is what was planned."""
+    from launch.ledger import Sweep
+
+    found = plan("--series", "0.5,0.0092", "--result-dir", str(fake.results),
+                 "--source-net", str(dense))  # fmt: skip
+    Sweep(found.folder).add(found.points)
+    for point in found.points:
+        path = found.folder / "points" / f"{point.run_id}.yml"
+        read = load_config(["--configs", str(path)])
+        assert read.run_id == point.run_id
+        assert read.model_copy(update={"configs": None}) == point.config.model_copy(
+            update={"configs": None}
+        )
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("executor: local\nparalelism: 3\n", "'paralelism' (perhaps you meant parallelism)"),
+        ("executor: slrm\n", "executor: "),
+        ("parallelism: 2\n", "executor: missing"),
+        ("executor: local\ncpus_per_task: 0\n", "cpus_per_task: "),
+        ("executor: local\nexecutor: local\n", "'executor' is written twice"),
+        ("- 1\n", "key: value"),
+    ],
+)
+def test_bad_profile_names_file_and_key(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "profile.yml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_profile(path)
+    assert str(path) in str(error.value)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_local_profile_and_the_parallelism_flag() -> None:
+    assert load_profile(None).executor == "local"
+    assert load_profile(None, 5).parallelism == 5
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["series", "--help"], ["status", "--help"]])
+def test_help(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    assert code == 0
+    assert "usage: python -m launch" in capsys.readouterr().out
+
+
+def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serie"]) == 2
+    assert capsys.readouterr().err == (
+        "error: unknown command 'serie' (perhaps you meant series); see --help\n"
+    )

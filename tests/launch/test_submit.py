@@ -1,0 +1,292 @@
+"""Workers, locks and launchers: real processes through submitit, a stand-in for the training."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bip.errors import UserError
+from launch.ledger import Lock, Queue, Sweep
+from launch.series import check_same_source
+from launch.status import status
+from launch.task import run_environment
+from tests.launch.conftest import FakeSweep, until
+
+CHAIN = ("--stages", "pretrain,prune")
+SIX = ("--series", "0.9,0.8,0.7,0.6,0.5,0.4", *CHAIN)
+
+
+def states(fake: FakeSweep) -> dict[str, str]:
+    """k (or 'dense') -> state."""
+    rows = status(fake.folder)
+    return {"dense" if row.stage == "pretrain" else row.k: row.state for row in rows}
+
+
+def most_at_once(fake: FakeSweep) -> int:
+    """The largest number of runs between their start and end records."""
+    steps = [(r["time"], 1) for r in fake.events("start")]
+    steps += [(r["time"], -1) for r in fake.events("end")]
+    running, most = 0, 0
+    for _, change in sorted(steps):
+        running += change
+        most = max(most, running)
+    return most
+
+
+def running_note(fake: FakeSweep) -> dict[str, Any]:
+    """What the claim of the one running point tells of its worker."""
+    sweep = Sweep(fake.folder)
+    (row,) = [row for row in status(fake.folder) if row.state == "running"]
+    note: dict[str, Any] = json.loads(sweep.claim_path(row.run_id).read_text())
+    return note
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_parallelism_is_honoured(fake: FakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_SECONDS", "0.5")
+    assert fake.series(*SIX, "--parallelism", "2") == 0
+    assert len(fake.events("end")) == 7
+    assert most_at_once(fake) == 2
+    assert fake.events("start")[0]["stage"] == "pretrain"
+
+
+def test_two_launchers_share_the_slots(fake: FakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command again while runs are going adds no worker beyond --parallelism."""
+    monkeypatch.setenv("FAKE_SECONDS", "0.3")
+    line = (*SIX, "--parallelism", "2")
+    assert fake.series(*line, "--no-wait") == 0
+    assert fake.series(*line, "--no-wait") == 0
+    assert fake.series(*line) == 0
+    assert most_at_once(fake) == 2
+    run_ids = [record["run_id"] for record in fake.events("start")]
+    assert len(run_ids) == len(set(run_ids)) == 7
+
+
+def test_second_call_adds_nothing_and_runs_nothing(
+    fake: FakeSweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("--series", "0.5,0.1", *CHAIN)
+    assert fake.series(*line) == 0
+    first = capsys.readouterr().out
+    assert first.count("] done") == 3
+    assert "50.00" in first  # the table
+    ledger = (fake.folder / "series.json").read_bytes()
+    assert fake.series(*line) == 0
+    assert "3 of 3 runs were finished before" in capsys.readouterr().out
+    assert len(fake.events("start")) == 3
+    assert (fake.folder / "series.json").read_bytes() == ledger
+
+
+def test_more_values_join_the_ledger_and_only_they_run(fake: FakeSweep) -> None:
+    assert fake.series("--series", "0.5", *CHAIN) == 0
+    assert fake.series("--series", "0.5,0.1", *CHAIN) == 0
+    assert [record["k"] for record in fake.events("start")] == ["1", "0.5", "0.1"]
+    assert fake.series("--series", "0.5", *CHAIN, "--lr2", "0.5") == 0
+    assert len(status(fake.folder)) == 4
+
+
+def test_runs_get_their_threads_and_no_foreign_ranks(
+    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("SLURM_PROCID", "SLURM_JOB_ID", "RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "3")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    profile = tmp_path / "profile.yml"
+    profile.write_text(
+        "executor: local\ncpus_per_task: 3\nenv: {FAKE_SECONDS: 0.01, COLOUR: red}\n"
+    )
+    assert fake.series("--series", "0.5", *CHAIN, "--profile", str(profile)) == 0
+    for record in fake.events("start"):
+        environment = record["environment"]
+        assert environment["OMP_NUM_THREADS"] == "3"
+        assert environment["COLOUR"] == "red"
+        assert environment["CUDA_VISIBLE_DEVICES"] == "5"
+        foreign = [name for name in environment if name.startswith(("SLURM_", "SUBMITIT_"))]
+        assert foreign == ["SLURM_CONF"]
+        assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(environment)
+
+
+def test_failure_is_shown_blocks_its_dependants_and_spares_the_others(
+    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "0.5")
+    line = ("--series", "0.5,0.1", "--stages", "pretrain,prune,finetune")
+    assert fake.series(*line) == 1
+    rows = {(row.stage, row.k): row for row in status(fake.folder)}
+    found = {key: row.state for key, row in rows.items()}
+    assert found == {
+        ("pretrain", "1"): "done",
+        ("prune", "0.5"): "failed",
+        ("prune", "0.1"): "done",
+        ("finetune", "0.5"): "blocked",
+        ("finetune", "0.1"): "done",
+    }
+    reason = "exit code 2: error: data_dir: the disk is on fire"
+    assert rows["prune", "0.5"].reason == reason
+    assert rows["prune", "0.5"].run_id in rows["finetune", "0.5"].reason
+    assert reason in capsys.readouterr().out
+
+    monkeypatch.delenv("FAKE_FAIL")  # the user mends it and gives the same command
+    assert fake.series(*line) == 0
+    starts = [(record["stage"], record["k"]) for record in fake.events("start")]
+    assert sorted(starts) == sorted([*found, ("prune", "0.5")])
+
+
+def test_failed_pretraining_blocks_everything(
+    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "1")
+    assert fake.series("--series", "0.5", "--stages", "pretrain,prune,finetune") == 1
+    assert [row.state for row in status(fake.folder)] == ["failed", "blocked", "blocked"]
+    assert len(fake.events("start")) == 1
+
+
+def test_ctrl_c_leaves_the_runs_going(fake: FakeSweep) -> None:
+    fake.hold.touch()
+    call = f"main({fake.argv(*SIX)}, {fake.command})"
+    program = f"import sys; from launch.__main__ import main; sys.exit({call})"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # its own process group, as on a terminal
+    )
+    until(lambda: fake.events("start"))
+    os.killpg(launcher.pid, signal.SIGINT)
+    # The pipe closes with the launcher: the runs must not hold it open.
+    output, _ = launcher.communicate(timeout=20)
+    assert launcher.returncode == 130
+    assert f"python -m launch status {fake.folder}" in output
+    assert states(fake)["dense"] == "running"
+    fake.hold.unlink()
+    until(lambda: set(states(fake).values()) == {"done"})
+    assert len(fake.events("start")) == 7
+
+
+def test_killed_run_is_a_failure_with_its_signal(fake: FakeSweep) -> None:
+    fake.hold.touch()
+    fake.series("--series", "0.5", *CHAIN, "--no-wait")
+    kill(until(lambda: fake.events("start"))[0]["pid"])
+    until(lambda: states(fake)["dense"] == "failed")
+    assert status(fake.folder)[0].reason.startswith("killed by SIGKILL")
+
+
+def test_point_of_a_killed_worker_is_taken_up_again(fake: FakeSweep) -> None:
+    fake.hold.touch()
+    line = ("--series", "0.5", *CHAIN, "--parallelism", "1")
+    fake.series(*line, "--no-wait")
+    run = until(lambda: fake.events("start"))[0]["pid"]
+    kill(running_note(fake)["worker"])
+    kill(run)
+    until(lambda: states(fake)["dense"] == "waiting")
+    assert Sweep(fake.folder).live_workers() == 0
+    fake.hold.unlink()
+    assert fake.series(*line) == 0
+    assert [record["stage"] for record in fake.events("start")] == ["pretrain"] * 2 + ["prune"]
+
+
+def test_run_outlives_its_killed_worker_and_is_not_started_twice(fake: FakeSweep) -> None:
+    fake.hold.touch()
+    line = ("--series", "0.5", *CHAIN, "--parallelism", "1")
+    fake.series(*line, "--no-wait")
+    until(lambda: fake.events("start"))
+    kill(running_note(fake)["worker"])
+    fake.series(*line, "--no-wait")
+    time.sleep(1.5)  # time enough for a second worker to make the mistake
+    assert len(fake.events("start")) == 1
+    assert states(fake)["dense"] == "running"
+    fake.hold.unlink()
+    assert fake.series(*line) == 0
+    assert [record["stage"] for record in fake.events("start")] == ["pretrain", "prune"]
+
+
+def test_launcher_stops_waiting_when_no_worker_is_left(
+    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.watch.DEAD_SECONDS", 0.1)
+    monkeypatch.setattr("launch.__main__.submit", lambda *_: 0)
+    assert fake.series("--series", "0.5", *CHAIN) == 1
+    output = capsys.readouterr()
+    assert "no worker is alive (2 waiting)" in output.err
+    assert "waiting" in output.out
+
+
+def test_run_that_ends_without_a_result_has_failed(fake: FakeSweep) -> None:
+    fake.script.write_text("print('good bye')")
+    assert fake.series("--series", "0.5", *CHAIN) == 1
+    assert status(fake.folder)[0].reason == "ended without a result; last line: good bye"
+
+
+def test_several_ranks_start_through_torchrun(fake: FakeSweep, tmp_path: Path) -> None:
+    fake.script.write_text(
+        "import os, pathlib, sys\n"
+        "text = ' '.join(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))\n"
+        f"pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(text)\n"
+        "sys.exit('error: batch_size: too small')\n"
+    )
+    profile = tmp_path / "profile.yml"
+    profile.write_text("executor: local\nntasks_per_node: 2\n")
+    fake.series("--stages", "pretrain", "--configs", str(Path(fake.argv()[2]).with_name(
+        "pretrain.yml")), "--profile", str(profile))  # fmt: skip
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["0 0 2", "1 1 2"]
+    assert status(fake.folder)[0].reason == "exit code 1: error: batch_size: too small"
+
+
+def test_a_planned_run_never_changes_its_source(fake: FakeSweep, tmp_path: Path) -> None:
+    """Another --source-net is refused, unless the RUN_ID tells the two apart."""
+    one, other = tmp_path / "one.pth", tmp_path / "other.pth"
+    one.write_text("1")
+    other.write_text("2")
+    assert fake.series("--series", "0.5", "--source-net", str(one)) == 0
+    before = {path: path.read_bytes() for path in fake.folder.glob("points/*")}
+    code = fake.series("--series", "0.5", "--source-net", str(other))
+    after = {path: path.read_bytes() for path in fake.folder.glob("points/*")}
+    assert {path: after[path] for path in before} == before
+    assert code == (2 if after == before else 0)
+
+
+def test_source_is_known_by_its_run_wherever_it_lies() -> None:
+    best = Path("prune/RUN/checkpoint/model_best.pth.tar")
+    check_same_source("run", "/old" / best, "/new" / best)
+    for other in (Path("/old/prune/OTHER/checkpoint/model_best.pth.tar"), Path("/x.pth"), None):
+        with pytest.raises(UserError, match="run would start from"):
+            check_same_source("run", "/old" / best, other)
+
+
+def test_unwritable_place_is_a_clear_error(
+    fake: FakeSweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.results.write_text("a file where the folder should be")
+    assert fake.series("--series", "0.5", *CHAIN) == 2
+    assert f"error: {fake.folder}: cannot be written" in capsys.readouterr().err
+
+
+def test_lock_lives_as_long_as_any_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = Lock.try_acquire(path)
+    assert lock is not None
+    assert Lock.is_held(path)
+    assert Lock.try_acquire(path) is None
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[lock.descriptor])
+    lock.close()
+    assert Lock.is_held(path)
+    child.kill()
+    child.wait()
+    assert not Lock.is_held(path)
+    assert not Lock.is_held(tmp_path / "none")
+
+
+def test_run_environment_keeps_what_is_the_users() -> None:
+    queue = Queue([], 1, 1, 2, {"OMP_NUM_THREADS": "7"}, [])
+    kept = run_environment({"HOME": "/h", "RANKING": "x", "LOCAL_RANK": "1"}, queue)
+    assert kept == {"HOME": "/h", "RANKING": "x", "OMP_NUM_THREADS": "7"}
