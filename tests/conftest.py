@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.runs import LAYER_TYPES, Finished, train
 
 torch.set_num_threads(1)
+# Timings on a shared machine say nothing; the same cases every time do.
+settings.register_profile("bip", deadline=None, derandomize=True)
+settings.load_profile("bip")
 
 
 @pytest.fixture(scope="session")

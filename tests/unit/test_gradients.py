@@ -4,6 +4,8 @@
 code. The implicit term is checked against hypergradients of lower levels solved in closed form.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -137,7 +139,7 @@ def test_hypergradient_of_a_quadratic_loss_errs_by_one_over_gamma() -> None:
         pruned.set_upper_gradient(1 / gamma)
         errors.append(float((pruned.scores.grad - exact).norm() / exact.norm()))
     assert errors[0] < 0.1
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert 9 < before / after < 11
 
 

@@ -1,0 +1,234 @@
+"""Masks: exact counts, the right elements, deterministic ties, whole groups, the prunable set."""
+
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bip.errors import UserError
+from bip.pruning.mask import find_prunable, keep_count
+from bip.pruning.parameters import PrunedParameters
+from tests.runs import LAYER_TYPES
+from tests.unit.networks import small_net
+
+RATIOS = st.decimals("0.0001", "1", places=4)
+
+# How many to keep
+
+
+@given(digits=st.integers(1, 10**6), n=st.integers(1, 10**8))
+def test_keep_count_is_exact_on_the_decimal_as_written(digits: int, n: int) -> None:
+    """ceil(k·n) in integers: n − floor((1 − k)·n) by another road."""
+    k = Decimal(digits).scaleb(-6)
+    expected = -(-digits * n // 10**6)
+    assert keep_count(k, n) == max(1, expected)
+
+
+@given(k=RATIOS, n=st.integers(1, 300))
+def test_keep_count_is_the_least_count_that_reaches_k(k: Decimal, n: int) -> None:
+    assert keep_count(k, n) == next(c for c in range(1, n + 1) if Fraction(c) >= Fraction(k) * n)
+
+
+def test_keep_count_known_values() -> None:
+    assert keep_count(Decimal("0.8"), 1000) == 800  # floats keep 801
+    assert keep_count(Decimal("0.1"), 10) == 1
+    assert keep_count(Decimal("1"), 7) == 7
+    assert keep_count(Decimal("0.0001"), 7) == 1
+    for ratio in ("0", "-0.1", "1.0001"):
+        with pytest.raises(ValueError, match="keep_count"):
+            keep_count(Decimal(ratio), 10)
+
+
+# Which ones
+
+
+def top(values: NDArray[np.float32], keep: int) -> NDArray[np.float32]:
+    """The oracle: a stable sort by falling magnitude, so that ties go to the lowest index."""
+    mask = np.zeros(values.size, np.float32)
+    mask[np.argsort(-np.abs(values), kind="stable")[:keep]] = 1
+    return mask
+
+
+def pruned_with(
+    network: nn.Module, layer_type: str, k: Decimal, scope: str, scores: NDArray[np.float32]
+) -> PrunedParameters:
+    layout = find_prunable(network, layer_type)  # type: ignore[arg-type]
+    pruned = PrunedParameters(network, layout, k, scope)  # type: ignore[arg-type]
+    with torch.no_grad():
+        pruned.scores.copy_(torch.from_numpy(scores))
+    pruned.update_mask()
+    return pruned
+
+
+# Few distinct magnitudes make ties; the rest is what floats can be.
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 1e-39, 1.0, -1.0, 1.0000001, 3.4e38, np.inf, -np.inf]
+VALUES = st.one_of(
+    st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False, allow_infinity=False)
+)
+
+
+@given(data=st.data(), k=RATIOS, scope=st.sampled_from(["global", "layer"]))
+def test_unstructured_masks(data: st.DataObject, k: Decimal, scope: str) -> None:
+    network = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Conv2d(1, 2, 2))
+    sizes = [35, 21, 8]
+    values = data.draw(hnp.arrays(np.float32, sum(sizes), elements=VALUES))
+    mask = pruned_with(network, "unstructured", k, scope, values).mask.numpy()
+
+    assert set(np.unique(mask)) <= {0.0, 1.0}
+    parts = [slice(0, 64)] if scope == "global" else [slice(0, 35), slice(35, 56), slice(56, 64)]
+    for part in parts:
+        kept, cut = np.abs(values[part][mask[part] == 1]), np.abs(values[part][mask[part] == 0])
+        assert kept.size == keep_count(k, mask[part].size)
+        assert cut.size == 0 or kept.min() >= cut.max()
+        expected = top(values[part], keep_count(k, mask[part].size))
+        np.testing.assert_array_equal(mask[part], expected)
+
+
+GROUPS = {"filter": (0, ["conv1", "conv2", "conv3"]), "channel": (1, ["conv2", "conv3"])}
+
+
+@pytest.mark.parametrize("layer_type", GROUPS)
+@given(data=st.data(), k=RATIOS, scope=st.sampled_from(["global", "layer"]))
+def test_group_masks(data: st.DataObject, layer_type: str, k: Decimal, scope: str) -> None:
+    """Small whole numbers as scores: their norms are exact, so ties are ties for the oracle too."""
+    network = small_net()
+    axis, layers = GROUPS[layer_type]
+    shapes = [tuple(network.get_submodule(name).weight.shape) for name in layers]
+    scores = [
+        data.draw(hnp.arrays(np.float32, shape, elements=st.integers(-2, 2))) for shape in shapes
+    ]
+    flat = np.concatenate([s.reshape(-1) for s in scores])
+    pruned = pruned_with(network, layer_type, k, scope, flat)
+    assert [t.name for t in pruned.layout.tensors] == [f"{name}.weight" for name in layers]
+
+    squares = [(np.moveaxis(s, axis, 0).reshape(s.shape[axis], -1) ** 2).sum(1) for s in scores]
+    kept = []
+    for mask in pruned.views(pruned.mask):
+        groups = np.moveaxis(mask.numpy(), axis, 0).reshape(mask.shape[axis], -1)
+        assert (groups == groups[:, :1]).all(), "a group is kept or pruned whole"
+        kept.append(groups[:, 0])
+    if scope == "global":
+        squares, kept = [np.concatenate(squares)], [np.concatenate(kept)]
+    for expected, actual in zip(squares, kept, strict=True):
+        np.testing.assert_array_equal(actual, top(expected, keep_count(k, expected.size)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 4095, 100_003])
+@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "tiny", "huge"])
+def test_larger_rankings(size: int, kind: str) -> None:
+    draws = np.random.default_rng(0).standard_normal(size).astype(np.float32)
+    values = {
+        "normal": draws,
+        "equal": np.full(size, -0.25, np.float32),
+        "rounded": np.round(draws, 1),
+        "tiny": draws * np.float32(1e-42),  # denormal
+        "huge": draws * np.float32(1e37),
+    }[kind]
+    network = nn.Linear(size, 1, bias=False)
+    for k in ("0.5", "0.0092", "1"):
+        pruned = pruned_with(network, "unstructured", Decimal(k), "global", values)
+        np.testing.assert_array_equal(pruned.mask.numpy(), top(values, keep_count(k, size)))
+        assert pruned.kept() == keep_count(k, size)
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_nan_is_an_error_that_names_the_tensor(layer_type: str) -> None:
+    network = small_net()
+    layout = find_prunable(network, layer_type)
+    pruned = PrunedParameters(network, layout, Decimal("0.5"), "layer")
+    with torch.no_grad():
+        pruned.scores.normal_()
+        pruned.view(pruned.scores, layout.tensors[1]).view(-1)[3] = float("nan")
+    with pytest.raises(UserError, match=layout.tensors[1].name.replace(".", r"\.")):
+        pruned.update_mask()
+
+
+def test_the_mask_is_a_function_of_the_scores_alone() -> None:
+    """Not of the mask before: scores that come back bring the same mask back."""
+    network = small_net()
+    layout = find_prunable(network, "unstructured")
+    pruned = PrunedParameters(network, layout, Decimal("0.3"), "global")
+    with torch.no_grad():
+        scores = pruned.scores.normal_().clone()
+        pruned.update_mask()
+        first = pruned.mask.clone()
+        pruned.scores.normal_()
+        pruned.update_mask()
+        assert not torch.equal(first, pruned.mask)
+        pruned.scores.copy_(scores)
+        pruned.update_mask()
+    assert torch.equal(first, pruned.mask)
+
+
+# What can be pruned
+
+
+def names(network: nn.Module, layer_type: str) -> list[str]:
+    return [tensor.name for tensor in find_prunable(network, layer_type).tensors]  # type: ignore[arg-type]
+
+
+def test_the_prunable_set() -> None:
+    network = small_net()
+    convs = ["conv1.weight", "conv2.weight", "conv3.weight"]
+    assert names(network, "unstructured") == [*convs, "linear.weight"]
+    assert names(network, "filter") == convs
+    assert names(network, "channel") == convs[1:]  # never the image's colours
+    assert find_prunable(network, "unstructured").dense == ()
+    assert find_prunable(network, "filter").dense == ("linear.weight",)
+    assert find_prunable(network, "channel").dense == ("conv1.weight", "linear.weight")
+
+
+def test_channel_mode_keeps_the_colours_however_low_their_scores() -> None:
+    network = small_net()
+    before = network.conv1.weight.clone()
+    layout = find_prunable(network, "channel")
+    pruned = PrunedParameters(network, layout, Decimal("0.01"), "layer")
+    pruned.update_mask()
+    pruned.write_z()
+    assert torch.equal(network.conv1.weight, before)
+    assert (network.conv2.weight != 0).any(dim=(0, 2, 3)).sum() == 1
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.second = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.middle(self.second(self.first(x)))  # type: ignore[no-any-return]
+
+
+def test_tied_weights_count_once() -> None:
+    layout = find_prunable(Tied(), "unstructured")
+    assert [t.name for t in layout.tensors] == ["first.weight", "middle.weight"]
+    assert layout.size == 24
+
+
+def test_what_is_not_a_module_weight_is_named_as_dense() -> None:
+    layout = find_prunable(nn.TransformerEncoderLayer(8, 2, 16), "unstructured")
+    assert "self_attn.in_proj_weight" in layout.dense
+    assert [t.name for t in layout.tensors] == [
+        "self_attn.out_proj.weight", "linear1.weight", "linear2.weight",
+    ]  # fmt: skip
+
+
+def test_grouped_convolutions() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2))
+    with pytest.raises(UserError, match=r"grouped convolution 1\b") as raised:
+        find_prunable(network, "channel")
+    assert "\n" not in str(raised.value)
+    assert len(names(network, "filter")) == 2
+    assert len(names(network, "unstructured")) == 2
+
+
+def test_nothing_to_prune_is_an_error() -> None:
+    with pytest.raises(UserError, match="no weights"):
+        find_prunable(nn.Sequential(nn.Linear(3, 3)), "filter")

@@ -1,0 +1,75 @@
+"""How scores start, against the definitions."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bip.pruning.mask import find_prunable
+from bip.pruning.scores import initialise_scores
+
+FAN_IN, FAN_OUT = 32 * 9, 48 * 9  # of the convolution below
+
+
+def start(how: str, seed: int = 0) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """(scores, weights) of each layer, and the flat scores."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(nn.Conv2d(32, 48, 3), nn.Linear(60, 50))
+    layout = find_prunable(network, "unstructured")
+    weights = torch.cat([network[0].weight.flatten(), network[1].weight.flatten()]).detach()
+    scores = torch.full_like(weights, float("nan"))
+    initialise_scores(scores, weights, layout, how)  # type: ignore[arg-type]
+    assert scores.isfinite().all()
+    parts = [scores.split([48 * 32 * 9, 3000]), weights.split([48 * 32 * 9, 3000])]
+    return list(parts[0]), list(parts[1]), scores
+
+
+def test_scaled_scores_are_the_weights_in_their_own_storage() -> None:
+    scores, weights, _ = start("scaled")
+    for score, weight in zip(scores, weights, strict=True):
+        assert torch.equal(score, weight)
+        assert score.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()
+
+
+def test_hydra_scores() -> None:
+    """s = sqrt(6 / fan_in) · θ / max|θ|, layer by layer."""
+    scores, weights, _ = start("hydra")
+    for score, weight, fan_in in zip(scores, weights, (FAN_IN, 60), strict=True):
+        expected = math.sqrt(6 / fan_in) * weight / weight.abs().max()
+        torch.testing.assert_close(score, expected, rtol=1e-6, atol=0)
+        assert float(score.abs().max()) == pytest.approx(math.sqrt(6 / fan_in), rel=1e-6)
+
+
+def test_hydra_scores_of_a_layer_of_zeros_are_zero() -> None:
+    network = nn.Linear(4, 4)
+    layout = find_prunable(network, "unstructured")
+    scores = torch.ones(16)
+    initialise_scores(scores, torch.zeros(16), layout, "hydra")
+    assert (scores == 0).all()
+
+
+# Standard deviations: He et al. (fan in) and Glorot and Bengio (fan in + fan out).
+DEVIATIONS = {
+    "kaiming_normal": [math.sqrt(2 / FAN_IN), math.sqrt(2 / 60)],
+    # a = sqrt(5), as published and as torch initialises layers: bound 1 / sqrt(fan in)
+    "kaiming_uniform": [1 / math.sqrt(3 * FAN_IN), 1 / math.sqrt(3 * 60)],
+    "xavier_normal": [math.sqrt(2 / (FAN_IN + FAN_OUT)), math.sqrt(2 / 110)],
+    "xavier_uniform": [math.sqrt(2 / (FAN_IN + FAN_OUT)), math.sqrt(2 / 110)],
+}
+
+
+@pytest.mark.parametrize("how", DEVIATIONS)
+def test_random_scores(how: str) -> None:
+    scores, weights, flat = start(how)
+    for score, deviation, weight in zip(scores, DEVIATIONS[how], weights, strict=True):
+        assert float(score.std()) == pytest.approx(deviation, rel=0.05)
+        assert abs(float(score.mean())) < 0.1 * deviation
+        peak = float(score.abs().max()) / deviation
+        assert (
+            0.97 * math.sqrt(3) < peak < 1.0001 * math.sqrt(3) if "uniform" in how else peak > 2.5
+        )
+        together = torch.corrcoef(torch.stack([score, weight]))[0, 1]
+        assert abs(float(together)) < 0.1
+    assert torch.equal(flat, start(how)[2])
+    assert not torch.equal(flat, start(how, seed=1)[2])

@@ -1,0 +1,193 @@
+"""The four rules of z: rewritten in place, requires_grad as it was, one autocast context per
+forward, g complete before it is squared. With DDP: tests/distributed/test_ddp.py.
+"""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bip.pruning.mask import find_prunable
+from bip.pruning.parameters import PrunedParameters
+from bip.pruning.steps import BilevelStep, ForwardBackward
+from tests.runs import LAYER_TYPES
+from tests.unit.networks import (
+    METHODS,
+    SmallNet,
+    make_config,
+    make_setup,
+    prune,
+    random_batch,
+    small_net,
+)
+
+CPU = torch.device("cpu")
+
+
+def loss_sum(network: SmallNet, batch: tuple[Tensor, Tensor], bf16: bool) -> Tensor:
+    """The oracle: a copy of the network, that nothing was ever cached for."""
+    images, labels = batch
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = copy.deepcopy(network)(images)
+        return F.cross_entropy(out, labels) * len(labels)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_each_forward_sees_the_rewritten_z(precision: str) -> None:
+    """Under autocast too, where cast weights are cached for as long as a context lives."""
+    setup = make_setup("bip", precision=precision, lr=0.5, mask_lr=0.5)
+    assert isinstance(setup.step, BilevelStep)
+    lower, upper = random_batch(0), random_batch(1000)
+    bf16 = precision == "bf16"
+    expected = loss_sum(setup.network, lower, bf16)
+    stale = loss_sum(setup.network, upper, bf16)
+    (first,) = setup.step.lower(0)
+    torch.testing.assert_close(first.loss, expected.to(first.loss))
+    expected = loss_sum(setup.network, upper, bf16)
+    (second,) = setup.step.upper(0)
+    torch.testing.assert_close(second.loss, expected.to(second.loss))
+    assert abs(float(expected - stale)) > 0.1, "the lower step changed what the upper one sees"
+    # And the next iteration sees what the upper step did to the mask.
+    expected = loss_sum(setup.network, random_batch(1), bf16)
+    (third,) = setup.step.lower(1)
+    torch.testing.assert_close(third.loss, expected.to(third.loss))
+
+
+def test_bf16_gradients_arrive_in_float32_and_near_the_full_ones() -> None:
+    gradients = {}
+    for precision in ("fp32", "bf16"):
+        network = small_net()
+        pruned = prune(network, "unstructured")
+        config = make_config(precision=precision)
+        ForwardBackward(config, network, None, 0, CPU)(random_batch(0), "lower", 0)
+        pruned.take_gradient()
+        gradients[precision] = pruned.gradient
+    assert gradients["bf16"].dtype == torch.float32
+    assert not torch.equal(gradients["bf16"], gradients["fp32"]), "autocast is in force"
+    error = (gradients["bf16"] - gradients["fp32"]).norm() / gradients["fp32"].norm()
+    assert error < 0.1
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_z_keeps_its_storage_and_requires_grad(
+    method: str, layer_type: str, precision: str
+) -> None:
+    setup = make_setup(method, layer_type, precision=precision)
+    assert setup.pruned is not None
+    tensors = [*setup.network.parameters(), setup.pruned.weights, setup.pruned.scores]
+    before = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
+    values = [t.detach().clone() for t in setup.pruned.z]
+    for iteration in range(3):
+        setup.step(iteration)
+    tensors = [*setup.network.parameters(), setup.pruned.weights, setup.pruned.scores]
+    assert [(id(t), t.data_ptr(), t.requires_grad) for t in tensors] == before
+    assert all(t.requires_grad for t in tensors)
+    assert not all(torch.equal(z, v) for z, v in zip(setup.pruned.z, values, strict=True))
+
+
+# Memory formats
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_channels_last_changes_no_position(layer_type: str) -> None:
+    """θ, s, m and g are in logical order: same ranking, same ties, same gradients."""
+    plain = small_net(dtype=torch.float32)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    assert last.conv2.weight.stride() != plain.conv2.weight.stride()
+    strides = [p.stride() for p in last.parameters()]
+    both = []
+    for network in (plain, last):
+        pruned = prune(network, layer_type)
+        with torch.no_grad():  # coarse scores: most of the ranking is ties
+            pruned.scores.copy_((2 * pruned.scores).round())
+        pruned.update_mask()
+        pruned.write_z()
+        both.append(pruned)
+    assert torch.equal(both[0].weights, both[1].weights)
+    assert torch.equal(both[0].mask, both[1].mask)
+    for a, b in zip(both[0].z, both[1].z, strict=True):
+        assert torch.equal(a, b)
+    assert [p.stride() for p in last.parameters()] == strides
+
+    images, labels = random_batch(0)
+    for network, pruned in zip((plain, last), both, strict=True):
+        F.cross_entropy(network(images), labels).backward()
+        pruned.take_gradient()
+    torch.testing.assert_close(both[0].gradient, both[1].gradient, rtol=1e-4, atol=1e-6)
+    for pruned in both:
+        pruned.set_upper_gradient(0.1)
+    torch.testing.assert_close(both[0].scores.grad, both[1].scores.grad, rtol=1e-4, atol=1e-6)
+    assert both[0].scores.grad.norm() > 1e-3
+
+
+# Accumulation
+
+
+def full_gradient(accumulate: int, layer_type: str) -> tuple[Tensor, Tensor, Tensor]:
+    network = small_net(dtype=torch.float64)
+    network.eval()  # batch statistics would differ between micro-batches by nature
+    pruned = prune(network, layer_type)
+    config = make_config(accumulate=accumulate, label_smoothing=0.1)
+    batch = random_batch(0, size=8, dtype=torch.float64)
+    report = ForwardBackward(config, network, None, 0, CPU)(batch, "upper", 0)
+    assert report.count == 8
+    pruned.take_gradient()
+    g = pruned.gradient.clone()
+    pruned.set_upper_gradient(10.0)
+    return g, pruned.scores.grad, report.loss.double()
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_give_the_same_g_and_the_same_square_of_it(
+    accumulate: int, layer_type: str
+) -> None:
+    """Squaring each micro-batch's g would show in the implicit term, here the larger one."""
+    g, by_score, loss = full_gradient(1, layer_type)
+    for whole, parts in zip((g, by_score), full_gradient(accumulate, layer_type), strict=False):
+        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(full_gradient(accumulate, layer_type)[2], loss)
+
+
+# torch.compile
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+def test_a_compiled_network_sees_the_rewritten_z() -> None:
+    plain, compiled = (make_setup("bip", compile=flag, lr=0.5) for flag in (False, True))
+    for iteration in range(3):
+        for a, b in zip(plain.step(iteration), compiled.step(iteration), strict=True):
+            torch.testing.assert_close(a.loss, b.loss, rtol=1e-4, atol=1e-4)
+    assert plain.pruned is not None
+    assert compiled.pruned is not None
+    torch.testing.assert_close(compiled.pruned.weights, plain.pruned.weights, rtol=1e-3, atol=1e-4)
+
+
+def test_compile_is_in_force() -> None:
+    network = small_net()
+    run = ForwardBackward(make_config(compile=True), network, None, 0, CPU)
+    assert run.forward is not network
+
+
+# Any network at all
+
+
+def test_the_network_stays_a_plain_module() -> None:
+    """No hooks, no parametrisations, no new attributes, parameters or buffers."""
+    network = small_net()
+    before = {name: (type(m), set(vars(m))) for name, m in network.named_modules()}
+    keys = list(network.state_dict())
+    setup = make_setup("bip", "filter")
+    setup.step(0)
+    PrunedParameters(network, find_prunable(network, "filter"), setup.config.k, "layer")
+    for checked in (network, setup.network):
+        assert {n: (type(m), set(vars(m))) for n, m in checked.named_modules()} == before
+        assert list(checked.state_dict()) == keys
+        for module in checked.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
