@@ -12,7 +12,7 @@ from bip.flags import nearest, parse_flags
 from launch.ledger import Sweep
 from launch.profile import load_profile
 from launch.series import Plan, SeriesOptions, make_plan
-from launch.status import as_json, status, table
+from launch.status import Row, as_json, status, table
 from launch.submit import submit
 from launch.task import TRAIN
 from launch.watch import wait
@@ -74,7 +74,7 @@ def series(argv: list[str], command: list[str]) -> int:
     except KeyboardInterrupt:
         print(f"\nThe runs go on. To look again: {look_again}")
         return 130
-    _console().print(table(rows, sweep.folder))
+    show(rows, sweep.folder)
     return 0 if all(row.state == "done" for row in rows) else 1
 
 
@@ -106,8 +106,13 @@ def show_status(argv: list[str]) -> int:
     if flags:
         print(as_json(rows))
     else:
-        _console().print(table(rows, Path(folders[0])))
+        show(rows, Path(folders[0]))
     return 0
+
+
+def show(rows: list[Row], folder: Path) -> None:
+    console = _console()
+    console.print(table(rows, folder, console.width), soft_wrap=False)
 
 
 def _console() -> Console:

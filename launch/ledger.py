@@ -19,12 +19,12 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bip.config import read_yaml
+from bip.config import Mode, read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json
 from launch.series import STAGES, Point, check_same_source
@@ -39,7 +39,7 @@ class Record:
     """One line of the ledger. Paths are relative to the sweep folder, which may be moved."""
 
     run_id: str
-    stage: str
+    stage: Mode
     k: str
     seed: int
     arch: str
@@ -180,41 +180,39 @@ class Sweep:
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
             ) from None
 
-    def add(self, points: Iterable[Point]) -> None:
+    def add(self, points: Sequence[Point]) -> None:
         """Merge the points into the ledger and write their configurations.
 
         Raises UserError, with nothing written, if one of them is there with another source_net,
         and if the folder cannot be written.
         """
-        points = list(points)
-        for point in points:
-            path = self.folder / Record.of(point).config
+        changed: dict[Path, bytes] = {}
+        records = [Record.of(point) for point in points]
+        for point, record in zip(points, records, strict=True):
+            path, text = self.folder / record.config, point.config.to_yaml().encode()
             if path.is_file():
+                if path.read_bytes() == text:
+                    continue
                 old = read_yaml(path).get("source_net")
                 check_same_source(point.run_id, old and Path(old), point.config.source_net)
+            changed[path] = text
         try:
-            self._write(points)
+            self._write(records, changed)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
 
-    def _write(self, points: list[Point]) -> None:
+    def _write(self, records: list[Record], changed: dict[Path, bytes]) -> None:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         with Lock.wait(self.jobs / "ledger.lock"):
-            records = {record.run_id: record for record in self.records_or_none()}
-            for point in points:
-                record = Record.of(point)
-                path, text = self.folder / record.config, point.config.to_yaml().encode()
-                if not path.is_file() or path.read_bytes() != text:
-                    atomic_write_bytes(path, text)
-                records[record.run_id] = record
-            ordered = sorted(records.values(), key=lambda record: STAGES.index(record.stage))
-            content = {"version": VERSION, "points": [asdict(record) for record in ordered]}
-            if not self.ledger.exists() or json.loads(self.ledger.read_text()) != content:
+            for path, text in changed.items():
+                atomic_write_bytes(path, text)
+            old = self.records() if self.ledger.exists() else []
+            merged = {record.run_id: record for record in [*old, *records]}
+            ordered = sorted(merged.values(), key=lambda record: STAGES.index(record.stage))
+            if ordered != old:
+                content = {"version": VERSION, "points": [asdict(record) for record in ordered]}
                 atomic_write_json(self.ledger, content)
-
-    def records_or_none(self) -> list[Record]:
-        return self.records() if self.ledger.exists() else []
 
     def queue(self) -> Queue:
         return Queue(**json.loads((self.jobs / "queue.json").read_text()))

@@ -3,11 +3,14 @@
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -20,8 +23,7 @@ _STYLES: dict[StateName, str] = {
     "failed": "bold red",
     "blocked": "yellow",
 }
-# Columns that are left out where all rows agree; the caption names the value instead.
-_COMMON = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed": "seed"}
+_AXES = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed": "seed"}
 
 
 @dataclass(frozen=True)
@@ -111,36 +113,57 @@ def summary(rows: Iterable[Row]) -> str:
     return ", ".join(f"{states.count(name)} {name}" for name in _STYLES if name in states)
 
 
-def table(rows: list[Row], folder: Path) -> Table:
-    """The rows as a rich table; the caption tells what all rows share and where the folders are."""
-    shared = {name for name in _COMMON if len({getattr(row, name) for row in rows}) == 1}
-    found = Table(title=f"{folder.name}: {summary(rows)}", title_justify="left")
-    found.add_column("stage")
-    found.add_column("k", justify="right")
-    for name, title in _COMMON.items():
-        if name not in shared:
-            found.add_column(title)
-    found.add_column("state")
-    for title in ("kept", "sparsity %", "top-1 %", "epochs", "seconds"):
-        found.add_column(title, justify="right")
-    found.add_column("folder or reason", overflow="fold")
-    for row in rows:
-        found.add_row(
-            row.stage,
-            "dense" if row.stage == "pretrain" else row.k,
-            *(str(getattr(row, name)) for name in _COMMON if name not in shared),
-            Text(row.state, style=_STYLES[row.state]),
-            "" if row.kept is None else f"{row.kept:,}",
-            "" if row.sparsity is None else f"{100 * row.sparsity:.2f}",
-            "" if row.top1 is None else f"{row.top1:.2f}",
-            epochs(row),
-            "" if row.seconds is None else f"{row.seconds:.1f}",
-            Text(row.reason or os.path.relpath(row.folder, folder)),
-        )
-    caption = [f"{_COMMON[name]} {getattr(rows[0], name)}" for name in _COMMON if name in shared]
-    found.caption = Text(f"{', '.join(caption)}\nrun folders under {folder}".strip())
-    found.caption_justify = "left"
-    return found
+def table(rows: list[Row], folder: Path, width: int) -> Group:
+    """The rows as a rich table for `width` columns, then why some are not done, then the place.
+
+    What all pruned networks share is named in the title, and run folders have a column where it
+    fits.
+    """
+    pruned = [row for row in rows if row.stage != "pretrain"] or rows
+    shared = [name for name in _AXES if len({getattr(row, name) for row in pruned}) == 1]
+    axes = [name for name in _AXES if name not in shared]
+    titles = [
+        *(("stage", "left"), ("k", "right")),
+        *((_AXES[name], "left") for name in axes),
+        *(("state", "left"), ("kept", "right"), ("sparsity %", "right"), ("top-1 %", "right")),
+        *(("epochs", "right"), ("seconds", "right"), ("folder", "left")),
+    ]
+    cells = [_cells(row, axes, folder) for row in rows]
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    widths = [max(map(len, column)) for column in zip([t for t, _ in titles], *cells, strict=True)]
+    if sum(widths) + 2 * len(widths) > width:
+        titles.pop()
+    for title, side in titles:
+        found.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
+    for row, line in zip(rows, cells, strict=True):
+        styled = [Text(cell, _STYLES[row.state] if cell == row.state else "") for cell in line]
+        found.add_row(*styled[: len(titles)])
+    known = ", ".join(f"{_AXES[name]} {getattr(pruned[0], name)}" for name in shared if pruned)
+    lines = [Text(f"{folder.name}: {summary(rows)}" + (f" ({known})" if known else ""))]
+    reasons = Counter((row.stage, row.state, row.reason) for row in rows if row.reason)
+    trouble = [
+        Text(f"{state} ({stage}{f', {count} runs' if count > 1 else ''}): {reason}", _STYLES[state])
+        for (stage, state, reason), count in reasons.items()
+    ]
+    places = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
+    if trouble:
+        places.append(Text(f"what the runs printed: {folder}/jobs/RUN_ID.log"))
+    return Group(*lines, found, *trouble, *places)
+
+
+def _cells(row: Row, axes: list[str], folder: Path) -> list[str]:
+    return [
+        row.stage,
+        "dense" if row.stage == "pretrain" else row.k,
+        *(str(getattr(row, name)) for name in axes),
+        row.state,
+        "" if row.kept is None else f"{row.kept:,}",
+        "" if row.sparsity is None else f"{100 * row.sparsity:.2f}",
+        "" if row.top1 is None else f"{row.top1:.2f}",
+        epochs(row),
+        "" if row.seconds is None else f"{row.seconds:.1f}",
+        os.path.relpath(row.folder, folder),
+    ]
 
 
 def epochs(row: Row) -> str:
