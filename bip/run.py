@@ -139,7 +139,7 @@ class Run:
         if config.exp_mode == "pretrain" or config.layer_type == "dense":
             return None
         layout = find_prunable(self.network, config.layer_type)
-        pruned = PrunedParameters(self.network, layout, config.k, config.ranking_scope)
+        pruned = PrunedParameters(self.network, layout, config.k, config.ranking_scope, self.group)
         sample = torch.zeros(
             2, self.data.channels, self.data.image_dim, self.data.image_dim,
             device=self.group.device,

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from bip.errors import UserError
 from bip.files import atomic_write_bytes
@@ -73,6 +73,14 @@ class Group:
         if self.world > 1:
             dist.broadcast(values, 0)
         return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's `values` (m,), the same m on all, as (W, m)."""
+        if self.world == 1:
+            return values[None]
+        gathered = values.new_empty(self.world * len(values))
+        dist.all_gather_into_tensor(gathered, values)
+        return gathered.view(self.world, -1)
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's object, on every rank."""

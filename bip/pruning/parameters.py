@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from bip.errors import UserError
 from bip.pruning.mask import Followers, Layout, PrunableTensor, Scope
-from bip.pruning.threshold import write_top_k
+from bip.pruning.threshold import (
+    Alone,
+    Cut,
+    Exchange,
+    Threshold,
+    write_mask,
+    write_mask_and_z,
+)
+from bip.pruning.threshold_device import DeviceThreshold
+from bip.pruning.threshold_device import write_mask as write_mask_on_device
 
 # Elementwise passes over large CPU tensors run in blocks that stay in the cache.
 CPU_BLOCK = 1 << 20
@@ -30,14 +39,27 @@ class PrunedParameters:
     of the level whose step is being taken: the two levels never need theirs at once.
     """
 
-    def __init__(self, network: nn.Module, layout: Layout, k: Decimal, scope: Scope) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: Layout,
+        k: Decimal,
+        scope: Scope,
+        exchange: Exchange | None = None,
+    ) -> None:
         named = dict(network.named_parameters())
         self.layout = layout
         self.segments = layout.segments(k, scope)
         self.followers: tuple[Followers, ...] = ()
+        self.threshold: Threshold | DeviceThreshold
         self.z = [named[tensor.name] for tensor in layout.tensors]
         device = self.z[0].device
         dtype = self.z[0].dtype
+        exchange = exchange or Alone()
+        if device.type == "cpu":
+            self.threshold = Threshold(self.segments, layout.groups, exchange)
+        else:
+            self.threshold = DeviceThreshold(self.segments, layout.groups, exchange, device)
         flat = torch.cat([z.detach().reshape(-1) for z in self.z])
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
@@ -122,27 +144,64 @@ class PrunedParameters:
     def update_mask(self) -> None:
         """m = top-k(|s|): exactly `keep_count` groups, ties to the lowest flat index.
 
-        Structured groups rank by the L2 norm of their scores. Does not write z. Raises UserError
-        naming the tensor if a score is NaN.
+        Agreed by all ranks. Structured groups rank by the L2 norm of their scores. Does not
+        write z. Raises UserError naming the tensor if a score is NaN (on CUDA: `check` does).
         """
-        try:
-            if self.layout.layer_type == "unstructured":
-                write_top_k(self.scores.detach(), self.segments, self.mask)
-            else:
-                self._update_group_mask()
-        except ValueError:
-            raise UserError(self._name_nan()) from None
+        self._move_mask(write_z=False)
 
-    def _update_group_mask(self) -> None:
+    @torch.no_grad()
+    def update_mask_and_z(self) -> None:
+        """`update_mask`, then z = m ⊙ θ; in one pass where the network's layout allows it."""
+        self._move_mask(write_z=True)
+
+    def check(self) -> None:
+        """Raise UserError if a selection on CUDA met a NaN. Waits for the device."""
+        if isinstance(self.threshold, DeviceThreshold) and bool(self.threshold.nan):
+            raise UserError(self._name_nan())
+
+    def _move_mask(self, write_z: bool) -> None:
+        structured = self.layout.layer_type != "unstructured"
+        values = self._group_norms() if structured else self.scores.detach().float()
+        mask = self._group_mask if structured else self.mask
+        if isinstance(self.threshold, DeviceThreshold):
+            write_mask_on_device(values, self.segments, *self.threshold.select(values), mask)
+        else:
+            try:
+                cuts = self.threshold.select(values)
+            except ValueError as error:
+                raise UserError(f"{self._name_nan()} [{error}]") from None
+            if write_z and not structured and mask.dtype == torch.float32:
+                self._write_mask_and_z(values, cuts)
+                return
+            for segment, cut in zip(self.segments, cuts, strict=True):
+                part = slice(segment.start, segment.stop)
+                write_mask(values[part], cut, mask[part])
+        if structured:
+            for tensor, view in zip(self.layout.tensors, self.views(self.mask), strict=True):
+                kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
+                view.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(view.dim())]))
+        if write_z:
+            self.write_z()
+
+    def _write_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
+        per_tensor = len(cuts) > 1
+        for row, (tensor, z) in enumerate(zip(self.layout.tensors, self.z, strict=True)):
+            part = slice(tensor.start, tensor.stop)
+            cut = cuts[row if per_tensor else 0]
+            here = Cut(cut.key, cut.last if per_tensor else cut.last - tensor.start)
+            weights, mask = self.weights.detach()[part], self.mask[part]
+            if z.is_contiguous():
+                write_mask_and_z(values[part], here, weights, mask, z.detach().view(-1))
+            else:  # channels_last: z's memory is in another order than the flat buffers'
+                write_mask(values[part], here, mask)
+                torch.mul(weights.view(tensor.shape), mask.view(tensor.shape), out=z)
+
+    def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
-            assert tensor.axis is not None
             part = slice(tensor.first_group, tensor.first_group + tensor.groups)
             others = [d for d in range(score.dim()) if d != tensor.axis]
-            torch.linalg.vector_norm(score, dim=others, out=self._norms[part])
-        write_top_k(self._norms, self.segments, self._group_mask)
-        for tensor, mask in zip(self.layout.tensors, self.views(self.mask), strict=True):
-            kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
-            mask.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(mask.dim())]))
+            self._norms[part] = torch.linalg.vector_norm(score, dim=others)
+        return self._norms
 
     def _name_nan(self) -> str:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):

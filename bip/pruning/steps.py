@@ -157,8 +157,7 @@ class UpperStep(PretrainStep):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
         self.optimizer.step()
-        self.pruned.update_mask()
-        self.pruned.write_z()
+        self.pruned.update_mask_and_z()
         return [report]
 
 

@@ -1,94 +1,282 @@
-"""The exact top-k threshold: which elements are the `keep` largest, ties to the lowest index."""
+"""The exact top-k threshold, agreed by all ranks.
 
-import numba
+Scores are the same on every rank; the work is not. Rank r of W owns the slice
+[r·n/W, (r+1)·n/W) and only counts there. What is gathered are counts, so the result is exact,
+the same on every rank, and independent of W:
+
+1. A bracket around the threshold: the last one, widened by how far it moved, or the first time
+   an estimate from a sample. One pass counts what lies above it and collects what lies inside.
+2. The bracket (or, if the threshold moved out of it, the side where it is) is narrowed digit by
+   digit: counts of the next bits, gathered and added up, tell the bin of the `keep`-th largest.
+3. If the cut falls among equal values, the last round's counts tell in whose slice; that rank
+   publishes the flat index of the last one kept. Ties go to the lowest index.
+"""
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from bip.pruning import kernels
+from bip.pruning.kernels import Bits
 from bip.pruning.mask import Segment
 
-# |x| of a float32 is its bits without the sign; as an integer it orders as the float does.
-MAGNITUDE = np.int32(0x7FFFFFFF)
-INFINITY = np.int32(0x7F800000)  # any larger key is NaN
-ROUNDS = ((np.int32(19), np.int32(12)), (np.int32(8), np.int32(11)), (np.int32(0), np.int32(8)))
+T = TypeVar("T")
+LARGEST = int(kernels.MAGNITUDE)
+ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut
+SAMPLE = 1 << 14  # keys that the first bracket is estimated from, over all ranks
+FIRST_SPREAD = 1 << 16  # half-width of the second bracket, in keys: 0.5 to 1% of the threshold
+THREAD_WORTH = 1 << 18  # elements that repay a thread
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _histogram(bits, prefix, prefix_shift, shift, width):  # type: ignore[no-untyped-def]
-    """Counts of the `width` key bits above `shift`, among keys whose leading bits are `prefix`.
+class Alone:
+    """The only rank."""
 
-    One more count at the end: NaNs.
+    rank = 0
+    world = 1
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values[None]
+
+
+class Exchange(Protocol):
+    """What selection needs of the ranks."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world(self) -> int: ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's `values` (m,), the same m on all, as (W, m)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where one segment is cut: kept are keys above `key`, and equal ones up to index `last`.
+
+    `key` is the bits of the threshold |value|; `last` counts from the segment's start.
     """
-    counts = np.zeros((1 << width) + 1, np.int64)
-    low = np.int32((1 << width) - 1)
-    for i in range(bits.size):
-        key = bits[i] & MAGNITUDE
-        if key >> prefix_shift == prefix:
-            counts[(key >> shift) & low] += 1
-        if key > INFINITY:
-            counts[-1] += 1
-    return counts
+
+    key: int
+    last: int
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _last_tie(bits, key, ties):  # type: ignore[no-untyped-def]
-    """Index of the `ties`-th element equal to `key`."""
-    for i in range(bits.size):
-        if bits[i] & MAGNITUDE == key:
-            ties -= 1
-            if ties == 0:
-                return i
-    return -1
+@dataclass
+class _Search:
+    """One segment's search on this rank."""
+
+    segment: Segment
+    bits: Bits  # this rank's part of the segment
+    offset: int  # of that part in the segment
+    low: int = 0
+    high: int = LARGEST
+    above: int = 0  # keys above `high`, over all ranks
+    source: list[Bits] | None = None  # where the keys in [low, high] can be found
+    ties: NDArray[np.int64] | None = None  # keys equal to the threshold, by rank
 
 
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _write(bits, key, last, mask):  # type: ignore[no-untyped-def]
-    for i in range(bits.size):
-        k = bits[i] & MAGNITUDE
-        mask[i] = np.float32(1) if k > key or (k == key and i <= last) else np.float32(0)
+class Threshold:
+    """Selects the `keep` largest |values| of each segment, step after step, on the CPU.
 
-
-def _select(bits: "np.ndarray[tuple[int], np.dtype[np.int32]]", keep: int) -> tuple[int, int]:
-    """Radix select: (key of the `keep`-th largest magnitude, index of the last tie kept).
-
-    Raises ValueError on NaN.
+    Keeps the last thresholds as a hint where to look first; the result does not depend on it.
     """
-    prefix, prefix_shift, wanted = 0, 31, keep
-    for shift, width in ROUNDS:
-        counts = _histogram(bits, np.int32(prefix), np.int32(prefix_shift), shift, width)
-        if counts[-1]:
-            raise ValueError("NaN")
-        from_top = np.cumsum(counts[-2::-1])
-        place = int(np.searchsorted(from_top, wanted))
-        if place:
-            wanted -= int(from_top[place - 1])
-        prefix = (prefix << int(width)) | (len(from_top) - 1 - place)
-        prefix_shift = int(shift)
-    return prefix, int(_last_tie(bits, np.int32(prefix), wanted))
+
+    def __init__(self, segments: tuple[Segment, ...], size: int, exchange: Exchange) -> None:
+        self.segments = segments
+        self.exchange = exchange
+        self.begin = exchange.rank * size // exchange.world
+        self.end = (exchange.rank + 1) * size // exchange.world
+        self.digit_bits = 10 if len(segments) == 1 else 8
+        self.hints: list[tuple[int, int] | None] = [None] * len(segments)
+        self.pool = ThreadPoolExecutor(torch.get_num_threads())
+
+    def select(self, values: Tensor) -> list[Cut]:
+        """The cut of every segment of the flat float32 `values`.
+
+        Raises ValueError naming the segment and the ranks whose slice holds a NaN.
+        """
+        bits = values.detach().view(torch.int32).numpy()
+        searches = [self._search(segment, bits) for segment in self.segments]
+        self._bracket(searches)
+        self._count_brackets(searches)
+        open_searches = searches
+        while open_searches:
+            open_searches = self._narrow(open_searches)
+        return self._cut_ties(searches)
+
+    def _search(self, segment: Segment, bits: Bits) -> _Search:
+        start = min(max(segment.start, self.begin), segment.stop)
+        stop = max(min(segment.stop, self.end), start)
+        return _Search(segment, bits[start:stop], start - segment.start)
+
+    def _bracket(self, searches: list[_Search]) -> None:
+        """Where to look first: around the last threshold, or around a sample's estimate."""
+        if any(hint is None for hint in self.hints):
+            self._bracket_by_sample(searches)
+            return
+        for search, hint in zip(searches, self.hints, strict=True):
+            assert hint is not None
+            key, spread = hint
+            search.low, search.high = max(0, key - spread), min(LARGEST, key + spread)
+
+    def _bracket_by_sample(self, searches: list[_Search]) -> None:
+        share = max(1, SAMPLE // (len(searches) * self.exchange.world))
+        sample = np.full((len(searches), share), -1, np.int32)
+        for row, search in zip(sample, searches, strict=True):
+            step = max(1, -(-search.bits.size // share))
+            taken = search.bits[::step] & kernels.MAGNITUDE
+            row[: taken.size] = taken
+        gathered = self._gather(sample).transpose(1, 0, 2).reshape(len(searches), -1)
+        for keys, search in zip(gathered, searches, strict=True):
+            keys = np.sort(keys[keys >= 0])[::-1]
+            kept = search.segment.keep / (search.segment.stop - search.segment.start)
+            middle = kept * keys.size
+            margin = 4 * math.sqrt(keys.size * kept * (1 - kept)) + 2
+            first, last = int(middle - margin), int(middle + margin)
+            search.high = int(keys[first]) if first >= 0 else LARGEST
+            search.low = int(keys[last]) if last < keys.size else 0
+
+    def _count_brackets(self, searches: list[_Search]) -> None:
+        """One pass over this rank's slice; then each search knows on which side to go on."""
+        counts = np.zeros((len(searches), 3), np.int64)
+        for row, search in zip(counts, searches, strict=True):
+            pieces = self._sweep(search)
+            row[:] = (
+                sum(piece[0] for piece in pieces),
+                sum(piece[1] for piece in pieces),
+                max((piece[2] for piece in pieces), default=0),
+            )
+            if all(inside <= found.size for _, inside, _, found in pieces):
+                search.source = [found[:inside] for _, inside, _, found in pieces]
+        gathered = self._gather(counts)
+        self._refuse_nan(gathered[:, :, 2])
+        for search, (above, inside, _) in zip(searches, gathered.sum(0).tolist(), strict=True):
+            keep = search.segment.keep
+            if above < keep <= above + inside:
+                search.above = above
+                continue
+            search.source = None  # the threshold moved out of the bracket
+            if keep <= above:
+                search.low, search.high, search.above = search.high + 1, LARGEST, 0
+            else:
+                search.low, search.high, search.above = 0, search.low - 1, above + inside
+
+    def _sweep(self, search: _Search) -> list[tuple[int, int, int, Bits]]:
+        low, high = np.int32(search.low), np.int32(search.high)
+
+        def one(bits: Bits) -> tuple[int, int, int, Bits]:
+            found = np.empty(min(bits.size, max(4096, bits.size // 16)), np.int32)
+            above, inside, top = kernels.sweep(bits, low, high, found)
+            return above, inside, top, found
+
+        return self._in_threads(one, _pieces(search.bits))
+
+    def _refuse_nan(self, tops: NDArray[np.int64]) -> None:
+        bad = tops > kernels.INFINITY
+        if bad.any():
+            names = [s.name for s, column in zip(self.segments, bad.T, strict=True) if column.any()]
+            ranks = ", ".join(str(rank) for rank in np.flatnonzero(bad.any(1)))
+            raise ValueError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
+
+    def _narrow(self, searches: list[_Search]) -> list[_Search]:
+        """One digit further in every search; those that are not down to one key yet."""
+        shifts, tables = [], []
+        for search in searches:
+            width = search.high - search.low  # bins: 0 .. width >> shift
+            shift = max(0, width.bit_length() - self.digit_bits)
+            shifts.append(shift)
+            tables.append(self._digits(search, shift, (width >> shift) + 1))
+        gathered = self._gather(np.concatenate(tables))
+        rest, at = [], 0
+        for search, shift, table in zip(searches, shifts, tables, strict=True):
+            by_rank = gathered[:, at : at + table.size]
+            at += table.size
+            total = by_rank.sum(0)
+            from_top = np.cumsum(total[::-1])
+            place = int(np.searchsorted(from_top, search.segment.keep - search.above))
+            digit = table.size - 1 - place
+            search.above += int(from_top[place] - total[digit])
+            search.low += digit << shift
+            search.high = min(search.high, search.low + (1 << shift) - 1)
+            if shift == 0:
+                search.ties = by_rank[:, digit].astype(np.int64)
+            else:
+                rest.append(search)
+        return rest
+
+    def _digits(self, search: _Search, shift: int, bins: int) -> Bits:
+        low, high = np.int32(search.low), np.int32(search.high)
+
+        def one(bits: Bits) -> Bits:
+            counts = np.zeros(bins, np.int32)
+            kernels.count_digits(bits, low, high, np.int32(shift), counts)
+            return counts
+
+        sources = _pieces(search.bits) if search.source is None else search.source
+        counts: Bits = np.sum(self._in_threads(one, sources), axis=0, dtype=np.int32)
+        return counts
+
+    def _cut_ties(self, searches: list[_Search]) -> list[Cut]:
+        cuts = []
+        lasts = np.full(len(searches), -1, np.int64)
+        split = False
+        for row, search in enumerate(searches):
+            assert search.ties is not None
+            wanted = search.segment.keep - search.above
+            if wanted == search.ties.sum():
+                lasts[row] = ALL_TIES
+                continue
+            split = True
+            before = int(search.ties[: self.exchange.rank].sum())
+            if before < wanted <= before + search.ties[self.exchange.rank]:
+                found = kernels.find_tie(search.bits, np.int32(search.low), wanted - before)
+                lasts[row] = search.offset + found
+        if split:
+            lasts = self._gather(lasts).max(0)
+        for row, search in enumerate(searches):
+            self._remember(row, search.low)
+            cuts.append(Cut(search.low, int(lasts[row])))
+        return cuts
+
+    def _remember(self, row: int, key: int) -> None:
+        """Look within four times the last move next time; half the old width if it was calm."""
+        hint = self.hints[row]
+        spread = FIRST_SPREAD if hint is None else max(4 * abs(key - hint[0]), hint[1] // 2, 1)
+        self.hints[row] = (key, min(spread, LARGEST // 2))
+
+    def _gather(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
+        flat = torch.from_numpy(np.ascontiguousarray(values).reshape(-1))
+        gathered: NDArray[np.int64] = self.exchange.gather(flat).numpy()
+        return gathered.reshape(self.exchange.world, *values.shape)
+
+    def _in_threads(self, call: Callable[[Bits], T], items: list[Bits]) -> list[T]:
+        return [call(items[0])] if len(items) == 1 else list(self.pool.map(call, items))
 
 
-def write_top_k(values: Tensor, segments: tuple[Segment, ...], mask: Tensor) -> None:
-    """Set `mask` (float32, same shape) to 1 on each segment's `keep` largest |values|, else 0.
-
-    `values`: flat float32, the same on every rank. Ties go to the lowest index. On the CPU,
-    raises ValueError if a value is NaN.
-    """
-    for segment in segments:
-        part, out = values[segment.start : segment.stop], mask[segment.start : segment.stop]
-        if values.is_cuda:
-            _write_top_k_cuda(part, segment.keep, out)
-            continue
-        bits = part.view(torch.int32).numpy()
-        key, last = _select(bits, segment.keep)
-        _write(bits, np.int32(key), last, out.numpy())
+def _pieces(bits: Bits) -> list[Bits]:
+    """`bits` in as many parts as there are threads to repay them."""
+    count = min(torch.get_num_threads(), max(1, bits.size // THREAD_WORTH))
+    return np.array_split(bits, count)
 
 
-def _write_top_k_cuda(values: Tensor, keep: int, mask: Tensor) -> None:
-    """The same by torch operations that do not wait for the device."""
-    keys = values.abs()
-    threshold = torch.topk(keys, keep, sorted=False).values.min()
-    above = keys > threshold
-    ties = keys == threshold
-    rank_of_tie = ties.cumsum(0)
-    torch.logical_or(above, ties & (rank_of_tie <= keep - above.sum()), out=above)
-    mask.copy_(above)
+def write_mask(values: Tensor, cut: Cut, mask: Tensor) -> None:
+    """mask = 1 where `cut` keeps the flat float32 `values`, else 0; on the CPU."""
+    bits = values.view(torch.int32).numpy()
+    kernels.write_mask(bits, np.int32(cut.key), cut.last, mask.numpy())
+
+
+def write_mask_and_z(values: Tensor, cut: Cut, weights: Tensor, mask: Tensor, z: Tensor) -> None:
+    """`write_mask`, and z = mask · weights in the same pass; all flat float32 on the CPU."""
+    kernels.write_mask_and_z(
+        values.view(torch.int32).numpy(), np.int32(cut.key), cut.last,
+        weights.numpy(), mask.numpy(), z.numpy(),
+    )  # fmt: skip

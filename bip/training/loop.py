@@ -77,6 +77,8 @@ class Loop:
                 f"loss: {means['loss']} by step {done}; training diverged, lower lr or mask_lr "
                 "(the last checkpoint is kept)"
             )
+        if self.pruned is not None:
+            self.pruned.check()
         values: dict[str, float] = {"epoch": (done - 1) // self.clock.per_epoch + 1, **means}
         for name, optimizer in self.step.optimizers.items():
             values[f"{name}_lr"] = optimizer.param_groups[0]["lr"]

@@ -1,0 +1,110 @@
+"""Compiled CPU passes over scores. All read |x| as its key.
+
+The key of a float32 is its bits without the sign; as an integer it orders as |x| does. Every
+kernel releases the interpreter lock, so that threads share a pass.
+"""
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+MAGNITUDE = np.int32(0x7FFFFFFF)
+INFINITY = np.int32(0x7F800000)  # a larger key is NaN
+BLOCK = 64  # counted without branches, then searched only if it holds a candidate
+
+Bits = NDArray[np.int32]
+i32 = numba.int32
+compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
+
+
+@compiled
+def sweep(bits: Bits, low: np.int32, high: np.int32, found: Bits) -> tuple[int, int, int]:
+    """One read pass: (keys above `high`, keys in [low, high], the largest key).
+
+    The keys in [low, high] are put into `found` as far as it reaches. This is the pass of every
+    step, and it runs at the speed of reading.
+    """
+    above = inside = 0
+    top = i32(0)
+    whole = bits.size // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        more, least = i32(0), i32(0)
+        block_top = i32(0)
+        for j in range(BLOCK):
+            key = bits[start + j] & MAGNITUDE
+            more += i32(key > high)
+            least += i32(key >= low)
+            block_top = max(block_top, key)
+        above += int(more)
+        top = max(top, block_top)
+        if least != more:
+            for j in range(BLOCK):
+                key = bits[start + j] & MAGNITUDE
+                if low <= key <= high:
+                    if inside < found.size:
+                        found[inside] = key
+                    inside += 1
+    for i in range(whole, bits.size):
+        key = bits[i] & MAGNITUDE
+        above += int(key > high)
+        top = max(top, key)
+        if low <= key <= high:
+            if inside < found.size:
+                found[inside] = key
+            inside += 1
+    return above, inside, int(top)
+
+
+@compiled
+def count_digits(bits: Bits, low: np.int32, high: np.int32, shift: np.int32, counts: Bits) -> None:
+    """Add to `counts` the digits (key − low) >> shift of the keys in [low, high].
+
+    Four tables, so that equal neighbours do not wait for each other's increment.
+    """
+    tables = np.zeros((4, counts.size + 1), np.int32)
+    for i in range(bits.size):
+        key = bits[i] & MAGNITUDE
+        inside = (key >= low) & (key <= high)
+        digit = (key - low) >> shift if inside else counts.size
+        tables[i & 3, digit] += i32(1)
+    for lane in range(4):
+        for digit in range(counts.size):
+            counts[digit] += tables[lane, digit]
+
+
+@compiled
+def find_tie(bits: Bits, key: np.int32, which: int) -> int:
+    """Index of the `which`-th (from 1) element whose key is `key`; −1 if there are fewer."""
+    for i in range(bits.size):
+        if bits[i] & MAGNITUDE == key:
+            which -= 1
+            if which == 0:
+                return i
+    return -1
+
+
+@compiled
+def write_mask(bits: Bits, key: np.int32, last: int, mask: NDArray[np.float32]) -> None:
+    """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`."""
+    for i in range(bits.size):
+        own = bits[i] & MAGNITUDE
+        mask[i] = np.float32((own > key) | ((own == key) & (i <= last)))
+
+
+@compiled
+def write_mask_and_z(
+    bits: Bits,
+    key: np.int32,
+    last: int,
+    weights: NDArray[np.float32],
+    mask: NDArray[np.float32],
+    z: NDArray[np.float32],
+) -> None:
+    """`write_mask`, and z = mask · weights in the same pass."""
+    for i in range(bits.size):
+        own = bits[i] & MAGNITUDE
+        kept = np.float32((own > key) | ((own == key) & (i <= last)))
+        mask[i] = kept
+        z[i] = kept * weights[i]

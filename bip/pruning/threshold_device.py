@@ -1,0 +1,98 @@
+"""The same selection by torch operations that never wait for the device, for CUDA.
+
+A radix select over the whole key, most significant digit first, all segments at once. Shapes
+and the number of rounds are fixed, so the host queues it without knowing a result. Runs on any
+device; on the CPU it is the slow twin that tests compare `Threshold` with.
+"""
+
+import torch
+from torch import Tensor
+
+from bip.pruning.kernels import INFINITY, MAGNITUDE
+from bip.pruning.mask import Segment
+from bip.pruning.threshold import Exchange
+
+SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
+
+
+class DeviceThreshold:
+    """Selects the `keep` largest |values| of each segment. The same on every rank.
+
+    `nan` is a device flag, set when a selection met a NaN; reading it waits for the device.
+    """
+
+    def __init__(
+        self, segments: tuple[Segment, ...], size: int, exchange: Exchange, device: torch.device
+    ) -> None:
+        self.exchange = exchange
+        self.begin = exchange.rank * size // exchange.world
+        self.end = (exchange.rank + 1) * size // exchange.world
+        self.digits = (12, 12, 7) if len(segments) == 1 else (8, 8, 8, 7)
+        self.keep = torch.tensor([segment.keep for segment in segments], device=device)
+        starts = [min(max(segment.start, self.begin), self.end) for segment in segments]
+        stops = [min(max(segment.stop, self.begin), self.end) for segment in segments]
+        lengths = torch.tensor(stops, device=device) - torch.tensor(starts, device=device)
+        self.starts = torch.tensor(starts, device=device) - self.begin
+        # The segment of each element of the slice; segments cover the values without gaps.
+        self.segment = torch.repeat_interleave(
+            torch.arange(len(segments), device=device, dtype=torch.int32), lengths
+        )
+        self.spare = torch.arange(self.end - self.begin, device=device) % SPREAD
+        self.ones = torch.ones(self.end - self.begin, dtype=torch.int32, device=device)
+        self.nan = torch.zeros((), dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def select(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Per segment the threshold's key (int32) and the flat index of the last tie kept."""
+        keys = values[self.begin : self.end].view(torch.int32) & int(MAGNITUDE)
+        segments = len(self.keep)
+        prefix = torch.zeros(segments, dtype=torch.int32, device=keys.device)
+        above = torch.zeros(segments, dtype=torch.int64, device=keys.device)
+        shift = 31
+        ties = torch.empty(0)
+        for width in self.digits:
+            bins = 1 << width
+            # A shift by 31 leaves nothing of a non-negative key: every key is in the search.
+            inside = (keys >> shift) == prefix[self.segment]
+            shift -= width
+            index = torch.where(
+                inside,
+                self.segment.long() * bins + ((keys >> shift) & (bins - 1)),
+                segments * bins + self.spare,
+            )
+            counts = torch.zeros(
+                segments * bins + SPREAD, dtype=torch.int32, device=keys.device
+            ).scatter_add_(0, index, self.ones)
+            by_rank = self.exchange.gather(counts[: segments * bins]).view(-1, segments, bins)
+            total = by_rank.sum(0)
+            from_top = total.flip(1).cumsum(1)
+            place = torch.searchsorted(from_top, (self.keep - above)[:, None])
+            digit = bins - 1 - place
+            above += (from_top.gather(1, place) - total.gather(1, digit))[:, 0]
+            prefix = (prefix << width) | digit[:, 0].int()
+            ties = by_rank.gather(2, digit[None].expand(len(by_rank), -1, -1))[:, :, 0]
+        bad = (keys > int(INFINITY)).any()
+        self.nan |= self.exchange.gather(bad[None].int()).sum() > 0
+        return prefix, self._last_ties(keys, prefix, self.keep - above, ties)
+
+    def _last_ties(self, keys: Tensor, key: Tensor, wanted: Tensor, ties: Tensor) -> Tensor:
+        """Flat index of the `wanted`-th element equal to `key`; `ties` (W, S) counts by rank."""
+        rank = self.exchange.rank
+        quota = (wanted - ties[:rank].sum(0)).clamp(min=0).minimum(ties[rank])
+        count = torch.cumsum(keys == key[self.segment], 0)
+        count = torch.cat([count.new_zeros(1), count])
+        place = torch.searchsorted(count, count[self.starts] + quota) - 1
+        own = torch.where(quota > 0, place + self.begin, -1)
+        return self.exchange.gather(own).amax(0)
+
+
+def write_mask(
+    values: Tensor, segments: tuple[Segment, ...], keys: Tensor, lasts: Tensor, mask: Tensor
+) -> None:
+    """mask = 1 on what `DeviceThreshold.select` keeps of each segment, else 0."""
+    index = torch.arange(len(values), device=values.device)
+    for row, segment in enumerate(segments):
+        part = slice(segment.start, segment.stop)
+        own = values[part].view(torch.int32) & int(MAGNITUDE)
+        tie = (own == keys[row]) & (index[part] <= lasts[row])
+        mask[part].copy_(tie.logical_or_(own > keys[row]))
