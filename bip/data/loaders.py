@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bip.data import augment, decode
 from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
@@ -145,7 +146,7 @@ class WorkerSource:
         return len(self.reader.store)
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        batches = DataLoader(
+        loader = DataLoader(
             _Work(self.reader),
             sampler=requests,
             batch_size=None,
@@ -156,14 +157,31 @@ class WorkerSource:
             multiprocessing_context="fork" if self.num_workers else None,
             generator=torch.Generator(),  # else the DataLoader would draw from the global one
         )
-        for batch in batches:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            images, labels = batch
-            yield (
-                images.to(self.device, non_blocking=True),
-                labels.to(self.device, non_blocking=True),
-            )
+        batches = iter(loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, str):
+                    raise UserError(batch)
+                images, labels = batch
+                yield (
+                    images.to(self.device, non_blocking=True),
+                    labels.to(self.device, non_blocking=True),
+                )
+        finally:
+            _end_workers(batches)
+
+
+def _end_workers(batches: object) -> None:
+    """End an iterator's processes now, not when it is collected.
+
+    A traceback may keep the iterator alive to the interpreter's exit, where multiprocessing sends
+    SIGTERM, which the workers ignore, and waits for ever. PyTorch has no public call for this.
+    """
+    if isinstance(batches, _MultiProcessingDataLoaderIter):
+        batches._shutdown_workers()
+        for worker in batches._workers:
+            if worker.is_alive():
+                worker.kill()
 
 
 class Data:
@@ -215,6 +233,8 @@ class Data:
         self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
         self._shift = (-mean / std).view(-1, 1, 1).to(device)
         self._live: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
+        # Runs when this object goes or the interpreter exits, whichever is first.
+        weakref.finalize(self, _close_all, self._live)
 
     def train(self, level: str = "lower", start: int = 0) -> Iterator[Batch]:
         """This rank's share of global batches start, start + 1, ... of a level, without end.
@@ -242,9 +262,8 @@ class Data:
         return len(self._splits[split][1])
 
     def close(self) -> None:
-        """End the worker processes of all iterators."""
-        for batches in list(self._live):
-            batches.close()
+        """End all iterators and their worker processes. Further iterators may be started."""
+        _close_all(self._live)
 
     def _train_request(self, order: Order, number: int) -> Request:
         epoch, positions, indices = order.batch(number)
@@ -276,6 +295,11 @@ class Data:
                 )
                 images = augment.pad_crop(images, crops, self._spec.padding)
             yield images.float().mul_(self._scale).add_(self._shift), labels
+
+
+def _close_all(live: weakref.WeakSet[Generator[Batch, None, None]]) -> None:
+    for batches in list(live):
+        batches.close()
 
 
 def open_data(

@@ -4,6 +4,9 @@ import itertools
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -256,6 +259,42 @@ def test_workers_outlive_the_schedulers_signals_and_end_with_close(small_cifar: 
     assert multiprocessing.active_children() == []
     plain = opened(**CIFAR, data_dir=small_cifar, loader="memory").train()
     assert same(first + rest, take(plain, 15))
+
+
+def test_no_way_of_ending_hangs_on_the_workers(small_cifar: Path) -> None:
+    """They ignore SIGTERM, which is what multiprocessing sends at exit before it waits."""
+    code = """
+        import multiprocessing, os, sys
+        from pathlib import Path
+        from tests.data.conftest import open_with_defaults
+
+        data = open_with_defaults(
+            dataset="CIFAR10", data_dir=Path(sys.argv[2]), loader="lmdb", num_workers=2
+        )
+        batches = data.train()
+        def loop():
+            for number, _ in enumerate(batches):
+                if sys.argv[1] == "raise" and number == 1:
+                    raise ValueError
+                if sys.argv[1] == "killed worker" and number == 1:
+                    os.kill(multiprocessing.active_children()[0].pid, 9)
+                if sys.argv[1] == "exit" and number == 3:
+                    sys.exit(3)
+        try:
+            loop()
+        except Exception as error:
+            kept = error
+            sys.exit(4)
+    """
+    runs = [
+        subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), way, small_cifar])
+        for way in ("exit", "raise", "killed worker")
+    ]
+    try:
+        assert [run.wait(timeout=40) for run in runs] == [3, 4, 4]
+    finally:
+        for run in runs:
+            run.kill()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
