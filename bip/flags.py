@@ -28,11 +28,8 @@ def _aliases(name: str, field: FieldInfo) -> list[str] | None:
     return [f"--{other.replace('_', '-')}" for other in choices if other != name] or None
 
 
-def _help(field: FieldInfo) -> str:
-    text = field.description or ""
-    if field.is_required() or field.default is None:
-        return text
-    return f"{text} (default: {field.default})"
+def _default(field: FieldInfo) -> str:
+    return "" if field.is_required() or field.default is None else f"(default: {field.default})"
 
 
 def parse_flags(
@@ -46,7 +43,12 @@ def parse_flags(
     """
     fields = {
         name: Annotated[
-            _flag_type(field), tyro.conf.arg(help=_help(field), aliases=_aliases(name, field))
+            _flag_type(field),
+            tyro.conf.arg(
+                help=field.description or "",
+                help_behavior_hint=_default(field),
+                aliases=_aliases(name, field),
+            ),
         ]
         for model in models
         for name, field in model.model_fields.items()
@@ -67,8 +69,8 @@ def _unbox(box: str) -> str:
     """The first paragraphs of tyro's error box as one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
     text = " ".join(line for line in lines if line and not set(line) <= set("─╰╯"))
-    for tail in ("For full helptext", "Argument helptext", "(unset by default)"):
-        text = text.split(tail)[0] if not tail.startswith("(") else text.replace(tail, "")
+    for tail in ("For full helptext", "Argument helptext"):
+        text = text.split(tail)[0]
     return " ".join(text.split()) or "the command line could not be read"
 
 
