@@ -297,11 +297,12 @@ class Run:
 
     def _finish(self, loop: Loop) -> dict[str, Any]:
         """Final mask, final accuracy, the models and, last, result.json."""
-        extra = {}
-        if self.pruned is not None and self.pruned.followers and self.config.exp_mode == "prune":
-            extra["top1_before_bn_mask"] = loop.evaluate("test").top1
-        final = self._finalise(loop)
         progress = loop.progress
+        follow = self.pruned is not None and self.pruned.followers
+        # The final checkpoint tells it: an attempt that begins there cannot measure it again.
+        if follow and self.config.exp_mode == "prune" and progress.top1_before_bn_mask is None:
+            progress.top1_before_bn_mask = loop.evaluate("test").top1
+        final = self._finalise(loop)
         best = None
         if progress.best_epoch is not None:
             final_state = self._state(progress)
@@ -312,7 +313,9 @@ class Run:
             restore_model(self.network, self.pruned, final_state, "final model")
         else:
             self._save_best(progress)
-        result = self._result(final, best, progress) | extra
+        result = self._result(final, best, progress)
+        if progress.top1_before_bn_mask is not None:
+            result["top1_before_bn_mask"] = progress.top1_before_bn_mask
         if self.group.is_first:
             if self.config.save_dense:
                 plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}

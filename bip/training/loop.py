@@ -29,6 +29,7 @@ class Progress:
     seconds: float = 0.0
     best_holdout: float | None = None
     best_epoch: int | None = None
+    top1_before_bn_mask: float | None = None
 
     def to_state(self) -> dict[str, Any]:
         return asdict(self)
