@@ -1,0 +1,418 @@
+"""Checkpoints: nothing lost, nothing half-written, nothing run; resumed equals uninterrupted."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bip import run
+from bip.__main__ import main
+from bip.config import load_config
+from bip.training.checkpoint import CheckpointFolder, pack_mask, read_checkpoint, unpack_mask
+from tests.runs import LAYER_TYPES, Finished, arguments, train
+
+
+def state(step: int) -> dict[str, Any]:
+    torch.manual_seed(step)
+    return {
+        "state_dict": {"layer.weight": torch.randn(40), "layer.popup_scores": torch.randn(40)},
+        "mask": pack_mask(torch.randint(0, 2, (41,)).float()),
+        "progress": {"iteration": step, "seconds": 1.5, "best_epoch": None},
+        "optimizer": {"lower": {"state": {0: {"momentum_buffer": torch.randn(3)}}}},
+    }
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# Saving and loading
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoint")
+    assert folder.load() is None
+    for step in (3, 5, 9):
+        folder.save(state(step), step)
+        loaded = folder.load()
+        assert loaded is not None
+        assert_same(loaded, state(step))
+        assert_same(read_checkpoint(folder.newest), state(step))
+    names = sorted(path.name for path in folder.folder.glob("step-*"))
+    assert [int("".join(filter(str.isdigit, name))) for name in names] == [5, 9]
+    # It is what other programs can open too.
+    assert torch.load(folder.newest, weights_only=True)["progress"]["iteration"] == 9
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
+def test_masks_pack_to_bits(size: int) -> None:
+    mask = torch.randint(0, 2, (size,)).float()
+    bits = pack_mask(mask)
+    assert bits.numel() == -(-size // 8)
+    assert torch.equal(unpack_mask(bits, size), mask)
+
+
+def test_a_flipped_byte_anywhere_is_found_and_the_one_before_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = CheckpointFolder(tmp_path / "good")
+    for step in (1, 2):
+        path = good.save(state(step), step)
+    data = path.read_bytes()
+    for place in np.linspace(0, len(data) - 1, 60).astype(int):
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(good.folder, tmp_path / "bad", symlinks=True)
+        bad = tmp_path / "bad" / path.name
+        bad.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        loaded = CheckpointFolder(tmp_path / "bad").load()
+        assert loaded is not None
+        assert_same(loaded, state(1))
+        out = capsys.readouterr().out
+        assert path.name in out
+        assert out.count("\n") == 1
+        assert not bad.exists(), "set aside"
+        assert len(list((tmp_path / "bad").glob(f"{path.name}*"))) == 1, "but kept"
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "gone"])
+def test_a_torn_or_missing_newest_checkpoint(damage: str, tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        path = folder.save(state(step), step)
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"" if damage == "empty" else path.read_bytes()[:-1])
+    loaded = folder.load()
+    assert loaded is not None
+    assert_same(loaded, state(1))
+    # And saving goes on from there.
+    folder.save(state(3), 3)
+    loaded = folder.load()
+    assert loaded is not None
+    assert_same(loaded, state(3))
+
+
+def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoint")
+    for step in (1, 2):
+        folder.save(state(step), step).write_bytes(b"?")
+    with pytest.raises(Exception, match="checkpoint") as raised:
+        folder.load()
+    assert type(raised.value).__name__ == "UserError"
+
+
+def test_a_save_that_fails_anywhere_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each system call of a save fails in turn, as on a full disk."""
+    calls = ("open", "fsync", "replace", "rename", "symlink", "link", "unlink", "write", "mkdir")
+    failed = fail_at = done = 0
+
+    def failing(name: str) -> Any:
+        original = getattr(os, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal done
+            done += 1
+            if done == fail_at + 1:
+                raise OSError(28, "No space left on device")
+            return original(*args, **kwargs)
+
+        return call
+
+    for fail_at in range(1000):
+        folder = CheckpointFolder(tmp_path / str(fail_at))
+        for step in (1, 2):
+            folder.save(state(step), step)
+        done = 0
+
+        with monkeypatch.context() as patch:
+            for name in calls:
+                patch.setattr(os, name, failing(name))
+            try:
+                folder.save(state(3), 3)
+                raised = False
+            except OSError:
+                raised = True
+        loaded = CheckpointFolder(folder.folder).load()
+        assert loaded is not None
+        step = loaded["progress"]["iteration"]
+        assert step in (2, 3)
+        assert_same(loaded, state(step))
+        assert raised or step == 3
+        assert not list(folder.folder.glob("*.tmp")) or raised
+        folder.save(state(4), 4)  # and the next save is none the worse
+        assert len(list(folder.folder.glob("step-*"))) == 2
+        failed += raised
+        if done < fail_at + 1:
+            break
+    assert failed >= 5
+
+
+# Files of others
+
+
+def published(source: Path, folder: Path, pruned: bool) -> Path:
+    """The shape of the published checkpoints, of our pretrained network's weights."""
+    ours = torch.load(source, weights_only=True)
+    state_dict = {f"module.{name}": value for name, value in ours["state_dict"].items()}
+    if pruned:
+        for name, value in ours["state_dict"].items():
+            if value.dim() > 1:
+                scores = torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+                state_dict[f"module.{name.removesuffix('weight')}popup_scores"] = scores
+    path = folder / "published.pth.tar"
+    optimizer = {"state": {}, "param_groups": [{"lr": np.float64(0.1), "params": [0]}]}
+    content = {
+        "epoch": 200, "arch": "digits_net", "state_dict": state_dict,
+        "best_prec1": torch.tensor(94.5), "optimizer": optimizer,
+    }  # fmt: skip
+    torch.save(content, path)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=True)
+    return path
+
+
+@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "with-scores"])
+def test_a_published_checkpoint_can_be_pruned(source: Path, tmp_path: Path, pruned: bool) -> None:
+    path = published(source, tmp_path, pruned)
+    theirs = train("bip", tmp_path / "theirs", source_net=path, max_steps=2)
+    ours = train("bip", tmp_path / "ours", source_net=source, max_steps=2)
+    for key in ("weights_sha256", "mask_sha256", "top1"):
+        assert theirs.result[key] == ours.result[key]
+
+
+def test_a_published_pruned_checkpoint_can_be_fine_tuned(source: Path, tmp_path: Path) -> None:
+    """It holds scores and no mask; the mask is their top k."""
+    path = published(source, tmp_path, pruned=True)
+    tuned = train("finetune", tmp_path, source_net=path, max_steps=2, k=0.25)
+    scores = {
+        name.removeprefix("module.").replace("popup_scores", "weight"): value
+        for name, value in torch.load(path, weights_only=False)["state_dict"].items()
+        if "popup_scores" in name
+    }
+    flat = torch.cat([scores[name].flatten() for name in tuned.masks]).abs()
+    kept = torch.cat([mask.flatten() for mask in tuned.masks.values()]) == 1
+    assert int(kept.sum()) == -(-flat.numel() // 4) == tuned.result["kept"]
+    assert flat[kept].min() > flat[~kept].max()
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["torch", "legacy", "pickle"])
+def test_a_malicious_checkpoint_is_refused_without_running(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trap = tmp_path / "executed"
+    path = tmp_path / "evil.pth.tar"
+    content = {"arch": "digits_net", "state_dict": {}, "extra": Evil(trap)}
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    for option in ("source_net", "resume"):
+        argv = ["train", *arguments("bip", tmp_path / "out", **{option: path})]
+        assert main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert str(path) in error
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+# Resuming
+
+
+class Stopped(BaseException):
+    """Stands for a process that dies just after a checkpoint."""
+
+
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pretrain": ("pretrain", {}),
+    "bip": ("bip", {}),
+    "bip-filter": ("bip", {"layer_type": "filter"}),
+    "bip-channel-adam": ("bip", {"layer_type": "channel", "optimizer": "adam", "lr": 0.001}),
+    "accelerate": ("bip", {"accelerate": True}),
+    "lower-steps": ("bip", {"lower_steps": 2}),
+    "hydra": ("hydra", {}),
+    "hydra-rmsprop": ("hydra", {"optimizer": "rmsprop", "lr": 0.001}),
+    "finetune": ("finetune", {}),
+    "finetune-filter": ("finetune", {"layer_type": "filter"}),
+    "holdout": ("bip", {"holdout": 100, "layer_type": "filter"}),
+}
+
+
+def settings_of(kind: str, source: Path, pruned_runs: dict[str, Finished]) -> dict[str, Any]:
+    name, extra = KINDS[kind]
+    # 2 epochs of 1437 // 300 = 4 steps, or 1337 // 300
+    settings = {"epochs": 2, "batch_size": 300, "k": 0.3} | extra
+    if name == "pretrain":
+        return settings | {"k": 1.0}
+    before = pruned_runs[extra.get("layer_type", "unstructured")].newest
+    return settings | {"source_net": before if name == "finetune" else source}
+
+
+def stop_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = CheckpointFolder.save
+    count = 0
+
+    def save(self: CheckpointFolder, *args: Any, **kwargs: Any) -> Path:
+        nonlocal count
+        path = original(self, *args, **kwargs)
+        count += 1
+        if count == saves:
+            raise Stopped
+        return path
+
+    monkeypatch.setattr(CheckpointFolder, "save", save)
+
+
+@pytest.mark.parametrize(("kind", "stop"), [("bip", 1), *((kind, 3) for kind in KINDS)])
+def test_resumed_equals_uninterrupted(
+    kind: str,
+    stop: int,
+    source: Path,
+    pruned_runs: dict[str, Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = KINDS[kind][0]
+    settings = settings_of(kind, source, pruned_runs)
+    whole = train(name, tmp_path / "whole", **settings)
+    # A checkpoint after every step. How often one is saved is no part of a run's identity.
+    settings |= {"checkpoint_minutes": 1e-9}
+    with monkeypatch.context() as patch:
+        stop_after(stop, patch)
+        with pytest.raises(Stopped):
+            train(name, tmp_path / "parts", **settings)
+    resumed = train(name, tmp_path / "parts", **settings)
+
+    assert resumed.folder.name == whole.folder.name
+    losses = [record["loss"] for record in resumed.records()]
+    assert losses == whole.losses, "each step's loss, bit for bit, none twice"
+    differing = {"seconds", "attempts"}
+    assert {k: v for k, v in resumed.result.items() if k not in differing} == {
+        k: v for k, v in whole.result.items() if k not in differing
+    }
+    assert resumed.result["attempts"] == 2
+    for a, b in ((resumed.newest, whole.newest), (resumed.best, whole.best)):
+        states = [torch.load(path, weights_only=True) for path in (a, b)]
+        assert_same(states[0]["state_dict"], states[1]["state_dict"])
+
+
+def test_a_resumed_run_does_not_repeat_steps(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    settings = {"source_net": source, "max_steps": 5, "checkpoint_minutes": 1e-9}
+    with monkeypatch.context() as patch:
+        stop_after(3, patch)
+        with pytest.raises(Stopped):
+            train("bip", tmp_path, **settings)
+    capsys.readouterr()
+    train("bip", tmp_path, **settings)
+    out = capsys.readouterr().out
+    assert "step 3/5" not in out
+    assert "step 4/5" in out
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra", "finetune"])
+def test_resume_path_goes_on_elsewhere(
+    kind: str,
+    source: Path,
+    pruned_runs: dict[str, Finished],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--resume takes another run's checkpoint of the same settings, and needs no --source-net."""
+    name = KINDS[kind][0]
+    settings = settings_of(kind, source, pruned_runs)
+    whole = train(name, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            train(name, tmp_path / "parts", **settings, checkpoint_minutes=1e-9)
+    (checkpoint,) = (tmp_path / "parts").glob("*/*/*/checkpoint/checkpoint.pth.tar")
+    settings.pop("source_net", None)
+    there = train(name, tmp_path / "there", **settings, resume=checkpoint, exp_name="other")
+    assert there.losses == whole.losses[2:]
+    for key in ("weights_sha256", "mask_sha256", "top1"):
+        assert there.result[key] == whole.result[key]
+
+
+def test_resume_with_other_settings_names_the_first(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            train("bip", tmp_path / "parts", source_net=source, checkpoint_minutes=1e-9)
+    (checkpoint,) = (tmp_path / "parts").glob("*/*/*/checkpoint/checkpoint.pth.tar")
+    argv = ["train", *arguments("bip", tmp_path / "out", resume=checkpoint, momentum=0.8)]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert "momentum" in error
+    assert "0.8" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_of_a_finished_model_is_refused(
+    pruned_runs: dict[str, Finished], tmp_path: Path, capsys: Any
+) -> None:
+    finished = pruned_runs["unstructured"]
+    argv = ["train", *arguments("bip", tmp_path / "out", resume=finished.best, k=0.3, max_steps=6)]
+    assert main(argv) == 2
+    assert "resume" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_finished_runs_drop_optimizer_state(
+    pruned_runs: dict[str, Finished], layer_type: str
+) -> None:
+    finished = pruned_runs[layer_type]
+    assert not finished.state["optimizer"]
+    assert len(list(finished.newest.parent.glob("step-*"))) == 1
+
+
+def test_a_run_killed_between_its_last_step_and_its_result_is_finished_by_the_next(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train("bip", tmp_path / "whole", source_net=source, max_steps=3, layer_type="filter")
+    for stop in (1, 2):  # after the last checkpoint of training, and after the final one
+        with monkeypatch.context() as patch:
+            stop_after(stop, patch)
+            with pytest.raises(Stopped):
+                train(
+                    "bip", tmp_path / str(stop), source_net=source, max_steps=3, layer_type="filter"
+                )
+        config = load_config(
+            arguments(
+                "bip", tmp_path / str(stop), source_net=source, max_steps=3, layer_type="filter"
+            )
+        )
+        assert not (config.run_folder / "result.json").exists()
+        result = run.train(config)
+        for key in ("weights_sha256", "mask_sha256", "top1", "top1_before_bn_mask"):
+            assert result[key] == whole.result[key], (stop, key)
