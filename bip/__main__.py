@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from bip.errors import UserError
+from bip.flags import call
 
 
 def _train(argv: list[str]) -> None:
@@ -22,28 +22,22 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _export(argv: list[str]) -> None:
-    import tyro
-
     from bip.export import export
 
-    tyro.cli(export, args=argv, prog="python -m bip export")
+    call({"export": export}, ["export", *argv], "python -m bip")
 
 
 def _compare(argv: list[str]) -> None:
-    import tyro
-
     from bip.export import compare
 
-    tyro.cli(compare, args=argv, prog="python -m bip compare")
+    call({"compare": compare}, ["compare", *argv], "python -m bip")
 
 
 def _data(argv: list[str]) -> None:
-    import tyro
-
     from bip.data import build
 
-    commands: dict[str, Callable[..., Any]] = {"build-lmdb": build.build_lmdb, "info": build.info}
-    tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog="python -m bip data")
+    commands: dict[str, Callable[..., None]] = {"build-lmdb": build.build_lmdb, "info": build.info}
+    call(commands, argv, "python -m bip data")
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {

@@ -10,7 +10,7 @@ from bip.files import atomic_write_bytes
 from bip.training.checkpoint import State, layer_masks, read_checkpoint, split_state
 
 
-def export(checkpoint: Path, out: Path, /) -> None:
+def export(checkpoint: Path, out: Path) -> None:
     """Write a checkpoint's effective weights (z = m ⊙ θ) as one safetensors file.
 
     Args:
@@ -30,7 +30,7 @@ def export(checkpoint: Path, out: Path, /) -> None:
     print(f"wrote {out}: {len(weights)} tensors")
 
 
-def compare(first: Path, second: Path, /) -> None:
+def compare(first: Path, second: Path) -> None:
     """Print the intersection over union (IoU) of two checkpoints' masks, in all and per layer.
 
     Args:

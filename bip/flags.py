@@ -2,9 +2,10 @@
 
 import contextlib
 import difflib
+import inspect
 import io
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from decimal import Decimal
 from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
 
@@ -54,15 +55,61 @@ def parse_flags(
         for name, field in model.model_fields.items()
     }
     flags: Any = TypedDict("flags", fields, total=False)  # type: ignore[misc]
+    with _one_line_errors():
+        given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+    return dict(given)
+
+
+def call(commands: dict[str, Callable[..., None]], argv: list[str], prog: str) -> None:
+    """Call the function that the first word of `argv` names, the other words its parameters.
+
+    Parameters without default are given by position, the others as flags. Raises UserError like
+    `parse_flags`.
+    """
+    if argv[:1] not in [[name] for name in commands] and argv[:1] not in (["-h"], ["--help"]):
+        given = f"unknown command {argv[0]!r}{nearest(argv[0], commands)}" if argv else "no command"
+        raise UserError(f"{prog}: {given}; one of {', '.join(commands)}")
+    if argv[0] not in commands:
+        tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=prog)
+    command = commands[argv[0]]
+    with _one_line_errors():
+        parameters: Any = tyro.cli(
+            _parameters(command), args=argv[1:], prog=f"{prog} {argv[0]}",
+            description=(inspect.getdoc(command) or "").split("\n\nRaises:")[0],
+            config=(tyro.conf.PositionalRequiredArgs,),
+        )  # fmt: skip
+    command(**parameters)
+
+
+def _parameters(command: Callable[..., None]) -> Callable[..., dict[str, Any]]:
+    """A function of the same signature that only returns what it was given."""
+
+    def given(**values: Any) -> dict[str, Any]:
+        return values
+
+    shown: Any = given
+    signature = inspect.signature(command)
+    shown.__signature__ = signature
+    shown.__annotations__ = {
+        name: Annotated[parameter.annotation, tyro.conf.arg(metavar=name.upper())]
+        if parameter.default is parameter.empty
+        else parameter.annotation
+        for name, parameter in signature.parameters.items()
+    }
+    return given
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """tyro prints an error as a box and exits; this makes it a UserError of one line."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_unbox(printed.getvalue())) from None
-    return dict(given)
 
 
 def _unbox(box: str) -> str:
