@@ -78,7 +78,11 @@ def _finished(row: Row, count: int, total: int) -> Text:
 
 
 def _running(row: Row) -> Text:
+    """What changes stands first: a narrow terminal cuts the end off."""
+    ratio = "" if row.stage == "pretrain" else f" k {row.k}"
+    epoch = f"epoch {epochs(row)}" if row.epoch is not None else "starting"
     loss = "" if row.loss is None else f"  loss {row.loss:.4f}"
-    epoch = f"  epoch {epochs(row)}" if row.epoch is not None else "  starting"
     seconds = "" if row.seconds is None else f"  {row.seconds:.0f} s"
-    return Text(f"  {_name(row)}{epoch}{loss}{seconds}", style="cyan")
+    which = f"{row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
+    line = f"  {row.stage}{ratio}  {epoch}{loss}{seconds}  {which}"
+    return Text(line, style="cyan", no_wrap=True, overflow="ellipsis")

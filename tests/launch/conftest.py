@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +87,10 @@ class FakeSweep:
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSweep:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSweep]:
     sweep = FakeSweep(tmp_path)
     monkeypatch.setenv("FAKE_LOG", str(sweep.log))
     monkeypatch.setenv("FAKE_HOLD", str(sweep.hold))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    return sweep
+    yield sweep
+    sweep.hold.unlink(missing_ok=True)  # a failed test leaves no run waiting for ever
