@@ -143,7 +143,9 @@ class RunConfig(BaseModel):
     # Reports
     print_freq: Positive = Field(10, description="steps between log lines")
     eval_every: Positive = Field(1, description="epochs between evaluations")
-    checkpoint_minutes: float = Field(10.0, gt=0, description="minutes between checkpoints")
+    checkpoint_minutes: float = Field(
+        10.0, gt=0, allow_inf_nan=False, description="minutes between checkpoints"
+    )
     save_dense: bool = Field(False, description="also save the masked weights as a plain network")
     val_method: Literal["base"] = Field("base", description="accepted from published files")
     data_fraction: float = Field(1.0, gt=0, le=1, description="accepted from published files")
@@ -245,7 +247,8 @@ class RunConfig(BaseModel):
         elif self.accelerate:
             idle["--accelerate leaves the implicit term out"] = {"lr2"}
         if self.exp_mode == "pretrain":
-            idle["a dense network is trained"] = {"source_net", "scope", "recalibrate_bn"}
+            idle["a dense network is trained"] = {"source_net", "layer_type", "scope"}
+            idle["a dense network is trained"] |= {"recalibrate_bn"}
             if not self.scale_rand_init and self.k != 1:
                 idle["a dense network is trained"] |= {"k"}
         else:
@@ -255,7 +258,11 @@ class RunConfig(BaseModel):
         elif self.scaled_score_init:
             idle["--scaled-score-init sets the scores"] = {"scores_init_type"}
         if not self.warmup_epochs:
-            idle["--warmup-epochs is 0"] = {"warmup"}
+            idle["--warmup-epochs is 0"] = {"warmup", "warmup_lr"}
+        elif self.warmup == "linear":
+            idle["--warmup linear starts near 0"] = {"warmup_lr"}
+        if self.freeze_bn:
+            idle["--freeze-bn trains no batch-norm"] = {"bn_wd"}
         if self.optimizer == "adam":
             idle["adam has none"] = {"momentum"}
         defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
