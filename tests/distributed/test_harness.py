@@ -1,0 +1,76 @@
+"""The harness itself: it finds failures, and does not hang."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bip.distributed.group import Group
+from bip.errors import UserError
+from tests.distributed.harness import RankError, run_ranks, world_size
+
+
+@world_size(1, 2, 3, 4)
+def test_collectives(group: Group, tmp_path: Path) -> None:
+    assert isinstance(tmp_path, Path)
+    total = group.sum_(torch.tensor([group.rank + 1.0]))
+    assert total.item() == group.world * (group.world + 1) / 2
+    assert group.broadcast_(torch.tensor([group.rank])).item() == 0
+    assert group.from_first({"rank": group.rank}) == {"rank": 0}
+    group.agree(None)
+
+
+def ranks(group: Group) -> tuple[int, int]:
+    return group.rank, os.getpid()
+
+
+def test_results_come_in_rank_order_from_processes_of_their_own() -> None:
+    results = run_ranks(3, ranks)
+    assert [rank for rank, _ in results] == [0, 1, 2]
+    assert len({pid for _, pid in results} | {os.getpid()}) == 4
+
+
+def fail_on_one(group: Group) -> None:
+    assert group.rank != 1, "not on this one"
+    group.barrier()
+
+
+def end_on_one(group: Group) -> None:
+    if group.rank == 1:
+        os._exit(3)
+    group.barrier()
+
+
+def sleep_on_one(group: Group) -> None:
+    time.sleep(1000 * group.rank)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        (fail_on_one, "not on this one"),
+        (end_on_one, "rank 1 of 2: ended with code 3"),
+        (sleep_on_one, r"ranks \[1\]"),
+    ],
+)
+def test_a_failing_rank_fails_the_test(body, what) -> None:  # type: ignore[no-untyped-def]
+    began = time.monotonic()
+    with pytest.raises(RankError, match=what):
+        run_ranks(2, body, timeout=3)
+    assert time.monotonic() - began < 20
+
+
+def problem_on_last(group: Group) -> str:
+    problem = "data_dir: not here" if group.rank == group.world - 1 else None
+    try:
+        group.agree(problem)
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
+def test_one_ranks_problem_is_every_ranks() -> None:
+    results = run_ranks(3, problem_on_last)
+    assert results == ["data_dir: not here (rank 2)"] * 3
