@@ -225,7 +225,15 @@ class RunConfig(BaseModel):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all settings that change a run's numbers."""
         values = self.model_dump(mode="json", exclude=self.UNFINGERPRINTED) | {"k": self.k_text}
+        values["source_run"] = self.source_run
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def source_run(self) -> str | None:
+        """RUN_ID of the run that wrote `source_net`; None if it does not lie in a run folder."""
+        if self.source_net is None or self.source_net.parent.name != "checkpoint":
+            return None
+        return self.source_net.absolute().parent.parent.name
 
     @property
     def run_id(self) -> str:

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     for input that cannot work.
     """
     check_inputs(config)
+    config = with_source_of_resume(config)
     finished = read_json(config.run_folder / "result.json")
     if finished is not None and not config.evaluate:
         if find_ranks(os.environ).rank == 0:
@@ -113,7 +115,7 @@ class Run:
     def _read_source(self) -> tuple[State | None, str | None]:
         """The checkpoint that the run starts from (--source-net, or --resume to go on)."""
         path = self.config.source_net
-        if path is None:
+        if path is None or (self.config.resume is not None and not path.is_file()):
             return None, None
         state = read_checkpoint(path)
         check_source(self.config, state)
@@ -368,6 +370,14 @@ class Run:
             "seconds": progress.seconds,
             "attempts": len(starts),
         }
+
+
+def with_source_of_resume(config: RunConfig) -> RunConfig:
+    """With --resume, --source-net may be left out: the checkpoint says what the run began with."""
+    if config.resume is None or config.source_net is not None:
+        return config
+    before = read_checkpoint(config.resume).get("config", {}).get("source_net")
+    return config.model_copy(update={"source_net": Path(before)}) if before else config
 
 
 def check_source(config: RunConfig, state: State) -> None:

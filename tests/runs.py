@@ -73,6 +73,6 @@ def arguments(kind: str, result_dir: Path, **settings: Any) -> list[str]:
 
 def train(kind: str, result_dir: Path, **settings: Any) -> Finished:
     """Run it to its end."""
-    config = load_config(arguments(kind, result_dir, **settings))
+    config = run.with_source_of_resume(load_config(arguments(kind, result_dir, **settings)))
     run.train(config)
     return Finished(config.run_folder, json.loads((config.run_folder / "result.json").read_text()))

@@ -86,11 +86,22 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
 
 
 @compiled
-def write_mask(bits: Bits, key: np.int32, last: int, mask: NDArray[np.float32]) -> None:
-    """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`."""
+def write_mask(
+    bits: Bits, key: np.int32, last: int, first: int, mask: NDArray[np.float32]
+) -> tuple[int, int]:
+    """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`.
+
+    Returns (ones, checksum): the checksum adds up the places of the ones, `first` being the
+    place of bits[0]. It costs nothing beside the writing.
+    """
+    kept = checksum = 0
     for i in range(bits.size):
         own = bits[i] & MAGNITUDE
-        mask[i] = np.float32((own > key) | ((own == key) & (i <= last)))
+        keep = i32((own > key) | ((own == key) & (i <= last)))
+        kept += keep
+        checksum += keep * (first + i)
+        mask[i] = np.float32(keep)
+    return kept, checksum
 
 
 @compiled
@@ -98,13 +109,18 @@ def write_mask_and_z(
     bits: Bits,
     key: np.int32,
     last: int,
+    first: int,
     weights: NDArray[np.float32],
     mask: NDArray[np.float32],
     z: NDArray[np.float32],
-) -> None:
+) -> tuple[int, int]:
     """`write_mask`, and z = mask · weights in the same pass."""
+    kept = checksum = 0
     for i in range(bits.size):
         own = bits[i] & MAGNITUDE
-        kept = np.float32((own > key) | ((own == key) & (i <= last)))
-        mask[i] = kept
-        z[i] = kept * weights[i]
+        keep = i32((own > key) | ((own == key) & (i <= last)))
+        kept += keep
+        checksum += keep * (first + i)
+        mask[i] = np.float32(keep)
+        z[i] = np.float32(keep) * weights[i]
+    return kept, checksum

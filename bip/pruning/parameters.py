@@ -64,6 +64,8 @@ class PrunedParameters:
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
         self.mask = torch.ones(layout.size, dtype=dtype, device=device)
+        # Of the last selection: the number of ones and the sum of their places, for comparison.
+        self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         self._scratch = torch.empty(
             layout.size if device.type != "cpu" else min(CPU_BLOCK, layout.size),
@@ -164,7 +166,8 @@ class PrunedParameters:
         values = self._group_norms() if structured else self.scores.detach().float()
         mask = self._group_mask if structured else self.mask
         if isinstance(self.threshold, DeviceThreshold):
-            write_mask_on_device(values, self.segments, *self.threshold.select(values), mask)
+            keys, lasts = self.threshold.select(values)
+            self.proof = write_mask_on_device(values, self.segments, keys, lasts, mask)
         else:
             try:
                 cuts = self.threshold.select(values)
@@ -173,9 +176,7 @@ class PrunedParameters:
             if write_z and not structured and mask.dtype == torch.float32:
                 self._write_mask_and_z(values, cuts)
                 return
-            for segment, cut in zip(self.segments, cuts, strict=True):
-                part = slice(segment.start, segment.stop)
-                write_mask(values[part], cut, mask[part])
+            self._write_mask(values, cuts, mask)
         if structured:
             for tensor, view in zip(self.layout.tensors, self.views(self.mask), strict=True):
                 kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
@@ -183,18 +184,30 @@ class PrunedParameters:
         if write_z:
             self.write_z()
 
+    def _write_mask(self, values: Tensor, cuts: list[Cut], mask: Tensor) -> None:
+        proofs = []
+        for segment, cut in zip(self.segments, cuts, strict=True):
+            part = slice(segment.start, segment.stop)
+            out = mask[part] if mask.dtype == torch.float32 else torch.empty(len(mask[part]))
+            proofs.append(write_mask(values[part], cut, segment.start, out))
+            mask[part] = out
+        self.proof = torch.tensor(proofs).sum(0)
+
     def _write_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
-        per_tensor = len(cuts) > 1
+        proofs = []
         for row, (tensor, z) in enumerate(zip(self.layout.tensors, self.z, strict=True)):
             part = slice(tensor.start, tensor.stop)
-            cut = cuts[row if per_tensor else 0]
-            here = Cut(cut.key, cut.last if per_tensor else cut.last - tensor.start)
+            whole = cuts[0]  # one ranking of the network, or one per tensor
+            cut = cuts[row] if len(cuts) > 1 else Cut(whole.key, whole.last - tensor.start)
             weights, mask = self.weights.detach()[part], self.mask[part]
             if z.is_contiguous():
-                write_mask_and_z(values[part], here, weights, mask, z.detach().view(-1))
+                flat = z.detach().view(-1)
+                proof = write_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
             else:  # channels_last: z's memory is in another order than the flat buffers'
-                write_mask(values[part], here, mask)
+                proof = write_mask(values[part], cut, tensor.start, mask)
                 torch.mul(weights.view(tensor.shape), mask.view(tensor.shape), out=z)
+            proofs.append(proof)
+        self.proof = torch.tensor(proofs).sum(0)
 
     def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):

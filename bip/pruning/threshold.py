@@ -268,15 +268,22 @@ def _pieces(bits: Bits) -> list[Bits]:
     return np.array_split(bits, count)
 
 
-def write_mask(values: Tensor, cut: Cut, mask: Tensor) -> None:
-    """mask = 1 where `cut` keeps the flat float32 `values`, else 0; on the CPU."""
+def write_mask(values: Tensor, cut: Cut, first: int, mask: Tensor) -> tuple[int, int]:
+    """mask = 1 where `cut` keeps the flat float32 `values`, else 0; on the CPU.
+
+    Returns (ones, sum of their places), `first` being the place of values[0].
+    """
     bits = values.view(torch.int32).numpy()
-    kernels.write_mask(bits, np.int32(cut.key), cut.last, mask.numpy())
+    kept, checksum = kernels.write_mask(bits, np.int32(cut.key), cut.last, first, mask.numpy())
+    return int(kept), int(checksum)
 
 
-def write_mask_and_z(values: Tensor, cut: Cut, weights: Tensor, mask: Tensor, z: Tensor) -> None:
+def write_mask_and_z(
+    values: Tensor, cut: Cut, first: int, weights: Tensor, mask: Tensor, z: Tensor
+) -> tuple[int, int]:
     """`write_mask`, and z = mask · weights in the same pass; all flat float32 on the CPU."""
-    kernels.write_mask_and_z(
-        values.view(torch.int32).numpy(), np.int32(cut.key), cut.last,
+    kept, checksum = kernels.write_mask_and_z(
+        values.view(torch.int32).numpy(), np.int32(cut.key), cut.last, first,
         weights.numpy(), mask.numpy(), z.numpy(),
     )  # fmt: skip
+    return int(kept), int(checksum)

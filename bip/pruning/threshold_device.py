@@ -88,11 +88,18 @@ class DeviceThreshold:
 
 def write_mask(
     values: Tensor, segments: tuple[Segment, ...], keys: Tensor, lasts: Tensor, mask: Tensor
-) -> None:
-    """mask = 1 on what `DeviceThreshold.select` keeps of each segment, else 0."""
+) -> Tensor:
+    """mask = 1 on what `DeviceThreshold.select` keeps of each segment, else 0.
+
+    Returns (2,): the ones and the sum of their places, still on the device.
+    """
     index = torch.arange(len(values), device=values.device)
+    proof = torch.zeros(2, dtype=torch.int64, device=values.device)
     for row, segment in enumerate(segments):
         part = slice(segment.start, segment.stop)
         own = values[part].view(torch.int32) & int(MAGNITUDE)
         tie = (own == keys[row]) & (index[part] <= lasts[row])
-        mask[part].copy_(tie.logical_or_(own > keys[row]))
+        kept = tie.logical_or_(own > keys[row])
+        mask[part].copy_(kept)
+        proof += torch.stack([kept.sum(), torch.where(kept, index[part], 0).sum()])
+    return proof
