@@ -1,187 +1,31 @@
 """Batches of a data set on the training device: `open_data` and what it returns, `Data`.
 
 Three steps, each ignorant of the others: `Order` says which images and which random numbers a
-batch has (a `Request`); a source fetches uint8 images for requests, in memory or through worker
-processes; `Data` applies the batched crop, scales to float and normalises. What is drawn is a
+batch has (a `Request`); a source (`bip.data.sources`, `bip.data.dali`) fetches uint8 images for
+requests; `Data` applies the batched crop, scales to float and normalises. What is drawn is a
 function of the request, so neither worker count nor prefetch depth nor the past can change it.
 """
 
 import itertools
 import os
-import signal
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bip.data import augment, decode
 from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
 from bip.data.order import Order, holdout_split, rank_slice
+from bip.data.sources import Batch, MemorySource, Reader, Request, Source, WorkerSource
 from bip.data.stores import ImageStore
 from bip.errors import UserError
 
-Loader = Literal["auto", "memory", "lmdb", "folder"]
-Batch = tuple[Tensor, Tensor]
+Loader = Literal["auto", "memory", "lmdb", "folder", "dali"]
 
 _DECODE_CHUNK = 500  # images per work item when a small set is decoded at the start
-
-
-@dataclass(frozen=True)
-class Request:
-    """One rank's share of a batch.
-
-    Attributes:
-        indices: into the split, shape (n,).
-        uniforms: the random numbers of the training view, shape (n, draws); None asks for the
-            test view.
-    """
-
-    indices: NDArray[np.int64]
-    uniforms: NDArray[np.float64] | None = None
-
-
-class Source(Protocol):
-    """Fetches one split's images."""
-
-    def __len__(self) -> int: ...
-
-    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """For each request uint8 images (n, C, H, W) and int64 labels (n,), on the device.
-
-        Requests may be taken ahead of their batches. Images are the random view of
-        "resized_crop", and whole for "pad_crop", whose crop is applied to the batch afterwards.
-        """
-        ...
-
-
-class MemorySource:
-    """A split as one uint8 tensor on the training device."""
-
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        for request in requests:
-            if self.images.is_cuda:
-                rows = torch.from_numpy(request.indices).pin_memory()
-                rows = rows.to(self.images.device, non_blocking=True)
-                yield self.images[rows], self.labels[rows]
-            else:  # NumPy copies whole rows, faster than torch's indexing on the CPU
-                images = self.images.numpy()[request.indices]
-                yield torch.from_numpy(images), self.labels[torch.from_numpy(request.indices)]
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reads and decodes the images of requests; what a worker process holds."""
-
-    store: ImageStore
-    spec: DatasetSpec
-    image_dim: int
-
-    def read(self, request: Request) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """uint8 images (n, C, H, W) and labels (n,). Raises UserError for a bad record."""
-        spec, dim = self.spec, self.image_dim
-        out = np.empty((len(request.indices), spec.channels, dim, dim), np.uint8)
-        labels = np.empty(len(request.indices), np.int64)
-        draws = request.uniforms if spec.augment == "resized_crop" else None
-        for row, index in enumerate(request.indices.tolist()):
-            data, labels[row] = self.store.read(index)
-            try:
-                image = decode.open_image(data)
-                if draws is None:
-                    out[row] = decode.test_view(image, spec.channels, dim, spec.test_zoom)
-                else:
-                    out[row] = decode.resized_crop(image, draws[row], spec.channels, dim, spec.flip)
-            except decode.DECODE_ERRORS as error:
-                class_name = self.store.classes[labels[row]]
-                raise UserError(
-                    f"{self.store.name(index)} (class {class_name}) does not decode "
-                    f"({decode.reason(error)}); repair or remove it and build the store again"
-                ) from error
-        return out, labels
-
-
-class _Work(Dataset[tuple[Tensor, Tensor] | str]):
-    """Requests as the DataLoader's items. An error travels as its one line of text."""
-
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | str:
-        try:
-            images, labels = self.reader.read(request)
-        except UserError as error:
-            return str(error)
-        return torch.from_numpy(images), torch.from_numpy(labels)
-
-
-def _shield_worker(_: int) -> None:
-    # A scheduler signals the whole job; the parent decides when its workers end.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-
-
-class WorkerSource:
-    """A split read and decoded by worker processes (in this one with `num_workers` 0)."""
-
-    def __init__(self, reader: Reader, num_workers: int, device: torch.device) -> None:
-        self.reader = reader
-        self.num_workers = num_workers
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.reader.store)
-
-    def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        loader = DataLoader(
-            _Work(self.reader),
-            sampler=requests,
-            batch_size=None,
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_shield_worker if self.num_workers else None,
-            # Workers hold a few paths and use no CUDA; spawning would import torch in each.
-            multiprocessing_context="fork" if self.num_workers else None,
-            generator=torch.Generator(),  # else the DataLoader would draw from the global one
-        )
-        batches = iter(loader)
-        try:
-            for batch in batches:
-                if isinstance(batch, str):
-                    raise UserError(batch)
-                images, labels = batch
-                yield (
-                    images.to(self.device, non_blocking=True),
-                    labels.to(self.device, non_blocking=True),
-                )
-        finally:
-            _end_workers(batches)
-
-
-def _end_workers(batches: object) -> None:
-    """End an iterator's processes now, not when it is collected.
-
-    A traceback may keep the iterator alive to the interpreter's exit, where multiprocessing sends
-    SIGTERM, which the workers ignore, and waits for ever. PyTorch has no public call for this.
-    """
-    if isinstance(batches, _MultiProcessingDataLoaderIter):
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            if worker.is_alive():
-                worker.kill()
 
 
 class Data:
@@ -191,6 +35,7 @@ class Data:
         train_size: images to train on, without the holdout.
         batches_per_epoch: global batches of an epoch.
         channels, image_dim: shape of an image, (channels, image_dim, image_dim).
+        eval_batch: images of one evaluation batch on this rank.
     """
 
     def __init__(
@@ -223,7 +68,7 @@ class Data:
         self.train_size = len(self._train_indices)
         self.batches_per_epoch = Order(self.train_size, batch_size, seed).batches_per_epoch
         self._batch_size = batch_size
-        self._eval_batch = max(1, test_batch_size // world)
+        self.eval_batch = max(1, test_batch_size // world)
         self._seed = seed
         self._rank = rank
         self._world = world
@@ -253,7 +98,7 @@ class Data:
         """
         source, indices = self._splits[split]
         shard = indices[rank_slice(len(indices), self._rank, self._world)]
-        step = self._eval_batch
+        step = self.eval_batch
         requests = (Request(shard[at : at + step]) for at in range(0, len(shard), step))
         return self._start(source, requests)
 
@@ -398,10 +243,8 @@ def _from_arrays(
     if images.shape[2:] != (image_dim, image_dim):
         images = np.stack(
             [
-                decode.test_view(
-                    decode.from_planes(planes), spec.channels, image_dim, spec.test_zoom
-                )
-                for planes in images
+                decode.test_view(planes, image_dim, spec.test_zoom)
+                for planes in np.ascontiguousarray(images.transpose(0, 2, 3, 1))
             ]
         )
     return MemorySource(

@@ -56,6 +56,10 @@ class ImageStore(Protocol):
         """What to call the image in a message to the user."""
         ...
 
+    def check_unchanged(self) -> None:
+        """Raises UserError if the store's file is no longer the one that was opened."""
+        ...
+
 
 def record_key(index: int) -> bytes:
     return index.to_bytes(8, "big")
@@ -104,6 +108,36 @@ def _environment(path: Path) -> _Environment:
     return found
 
 
+def data_file(path: Path) -> Path:
+    """The file of a store that is a folder or a single file."""
+    return path / "data.mdb" if path.is_dir() else path
+
+
+def file_identity(path: Path) -> tuple[int, int, int]:
+    """What tells a store's file from one put in its place: device, inode and size in bytes."""
+    status = data_file(path).stat()
+    return status.st_dev, status.st_ino, status.st_size
+
+
+def check_identity(path: Path, identity: tuple[int, int, int]) -> None:
+    """Raises UserError if the file at `path` has another identity.
+
+    A worker that mapped a file cut short would die of a bus error; one that opened a new file
+    would train on other images.
+    """
+    try:
+        unchanged = file_identity(path) == identity
+    except OSError as error:
+        raise UserError(
+            f"{path}: gone during the run ({error.strerror}); put it back and start again"
+        ) from error
+    if not unchanged:
+        raise UserError(
+            f"{path}: was replaced or cut short during the run; put the store back, or start a "
+            "new run with the new one"
+        )
+
+
 class LmdbStore:
     """Read access to a store that `LmdbWriter` made; opened lazily in each process.
 
@@ -115,6 +149,7 @@ class LmdbStore:
         self.path = path
         self._opened: _Environment | None = None
         header = self._read_header()
+        self._identity = file_identity(path)
         self.classes: list[str] = header["classes"]
         self.header = header
         self._count: int = header["count"]
@@ -124,6 +159,9 @@ class LmdbStore:
 
     def name(self, index: int) -> str:
         return f"record {index} of {self.path}"
+
+    def check_unchanged(self) -> None:
+        check_identity(self.path, self._identity)
 
     def label(self, index: int) -> int:
         """The label alone; the image's pages and its checksum stay unread."""
@@ -183,8 +221,7 @@ class LmdbStore:
             ) from error
         # A page beyond the end of the file would be a bus error, not an exception.
         pages = opened.env.info()["last_pgno"] + 1
-        file = self.path / "data.mdb" if self.path.is_dir() else self.path
-        size, expected = file.stat().st_size, pages * opened.env.stat()["psize"]
+        size, expected = data_file(self.path).stat().st_size, pages * opened.env.stat()["psize"]
         if size < expected:
             raise UserError(
                 f"{self.path}: truncated, {size} of {expected} bytes; copy or build it again"
@@ -352,6 +389,9 @@ class FolderStore:
     def name(self, index: int) -> str:
         start = int(self._ends[index - 1]) if index else 0
         return str(self.path / os.fsdecode(self._names[start : int(self._ends[index])]))
+
+    def check_unchanged(self) -> None:
+        """A file that is gone is found when it is read."""
 
     def label(self, index: int) -> int:
         return int(self._labels[index])

@@ -114,39 +114,88 @@ def test_a_very_long_image_takes_the_central_crop() -> None:
 
 
 @pytest.fixture(scope="module")
-def photos(imagenet: Path) -> list[Image.Image]:
+def photos(imagenet: Path) -> list[bytes]:
     files = sorted((imagenet / "val").rglob("*.JPEG"))
-    return [Image.open(BytesIO(file.read_bytes())) for file in files[::20]]
+    return [file.read_bytes() for file in files[::20]]
 
 
-def test_resized_crop_pixels_are_torchvisions(photos: list[Image.Image]) -> None:
+def as_pillow(photo: bytes) -> Image.Image:
+    return Image.open(BytesIO(photo)).convert("RGB")
+
+
+def difference(got: np.ndarray, expected: Image.Image) -> np.ndarray:
+    return np.abs(got.astype(int) - np.asarray(expected).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("dim", [64, 224])
+def test_resized_crop_pixels_are_torchvisions(photos: list[bytes], dim: int) -> None:
+    """Within 2 levels; where the JPEG is decoded at a scale, close to a box-filtered photo."""
     rng = np.random.default_rng(1)
-    flips = 0
+    flips, scaled = 0, 0
     for photo in photos:
         draws = rng.random(24)
-        top, left, height, width = naive_resized_crop(draws, photo.height, photo.width)
-        expected = tv.resized_crop(photo.convert("RGB"), top, left, height, width, [224, 224])
+        image = as_pillow(photo)
+        top, left, height, width = naive_resized_crop(draws, image.height, image.width)
+        scale = max(s for s in (1, 2, 4, 8) if s == 1 or min(height, width) >= s * dim)
+        edges = [round(edge / scale) for edge in (top, left, top + height, left + width)]
+        box = (*edges[:2], edges[2] - edges[0], edges[3] - edges[1])
+        expected = tv.resized_crop(image.reduce(scale), *box, [dim, dim])
         if draws[22] < 0.5:
             expected, flips = tv.hflip(expected), flips + 1
-        got = decode.resized_crop(photo, draws, 3, 224, flip=True)
-        np.testing.assert_array_equal(got, np.asarray(expected).transpose(2, 0, 1))
+        away = difference(decode.resized_crop(photo, draws, 3, dim, flip=True), expected)
+        assert away.max() <= 2 if scale == 1 else away.mean() < 1.5
+        scaled += scale > 1
     assert 0 < flips < len(photos)
+    assert (scaled > 3) == (dim == 64)
 
 
-def test_the_test_view_is_torchvisions(photos: list[Image.Image]) -> None:
+def test_the_test_view_is_torchvisions_within_2_levels(photos: list[bytes]) -> None:
     for photo in photos:
-        expected = tv.center_crop(tv.resize(photo.convert("RGB"), [256]), [224, 224])
-        got = decode.test_view(photo, 3, 224, 256 / 224)
-        np.testing.assert_array_equal(got, np.asarray(expected).transpose(2, 0, 1))
+        expected = tv.center_crop(tv.resize(as_pillow(photo), [256]), [224, 224])
+        got = decode.test_view(decode.decode(photo, 3), 224, 256 / 224)
+        assert difference(got, expected).max() <= 2
+        assert difference(got, expected).mean() < 0.1
+
+
+def test_jpegs_decode_to_pillows_pixels(photos: list[bytes]) -> None:
+    for photo in photos[:4]:
+        assert not difference(decode.decode(photo, 3).transpose(2, 0, 1), as_pillow(photo)).any()
+        gray = np.asarray(Image.open(BytesIO(photo)).convert("L"))
+        assert np.abs(decode.decode(photo, 1)[:, :, 0].astype(int) - gray).mean() < 1
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8])
+def test_a_jpeg_is_decoded_at_exactly_the_scale_asked_for(photos: list[bytes], scale: int) -> None:
+    for photo in photos:
+        height, width = decode.image_size(photo)
+        expected = (-(-height // scale), -(-width // scale), 3)
+        assert decode.decode(photo, 3, scale).shape == expected
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("PNG", "RGBA"), ("JPEG", "CMYK"), ("GIF", "P")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_no_plain_jpeg_goes_through_pillow(kind: str, mode: str, channels: int) -> None:
+    stream = BytesIO()
+    Image.new(mode, (20, 10), 3).save(stream, kind)
+    data = stream.getvalue()
+    assert decode.plain_jpeg_size(data) is None
+    assert decode.image_size(data) == (10, 20)
+    expected = np.asarray(Image.open(BytesIO(data)).convert("L" if channels == 1 else "RGB"))
+    np.testing.assert_array_equal(decode.decode(data, channels).squeeze(), expected)
+
+
+def test_a_jpeg_cut_short_is_an_error(photos: list[bytes]) -> None:
+    with pytest.raises(decode.DECODE_ERRORS):
+        decode.decode(photos[0][: len(photos[0]) // 2], 3)
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.sampled_from([1, 256 / 224]))
 def test_the_test_view_has_its_size(height: int, width: int, dim: int, zoom: float) -> None:
-    image = Image.new("CMYK", (width, height), (10, 20, 30, 40))
-    assert decode.test_view(image, 3, dim, zoom).shape == (3, dim, dim)
-    assert decode.test_view(image, 1, dim, zoom).shape == (1, dim, dim)
+    for channels in (1, 3):
+        image = np.zeros((height, width, channels), np.uint8)
+        assert decode.test_view(image, dim, zoom).shape == (channels, dim, dim)
 
 
 def test_an_image_of_the_right_size_stays_as_it_is() -> None:
-    planes = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
-    np.testing.assert_array_equal(decode.test_view(decode.from_planes(planes), 3, 8, 1.0), planes)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(decode.test_view(image, 8, 1.0), image.transpose(2, 0, 1))
