@@ -114,8 +114,9 @@ class Run:
 
     def _read_source(self) -> tuple[State | None, str | None]:
         """The checkpoint that the run starts from (--source-net, or --resume to go on)."""
-        path = self.config.source_net
-        if path is None or (self.config.resume is not None and not path.is_file()):
+        path, resume = self.config.source_net, self.config.resume
+        # What --resume holds replaces the source; to evaluate, the source need not even be pruned.
+        if path is None or (resume is not None and (self.config.evaluate or not path.is_file())):
             return None, None
         state = read_checkpoint(path)
         check_source(self.config, state)

@@ -37,16 +37,18 @@ def unpack_mask(bits: Tensor, size: int) -> Tensor:
 
 
 def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[str, Tensor]:
-    """state_dict with θ in z's place, and the scores as `LAYER.popup_scores`; on the CPU."""
-    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
+    """A copy: state_dict with θ in z's place, the scores as `LAYER.popup_scores`; on the CPU."""
+    state = {
+        name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()
+    }
     if pruned is None:
         return state
     tensors = pruned.layout.tensors
     for tensor, weight, score in zip(
         tensors, pruned.views(pruned.weights), pruned.views(pruned.scores), strict=True
     ):
-        state[tensor.name] = weight.detach().cpu().clone()
-        state[tensor.name.removesuffix("weight") + SCORES] = score.detach().cpu().clone()
+        state[tensor.name].copy_(weight)
+        state[tensor.name.removesuffix("weight") + SCORES] = score.detach().to("cpu", copy=True)
     return state
 
 
