@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     UNFINGERPRINTED: ClassVar[set[str]] = {
         *("configs", "exp_name", "result_dir", "resume", "source_net", "evaluate", "data_dir"),
         *("num_workers", "loader", "print_freq", "checkpoint_minutes", "save_dense"),
-        *("val_method", "data_fraction", "test_batch_size"),
+        *("val_method", "data_fraction", "test_batch_size", "check_ranks", "rank_timeout"),
     }
 
     # What is run, and where it is written
@@ -110,7 +110,7 @@ class RunConfig(BaseModel):
     batch_size: Positive = Field(128, description="global batch, divided among the ranks")
     test_batch_size: Positive = Field(128, description="global batch of evaluation")
     num_workers: int = Field(2, ge=0, description="data workers per rank")
-    loader: Literal["auto", "memory", "lmdb", "folder"] = Field("auto", description="data loader")
+    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = Field("auto", description="data loader")
     normalize: bool = Field(False, description="normalise by the data set's mean and deviation")
     image_dim: int | None = Field(None, ge=1, description="image side in pixels")
     holdout: int = Field(0, ge=0, description="training images held out to choose the best epoch")
@@ -137,6 +137,10 @@ class RunConfig(BaseModel):
 
     # Speed
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
+    check_ranks: int = Field(0, ge=0, description="compare all ranks' state every so many steps")
+    rank_timeout: float = Field(
+        120.0, ge=1, description="seconds after which a rank that does not answer ends the run"
+    )
     compile: bool = Field(False, description="torch.compile the network")
     deterministic: bool = Field(False, description="only deterministic GPU kernels")
 
