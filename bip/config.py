@@ -110,7 +110,9 @@ class RunConfig(BaseModel):
     batch_size: Positive = Field(128, description="global batch, divided among the ranks")
     test_batch_size: Positive = Field(128, description="global batch of evaluation")
     num_workers: int = Field(2, ge=0, description="data workers per rank")
-    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = Field("auto", description="data loader")
+    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = Field(
+        "auto", description="data loader"
+    )
     normalize: bool = Field(False, description="normalise by the data set's mean and deviation")
     image_dim: int | None = Field(None, ge=1, description="image side in pixels")
     holdout: int = Field(0, ge=0, description="training images held out to choose the best epoch")
