@@ -1,17 +1,21 @@
 """python -m bip train | evaluate | export | compare | data"""
 
+import os
 import sys
 from collections.abc import Callable
 
-from bip.errors import UserError
+from bip.errors import RankError, Stopped, UserError
 from bip.flags import call
 
 
 def _train(argv: list[str]) -> None:
+    from bip.distributed.preemption import StopRequest
+
+    stop = StopRequest().install()  # before the slow imports: a signal there must not be lost
     from bip.config import load_config
     from bip.run import train
 
-    train(load_config(argv))
+    train(load_config(argv), stop)
 
 
 def _evaluate(argv: list[str]) -> None:
@@ -62,6 +66,12 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RankError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # the process group may wait for a dead rank for ever
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,5 +1,6 @@
 """One run, composed: the only file that knows every part."""
 
+import hashlib
 import os
 import platform
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,8 +17,11 @@ from bip import models
 from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data
+from bip.distributed.control import Control
 from bip.distributed.group import Group, find_ranks, join
-from bip.errors import UserError
+from bip.distributed.heartbeat import Heartbeat
+from bip.distributed.preemption import StopRequest
+from bip.errors import RankError, Stopped, UserError
 from bip.files import (
     append_jsonl,
     atomic_write_bytes,
@@ -45,12 +50,13 @@ from bip.training.metrics import RunLog
 from bip.training.optim import Clock
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     """Run `config` to its end in its run folder and return its result.
 
     A finished run is not run again; an interrupted one goes on from its newest checkpoint.
     With `evaluate` nothing is trained or written. Raises UserError before anything is created
-    for input that cannot work.
+    for input that cannot work, Stopped when `stop` was set and the state is saved, RankError when
+    ranks disagree or one is gone.
     """
     check_inputs(config)
     config = with_source_of_resume(config)
@@ -60,18 +66,17 @@ def train(config: RunConfig) -> dict[str, Any]:
             print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)")
         return dict(finished)
     group = join(config.result_dir / ".rendezvous")
-    try:
-        run = Run(config, group)
-        return run.evaluate() if config.evaluate else run.train()
-    finally:
-        group.close()
+    run = Run(config, group, stop)
+    result = run.evaluate() if config.evaluate else run.train()
+    group.close()
+    return result
 
 
 class Run:
     """The parts of one run on this rank. Making one reads and checks all input, writes nothing."""
 
-    def __init__(self, config: RunConfig, group: Group) -> None:
-        self.config, self.group = config, group
+    def __init__(self, config: RunConfig, group: Group, stop: StopRequest | None = None) -> None:
+        self.config, self.group, self.stop = config, group, stop or StopRequest()
         self.folder = config.run_folder
         self.checkpoints = CheckpointFolder(self.folder / "checkpoint")
         self.began = time.monotonic()
@@ -79,15 +84,36 @@ class Run:
         if config.sync_bn and group.device.type != "cuda":
             raise UserError("sync_bn: needs GPUs; leave --sync-bn out on the CPU")
         _set_backends(config)
+        self._compare_start()
         problem = None
         try:
             self.data = self._open_data()
             self.source, self.source_sha256 = self._read_source()
             self.network = self._build_network()
-            self.pruned = self._build_pruned()
         except UserError as error:
             problem = str(error)
         group.agree(problem)
+        for tensor in [*self.network.parameters(), *self.network.buffers()]:
+            group.broadcast_(tensor.data)
+        self.pruned = self._build_pruned()
+        self.control = Control(group)
+        self.heartbeat = Heartbeat(group, config.rank_timeout, self._record_loss)
+
+    def _compare_start(self) -> None:
+        """All ranks must run the same settings with the same code and the same torch."""
+        own = {
+            "settings": self.config.fingerprint(),
+            "code of bip": code_version(),
+            "torch": torch.__version__,
+            "ranks": str(self.group.world),
+        }
+        for rank, other in enumerate(self.group.all_objects(own)):
+            for name, value in own.items():
+                if other[name] != value:
+                    raise UserError(
+                        f"ranks start differently: {name} {other[name][:16]} on rank {rank}, "
+                        f"{value[:16]} on rank {self.group.rank}"
+                    )
 
     def _open_data(self) -> Data:
         config = self.config
@@ -155,6 +181,7 @@ class Run:
             initialise_scores(scores, pruned.weights.detach().cpu(), layout, config.score_init)
             with torch.no_grad():
                 pruned.scores.copy_(scores)
+            self.group.broadcast_(pruned.scores.data)
             pruned.update_mask()
             pruned.write_z()
         elif self.source is not None:
@@ -192,20 +219,39 @@ class Run:
             for name, optimizer in loop.step.optimizers.items():
                 optimizer.load_state_dict(state["optimizer"][name])
         del state
-        cause = "error"
+        self.heartbeat.start()
+        cause = "finished"
         try:
             loop.run()
-            result = self._finish(loop)
-            cause = "finished"
+            return self._finish(loop)
+        except Stopped as stopped:
+            cause = stopped.cause
+            raise
         except KeyboardInterrupt:
             cause = "interrupted"
             raise
+        except Exception as error:
+            cause = f"error: {error}"
+            self._explain(error)
+            raise
         finally:
+            self.heartbeat.stop()
             log.close()
             self.data.close()
             if self.group.is_first:
                 self._record_attempt("end", cause=cause, step=progress.iteration)
-        return result
+
+    def _explain(self, error: Exception) -> None:
+        """Tell the others about this rank's own failure; name the rank behind a collective's."""
+        own = not isinstance(error, dist.DistError) and "gloo" not in str(error).lower()
+        if own:
+            self.heartbeat.report(f"{type(error).__name__}: {error}")
+        elif (message := self.heartbeat.explain()) is not None:
+            raise RankError(message) from error
+
+    def _record_loss(self, message: str) -> None:
+        if self.group.is_first:
+            self._record_attempt("end", cause=f"rank lost: {message}")
 
     def _newest_checkpoint(self) -> State | None:
         """Rank 0's choice: --resume where it lies elsewhere, else the run folder's newest."""
@@ -277,7 +323,9 @@ class Run:
         )  # fmt: skip
         return Loop(
             config, self.group, self.data, self.network, self.pruned, step, clock, log,
+            self.control, self.stop,
             lambda: self._save(step, progress), lambda: self._save_best(progress), progress,
+            self.heartbeat.note_step,
         )  # fmt: skip
 
     def _state(self, progress: Progress) -> State:
@@ -411,6 +459,14 @@ def _difference(config: RunConfig, before: dict[str, Any]) -> str:
     return "a setting of another version"
 
 
+def code_version() -> str:
+    """SHA-256 (hex) of this package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 def _set_backends(config: RunConfig) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
@@ -428,6 +484,7 @@ def _surroundings(run: Run) -> dict[str, Any]:
         "world": run.group.world,
         "device": str(run.group.device),
         "torch": torch.__version__,
+        "code": code_version(),
         "threads": torch.get_num_threads(),
         **{key: getattr(config, key) for key in ("loader", "num_workers", "test_batch_size")},
         "data_dir": str(config.data_dir),

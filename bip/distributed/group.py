@@ -90,13 +90,16 @@ class Group:
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
 
+    def all_objects(self, value: Any) -> list[Any]:
+        """Every rank's object, in rank order."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def agree(self, problem: str | None) -> None:
         """Raise UserError on every rank, with the first rank's `problem`, if any rank has one."""
-        problems: list[str | None] = [problem]
-        if self.world > 1:
-            problems = [None] * self.world
-            dist.all_gather_object(problems, problem)
-        for rank, text in enumerate(problems):
+        for rank, text in enumerate(self.all_objects(problem)):
             if text is not None:
                 raise UserError(text if self.world == 1 else f"{text} (rank {rank})")
 

@@ -1,6 +1,6 @@
 """Accuracy over a whole split: every image counted exactly once, whatever the ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,35 +27,42 @@ def evaluate(
     size: int,
     group: Group,
     bf16: bool = False,
+    poll: Callable[[], None] | None = None,
 ) -> Accuracy:
     """Evaluate the plain module (not DDP's: its forward would hang on uneven shards).
 
-    `batches` is this rank's shard of `size` images. Raises RuntimeError if the ranks together
-    did not see each image once.
+    `batches` is this rank's shard of `size` images. `poll` is called after each batch and may
+    raise to end the evaluation. Raises RuntimeError if the ranks together did not see each image
+    once.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=group.device)
-    for images, labels in batches:
-        with torch.autocast(group.device.type, torch.bfloat16, enabled=bf16):
-            output = network(images)
-        output = output.float()
-        best = output.topk(min(5, output.shape[1])).indices
-        hits = best == labels[:, None]
-        loss = F.cross_entropy(output, labels, reduction="sum")
-        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, torch.tensor(len(labels))]).to(
-            sums
-        )
-    for module, training in modes:
-        module.training = training
+    try:
+        for images, labels in batches:
+            with torch.autocast(group.device.type, torch.bfloat16, enabled=bf16):
+                output = network(images)
+            output = output.float()
+            best = output.topk(min(5, output.shape[1])).indices
+            hits = best == labels[:, None]
+            loss = F.cross_entropy(output, labels, reduction="sum")
+            sums[:3] += torch.stack([hits[:, 0].sum(), hits.sum(), loss])
+            sums[3] += len(labels)
+            if poll is not None:
+                poll()
+    finally:
+        for module, training in modes:
+            module.training = training
     top1, top5, total_loss, count = group.sum_(sums).tolist()
     if count != size:
         raise RuntimeError(f"evaluation saw {int(count)} images, the split has {size}")
     return Accuracy(100 * top1 / count, 100 * top5 / count, total_loss / count, int(count))
 
 
-def share_buffers(network: nn.Module, group: Group) -> None:
-    """Give every rank rank 0's buffers: batch-norm statistics differ between ranks by nature."""
+def share_statistics(network: nn.Module, group: Group) -> None:
+    """Give every rank rank 0's batch-norm statistics, which differ between ranks by nature."""
     if group.world > 1:
-        for buffer in network.buffers():
-            group.broadcast_(buffer)
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                for buffer in module.buffers(recurse=False):
+                    group.broadcast_(buffer)

@@ -5,18 +5,21 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import nn
 
 from bip.config import RunConfig
 from bip.data.loaders import Data
+from bip.distributed.control import Control
 from bip.distributed.group import Group
-from bip.errors import UserError
+from bip.distributed.guard import compare_ranks, run_state
+from bip.distributed.preemption import StopRequest, signal_name
+from bip.errors import Stopped, UserError
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.steps import BilevelStep, TrainingStep
-from bip.training.evaluate import Accuracy, evaluate, share_buffers
+from bip.training.evaluate import Accuracy, evaluate, share_statistics
 from bip.training.metrics import RunLog, RunningMean
 from bip.training.optim import Clock
 
@@ -26,6 +29,7 @@ class Progress:
     """How far a run has come: what a checkpoint says beside the tensors."""
 
     iteration: int = 0
+    evaluated: int = 0  # the last iteration whose epoch's end was evaluated
     seconds: float = 0.0
     best_holdout: float | None = None
     best_epoch: int | None = None
@@ -47,13 +51,25 @@ class Loop:
     step: TrainingStep
     clock: Clock
     log: RunLog
+    control: Control
+    stop: StopRequest
     save: Callable[[], None]
     save_best: Callable[[], None]
     progress: Progress = field(default_factory=Progress)
+    on_step: Callable[[int], None] = lambda _step: None
+    saved_at: int = 0
 
     def run(self) -> None:
-        """Train. Leaves the network as it is after the last iteration."""
+        """Train. Leaves the network as it is after the last iteration.
+
+        Raises Stopped, on every rank at the same iteration and with a checkpoint saved, when a
+        rank was told to stop.
+        """
         train_mode(self.network, self.config.freeze_bn)
+        self.saved_at = self.progress.iteration
+        if signal := self.control.ask(self.stop.signal):
+            self._stop(signal)
+        self._end_epoch_if_due()
         began, before = time.monotonic(), self.progress.seconds
         saved = began
         means = RunningMean()
@@ -61,16 +77,27 @@ class Loop:
             means.add(self.step(iteration))
             done = self.progress.iteration = iteration + 1
             self.progress.seconds = before + time.monotonic() - began
-            last = done == self.clock.iterations
-            if done % self.config.print_freq == 0 or last:
+            self.on_step(done)
+            due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
+            proof = self.pruned.proof if self.pruned is not None else None
+            news = self.control.post(self.stop.signal, due, proof)
+            if news.stop:
+                self._stop(news.stop)
+            if done % self.config.print_freq == 0 or done == self.clock.iterations:
                 self._report(done, means.take(self.group))
-                due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
-                if self.group.from_first(due) and not last:
-                    self._checkpoint()
-                    saved = time.monotonic()
-            if done % self.clock.per_epoch == 0 or last:
-                self._end_epoch(-(-done // self.clock.per_epoch), last)
-        self._checkpoint()
+            if self.config.check_ranks and done % self.config.check_ranks == 0:
+                self._compare_ranks(buffers=False)
+            if news.save or done == self.clock.iterations:
+                self._checkpoint()
+                saved = time.monotonic()
+            self._end_epoch_if_due()
+
+    def _stop(self, signal: int) -> NoReturn:
+        """Leave with this iteration saved; a checkpoint of it may be there already."""
+        self.control.finish()
+        if self.saved_at != self.progress.iteration:
+            self._checkpoint()
+        raise Stopped(signal_name(signal), self.progress.iteration)
 
     def _report(self, done: int, means: dict[str, float]) -> None:
         if not math.isfinite(means["loss"]):
@@ -97,10 +124,21 @@ class Loop:
     def _epochs(self) -> int:
         return -(-self.clock.iterations // self.clock.per_epoch)
 
-    def _end_epoch(self, epoch: int, last: bool) -> None:
-        if epoch % self.config.eval_every and not last:
+    def _end_epoch_if_due(self) -> None:
+        """Evaluate at the end of an epoch (every `eval_every`) and of training, once."""
+        done = self.progress.iteration
+        last = done == self.clock.iterations
+        epoch = -(-done // self.clock.per_epoch)
+        if done == self.progress.evaluated or not (last or done % self.clock.per_epoch == 0):
             return
-        share_buffers(self.network, self.group)
+        if epoch % self.config.eval_every == 0 or last:
+            self.control.finish()
+            share_statistics(self.network, self.group)
+            self._compare_ranks(buffers=True)
+            self._end_epoch(epoch)
+        self.progress.evaluated = done
+
+    def _end_epoch(self, epoch: int) -> None:
         test = self.evaluate("test")
         values: dict[str, Any] = {"top1": test.top1, "top5": test.top5, "loss": test.loss}
         text = f"epoch {epoch}/{self._epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
@@ -116,10 +154,21 @@ class Loop:
         )
 
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
-        """Accuracy on "test" or "holdout" of the network as it is."""
+        """Accuracy on "test" or "holdout" of the network as it is.
+
+        Raises Stopped when a rank was told to stop meanwhile; what was trained is saved then.
+        """
+        size = self.data.eval_size(split)
+        # Shards differ by an image, so perhaps by a batch: only those that all ranks have poll.
+        polls = iter(range(size // self.group.world // self.data.eval_batch))
+
+        def poll() -> None:
+            if next(polls, None) is not None and (signal := self.control.ask(self.stop.signal)):
+                self._stop(signal)
+
         return evaluate(
-            self.network, self.data.evaluate(split), self.data.eval_size(split), self.group,
-            bf16=self.config.precision == "bf16",
+            self.network, self.data.evaluate(split), size, self.group,
+            bf16=self.config.precision == "bf16", poll=poll,
         )  # fmt: skip
 
     def recalibrate(self, batches: int) -> None:
@@ -128,11 +177,19 @@ class Loop:
         torch.optim.swa_utils.update_bn(
             (images for images, _ in itertools.islice(stream, batches)), self.network
         )
-        share_buffers(self.network, self.group)
+        share_statistics(self.network, self.group)
 
     def _checkpoint(self) -> None:
-        share_buffers(self.network, self.group)
+        self.control.finish()
+        share_statistics(self.network, self.group)
+        self._compare_ranks(buffers=True)
         self.save()
+        self.saved_at = self.progress.iteration
+
+    def _compare_ranks(self, buffers: bool) -> None:
+        compare_ranks(
+            run_state(self.network, self.pruned, self.step.optimizers, buffers), self.group
+        )
 
 
 def train_mode(network: nn.Module, freeze_bn: bool) -> None:

@@ -327,14 +327,14 @@ def test_a_resumed_run_does_not_repeat_steps(
 ) -> None:
     settings = {"source_net": source, "max_steps": 5, "checkpoint_minutes": 1e-9}
     with monkeypatch.context() as patch:
-        stop_after(3, patch)
+        stop_after(1, patch)  # asked for after step 1, agreed on and done after step 2
         with pytest.raises(Stopped):
             train("bip", tmp_path, **settings)
     capsys.readouterr()
     train("bip", tmp_path, **settings)
     out = capsys.readouterr().out
-    assert "step 3/5" not in out
-    assert "step 4/5" in out
+    assert "step 2/5" not in out
+    assert "step 3/5" in out
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra", "finetune"])
@@ -350,7 +350,7 @@ def test_resume_path_goes_on_elsewhere(
     settings = settings_of(kind, source, pruned_runs)
     whole = train(name, tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
-        stop_after(2, patch)
+        stop_after(1, patch)
         with pytest.raises(Stopped):
             train(name, tmp_path / "parts", **settings, checkpoint_minutes=1e-9)
     (checkpoint,) = (tmp_path / "parts").glob("*/*/*/checkpoint/checkpoint.pth.tar")

@@ -51,6 +51,8 @@ INVALID: dict[str, list[Any]] = {
     "seed": [-1, 1.5, "x", 2**64],
     "k": [0, -0.1, 1.0001, "nan", "inf", "half", ""],
     "epochs": [0, -1, 1.5, "ten", "inf", "nan"],
+    "check_ranks": [-1, 1.5, "x"],
+    "rank_timeout": [0, -1, "nan", "x"],
     "max_steps": [0, -3, "x"],
     "batch_size": [0, -64, 1.5, "x", 2000],  # 2000 is more than the training set
     "test_batch_size": [0, "x"],
