@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from bip.data import augment, decode
+from bip.data.dali import DaliSource
 from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
 from bip.data.order import Order, holdout_split, rank_slice
 from bip.data.sources import Batch, MemorySource, Reader, Request, Source, WorkerSource
@@ -177,9 +178,9 @@ def open_data(
         holdout: training images to hold out, the same ones for every seed.
         loader: "memory" decodes a small set once, onto the device; "lmdb" and "folder" read
             through worker processes; "auto" takes memory for small sets, else the LMDB, else the
-            folder.
+            folder. "dali" decodes the LMDB's or the folder's images with NVIDIA DALI.
         num_workers: processes of each iterator of "lmdb" and "folder" (so twice as many in BiP,
-            with its two levels); 0 reads in this process.
+            with its two levels); 0 reads in this process. Of "dali", threads.
 
     Raises:
         UserError: set missing or damaged, wrong class count, loader that does not fit.
@@ -190,7 +191,7 @@ def open_data(
     if in_memory and not spec.small:
         raise UserError(f"loader: memory is for small sets, not {spec.name}; use lmdb or folder")
     layout: Layout = loader if loader in ("lmdb", "folder") else "any"
-    if layout != "any" and spec.name == "Digits":
+    if loader not in ("auto", "memory") and spec.name == "Digits":
         raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
     train = open_split(dataset, data_dir, True, layout)
     test = open_split(dataset, data_dir, False, layout)
@@ -202,6 +203,8 @@ def open_data(
         reader = Reader(split, spec, dim)
         if in_memory:
             return _decode_all(reader, device)
+        if loader == "dali":
+            return DaliSource(reader, num_workers, device)
         return WorkerSource(reader, num_workers, device)
 
     return Data(

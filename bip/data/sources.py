@@ -42,7 +42,8 @@ class Source(Protocol):
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """For each request uint8 images (n, C, H, W) and int64 labels (n,), on the device.
 
-        Requests may be taken ahead of their batches. Images are the random view of
+        Requests may be taken ahead of their batches. A batch is valid until the next one is taken.
+        Images are the random view of
         "resized_crop", and whole for "pad_crop", whose crop is applied to the batch afterwards.
         """
         ...
@@ -88,12 +89,15 @@ class Reader:
             try:
                 images.append(torch.from_numpy(self._view(data, draws)))
             except decode.DECODE_ERRORS as error:
-                class_name = self.store.classes[labels[row]]
-                raise UserError(
-                    f"{self.store.name(index)} (class {class_name}) does not decode "
-                    f"({decode.reason(error)}); repair or remove it and build the store again"
-                ) from error
+                raise self.damaged(index, int(labels[row]), error) from error
         return images, labels
+
+    def damaged(self, index: int, label: int, error: Exception) -> UserError:
+        """What to tell the user of an image that does not decode."""
+        return UserError(
+            f"{self.store.name(index)} (class {self.store.classes[label]}) does not decode "
+            f"({decode.reason(error)}); repair or remove it and build the store again"
+        )
 
     def _view(self, data: bytes, draws: NDArray[np.float64] | None) -> NDArray[np.uint8]:
         spec, dim = self.spec, self.image_dim

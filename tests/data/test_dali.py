@@ -1,0 +1,203 @@
+"""The `dali` loader on the CPU: DALI itself, real JPEGs, the other loaders as oracle."""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bip.data import dali
+from bip.data.loaders import Batch
+from bip.errors import UserError
+from tests.data.conftest import open_with_defaults as opened
+
+pytestmark = pytest.mark.skipif(
+    not dali.is_installed(), reason="DALI is missing: pip install 'bip-hpc[dali]'"
+)
+CASE: dict[str, Any] = {
+    "dataset": "ImageNet",
+    "num_classes": 171,
+    "batch_size": 24,
+    "normalize": False,
+}
+
+
+def take(batches: Iterator[Batch], count: int) -> list[Batch]:
+    return [(x.clone(), y.clone()) for x, y in itertools.islice(batches, count)]
+
+
+def same(first: list[Batch], second: list[Batch]) -> bool:
+    return len(first) == len(second) and all(
+        torch.equal(x, u) and torch.equal(y, v)
+        for (x, y), (u, v) in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("test_batch_size", [1, 50, 171])
+def test_evaluation_is_that_of_lmdb_and_folder_within_one_level(
+    imagenet: Path, test_batch_size: int
+) -> None:
+    case = {**CASE, "data_dir": imagenet, "test_batch_size": test_batch_size}
+    results = {
+        loader: list(opened(**case, loader=loader).evaluate("test"))
+        for loader in ("lmdb", "folder", "dali")
+    }
+    assert same(results["lmdb"], results["folder"])
+    for (images, labels), (x, y) in zip(results["dali"], results["lmdb"], strict=True):
+        assert torch.equal(labels, y)
+        away = (255 * (images - x)).abs()
+        assert away.max() < 1.01
+        assert away.mean() < 0.25
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_evaluation_shows_every_image_once(imagenet: Path, world: int) -> None:
+    case = {**CASE, "data_dir": imagenet, "image_dim": 32, "loader": "dali", "test_batch_size": 26}
+    labels = [
+        y
+        for rank in range(world)
+        for _, y in opened(**case, rank=rank, world=world).evaluate("test")
+    ]
+    assert torch.cat(labels).tolist() == list(range(171))
+
+
+def test_training_is_that_of_lmdb(imagenet: Path) -> None:
+    """The same images, crops and flips; decoding differs where a crop cuts a chroma block."""
+    mine, others = (
+        take(opened(**CASE, data_dir=imagenet, loader=loader, holdout=9).train("upper", 3), 3)
+        for loader in ("dali", "lmdb")
+    )
+    for (images, labels), (x, y) in zip(mine, others, strict=True):
+        assert torch.equal(labels, y)
+        assert (255 * (images - x)).abs().mean() < 0.5
+        mirrored = (255 * (images - x.flip(-1))).abs().mean((1, 2, 3))
+        assert (mirrored > 2).all()
+
+
+def test_levels_draw_different_batches(imagenet: Path) -> None:
+    data = opened(**CASE, data_dir=imagenet, loader="dali")
+    pairs = zip(take(data.train("lower"), 4), take(data.train("upper"), 4), strict=True)
+    assert all(not torch.equal(y, v) for (_, y), (_, v) in pairs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(imagenet: Path) -> dict[str, list[Batch]]:
+    data = opened(**CASE, data_dir=imagenet, loader="dali", image_dim=48, num_workers=2)
+    return {level: take(data.train(level), 16) for level in ("lower", "upper")}
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(stop=st.integers(0, 15), workers=st.sampled_from([0, 1, 3]), data=st.data())
+def test_a_resumed_run_draws_identical_bytes(
+    imagenet: Path, uninterrupted: dict[str, list[Batch]], stop: int, workers: int, data: Any
+) -> None:
+    level = data.draw(st.sampled_from(["lower", "upper"]))
+    case = {**CASE, "data_dir": imagenet, "loader": "dali", "image_dim": 48}
+    first = take(opened(**case, num_workers=workers).train(level), stop)
+    rest = take(opened(**case, num_workers=workers).train(level, stop), 16 - stop)
+    assert same(first + rest, uninterrupted[level])
+
+
+def test_two_levels_in_turn_through_two_pipelines(
+    imagenet: Path, uninterrupted: dict[str, list[Batch]]
+) -> None:
+    data = opened(**CASE, data_dir=imagenet, loader="dali", image_dim=48)
+    streams = {level: data.train(level) for level in uninterrupted}
+    for number in range(9):
+        for level, stream in streams.items():
+            images, labels = next(stream)
+            assert torch.equal(images, uninterrupted[level][number][0])
+            assert torch.equal(labels, uninterrupted[level][number][1])
+    data.close()
+
+
+@pytest.mark.parametrize("image_dim", [32, 24])
+def test_small_sets_too(small_cifar: Path, image_dim: int) -> None:
+    case = {"dataset": "CIFAR10", "data_dir": small_cifar, "image_dim": image_dim, "holdout": 50}
+    mine, others = (opened(**case, loader=loader) for loader in ("dali", "lmdb"))
+    pairs = [
+        *zip(take(mine.train(), 5), take(others.train(), 5), strict=True),
+        *zip(mine.evaluate("holdout"), others.evaluate("holdout"), strict=True),
+    ]
+    for (images, labels), (x, y) in pairs:
+        assert torch.equal(labels, y)
+        if image_dim == 32:
+            assert torch.equal(images, x)
+        else:
+            assert (images - x).abs().mean() < 1 / 255 / 0.24  # DALI's resize is coarser
+
+
+def tree(root: Path, files: dict[str, bytes]) -> Path:
+    for split in ("train", "val"):
+        for name, content in files.items():
+            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / split / name).write_bytes(content)
+    return root
+
+
+def encoded(mode: str, kind: str, **how: Any) -> bytes:
+    stream = BytesIO()
+    gradient = Image.linear_gradient("L").resize((90, 70))
+    image = Image.merge("RGB", [gradient, gradient.rotate(180), gradient])
+    image.convert(mode).save(stream, kind, **how)
+    return stream.getvalue()
+
+
+def test_every_kind_of_image_has_the_other_loaders_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees", which no loader does
+    files = {
+        "a/1.jpg": encoded("RGB", "JPEG"),
+        "a/2.jpg": encoded("L", "JPEG"),
+        "a/3.jpg": encoded("CMYK", "JPEG"),
+        "a/4.jpg": encoded("RGB", "JPEG", exif=exif),
+        "a/5.jpg": encoded("RGB", "JPEG", progressive=True, subsampling=0),
+        "b/1.png": encoded("RGB", "PNG"),
+        "b/2.png": encoded("RGBA", "PNG"),
+        "b/3.png": encoded("P", "PNG"),
+        "b/4.jpg": encoded("L", "PNG"),
+    }
+    case = {**CASE, "num_classes": 2, "data_dir": tree(tmp_path, files), "image_dim": 48}
+    case["batch_size"] = 9
+    ((x, y),) = opened(**case, loader="folder").evaluate("test")
+    ((images, labels),) = opened(**case, loader="dali").evaluate("test")
+    assert torch.equal(labels, y)
+    assert (255 * (images - x)).abs().max() < 1.01
+
+
+@pytest.mark.parametrize("damage", ["no image", "cut short", "header only", "noise"])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, damage: str) -> None:
+    good = encoded("RGB", "JPEG")
+    bad = {
+        "no image": b"<html>404</html>",
+        "cut short": good[: len(good) // 2],
+        "header only": good[:30],
+        "noise": good[:25] + bytes(range(256)) * 4 + good[-2:],
+    }[damage]
+    root = tree(tmp_path, {"a/1.jpg": good, "a/2.jpg": bad})
+    data = opened(**{**CASE, "num_classes": 1, "batch_size": 2}, data_dir=root, loader="dali")
+    with pytest.raises(UserError, match=r"train/a/2\.jpg .class a. does not decode") as error:
+        next(data.train())
+    assert "\n" not in str(error.value)
+
+
+def test_without_dali_the_error_names_the_extra(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dali, "is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"pip install 'bip-hpc\[dali\]'"):
+        opened(**CASE, data_dir=imagenet, loader="dali")
+
+
+def test_dali_is_not_imported_before_it_is_used() -> None:
+    import subprocess
+
+    code = "import sys, bip.data.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
