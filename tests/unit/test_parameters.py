@@ -387,6 +387,37 @@ def test_finetune_keeps_what_follows_pruned_filters_at_zero(
                 assert (state.weights[part][~gone] != 0).any()
 
 
+def test_finetune_zeroes_them_after_every_step() -> None:
+    """conv3's bias has a gradient even where its filter is pruned: tanh passes it on."""
+    setup = make_setup("finetune", "filter", lr=0.5)
+    pruned, network = setup.pruned, setup.network
+    assert pruned is not None
+    gone = [mask.flatten(1).amax(1) == 0 for mask in pruned.views(pruned.mask)]
+    for iteration in range(3):
+        setup.step(iteration)
+        assert network.conv3.bias.grad is not None
+        assert (network.conv3.bias.grad[gone[2]] != 0).all()
+        pairs = [network.bn1.weight, network.bn1.bias, network.bn2.weight, network.bn2.bias]
+        followers = [*zip(pairs, (0, 0, 1, 1), strict=True)]
+        for parameter, layer in [*followers, (network.conv2.bias, 1), (network.conv3.bias, 2)]:
+            assert (parameter[gone[layer]] == 0).all()
+            assert (parameter[~gone[layer]] != 0).all()
+
+
+def test_the_stored_mask_rules_not_the_scores(
+    pruned_runs: dict[str, Finished], tmp_path: Path
+) -> None:
+    before = pruned_runs["unstructured"]
+    state = before.state
+    for name, value in state["state_dict"].items():
+        if "popup_scores" in name:
+            value.copy_(value.flatten().flip(0).view(value.shape))
+    path = tmp_path / "other-scores.pth.tar"
+    torch.save(state, path)
+    after = train("finetune", tmp_path, source_net=path, max_steps=1, k=0.3)
+    assert after.result["mask_sha256"] == before.result["mask_sha256"]
+
+
 class Chain(nn.Module):
     """Convolution (with a bias), batch-norm, convolution: what can be shrunk by hand."""
 
