@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from collections.abc import Container
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -342,12 +343,16 @@ def known_keys() -> list[str]:
     return [*RunConfig.model_fields, "inv_gamma"]
 
 
-def build_config(values: dict[str, Any], where: str = "") -> RunConfig:
-    """A RunConfig from merged values. Raises UserError, one line, naming the key."""
+def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] = ()) -> RunConfig:
+    """A RunConfig from merged values. Raises UserError, one line, naming the key.
+
+    `where` is the file that they come from, but for those that are in `flags`.
+    """
     try:
         return RunConfig(**values)
     except ValidationError as error:
-        raise one_line(error, known_keys(), where) from None
+        key = next(iter(error.errors()[0]["loc"]), None)
+        raise one_line(error, known_keys(), "" if key in flags else where) from None
 
 
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
@@ -387,6 +392,6 @@ def load_config(argv: list[str], prog: str = "python -m bip train") -> RunConfig
     Raises UserError for every invalid, unknown or missing value or file; nothing is created.
     """
     flags = parse_flags([RunConfig], argv, prog, "Train, prune or fine-tune one network.")
-    config = build_config(merge(flags), str(flags.get("configs") or ""))
+    config = build_config(merge(flags), str(flags.get("configs") or ""), flags)
     check_inputs(config)
     return config

@@ -128,6 +128,16 @@ def test_a_boolean_that_is_none(refuse: Refuse, tmp_path: Path) -> None:
     refuse(["train", "--configs", str(path)], "freeze_bn", str(path))
 
 
+def test_the_error_names_the_file_only_for_what_stands_in_it(
+    refuse: Refuse, tmp_path: Path
+) -> None:
+    path = write(tmp_path, "label_smoothing: 5")
+    refuse(["train", "--configs", str(path)], "label_smoothing", str(path))
+    good = write(tmp_path)
+    error = refuse(["train", "--configs", str(good), "--label-smoothing", "5"], "label_smoothing")
+    assert str(good) not in error
+
+
 # Keys
 
 
