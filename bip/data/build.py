@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
-from bip.data.stores import LmdbStore, LmdbWriter, image_tree, walk_files
+from bip.data.stores import LmdbStore, image_tree, walk_files
+from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
 _SPLITS = ("train", "test", "val")

@@ -1,4 +1,4 @@
-"""Stores of encoded images: `LmdbStore` and `FolderStore`, one interface; `LmdbWriter`.
+"""Stores of encoded images: `LmdbStore` and `FolderStore`, one interface.
 
 LMDB layout (format version 1; all integers big-endian; nothing is pickled):
 
@@ -7,26 +7,22 @@ LMDB layout (format version 1; all integers big-endian; nothing is pickled):
     key b"header": JSON {"format", "version", "count", "classes", "class_counts", "image_bytes"}
 
 The CRC32 covers label, width, height and image bytes. A store is one file; it gets its name only
-when it is whole, and the header is its last record.
+when it is whole (`bip.data.writer`), and the header is its last record.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import struct
 import weakref
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import lmdb
 import numpy as np
 
 from bip.errors import UserError
-from bip.files import fsync_folder
 
 FORMAT = "bip-lmdb"
 VERSION = 1
@@ -139,7 +135,7 @@ def check_identity(path: Path, identity: tuple[int, int, int]) -> None:
 
 
 class LmdbStore:
-    """Read access to a store that `LmdbWriter` made; opened lazily in each process.
+    """Read access to a store that `bip.data.writer` made; opened lazily in each process.
 
     Raises:
         UserError: not a store, half-built, truncated, or of a newer format.
@@ -258,110 +254,6 @@ class LmdbStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
-
-
-class LmdbWriter:
-    """Build a store of `classes` at `path`; use as a context manager.
-
-    Records go to a hidden file beside `path`, which is renamed to it when the block ends without
-    an exception and is removed otherwise. What a killed build left behind is overwritten.
-
-    Raises:
-        UserError: `path` exists, or another process is building it.
-    """
-
-    _BATCH = 1000  # records per transaction
-
-    def __init__(self, path: Path, classes: Sequence[str]) -> None:
-        self.path = path
-        self.classes = list(classes)
-        self._partial = path.with_name(f".{path.name}.partial")
-        self._pending: list[tuple[bytes, bytes]] = []
-        self._count = 0
-        self._image_bytes = 0
-        self._class_counts = [0] * len(self.classes)
-
-    def add(self, data: bytes, label: int, width: int, height: int) -> None:
-        """Append one image: its encoded bytes, class index and size in pixels."""
-        self._pending.append((record_key(self._count), pack_record(data, label, width, height)))
-        self._count += 1
-        self._image_bytes += len(data)
-        self._class_counts[label] += 1
-        if len(self._pending) >= self._BATCH:
-            self._flush()
-
-    def __enter__(self) -> Self:
-        self._lock = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            self._claim()
-            os.ftruncate(self._lock, 0)
-            self._env = lmdb.open(
-                str(self._partial),
-                subdir=False,
-                map_size=64 << 20,
-                lock=False,  # the flock above is the lock
-                sync=False,  # synced once, before the rename
-                metasync=False,
-            )
-        except BaseException:
-            os.close(self._lock)
-            raise
-        return self
-
-    def _claim(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file may have been renamed to its final name between open and lock.
-            claimed = os.path.samestat(os.fstat(self._lock), os.stat(self._partial))
-        except (BlockingIOError, FileNotFoundError):
-            claimed = False
-        if not claimed:
-            raise UserError(f"{self.path}: another process is building it; wait for that one")
-        if self.path.exists():
-            self._partial.unlink()
-            raise UserError(f"{self.path}: exists; remove it or choose another folder")
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            self._env.close()
-            with contextlib.suppress(FileNotFoundError):
-                self._partial.unlink()
-            os.close(self._lock)
-
-    def _finish(self) -> None:
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "count": self._count,
-            "classes": self.classes,
-            "class_counts": self._class_counts,
-            "image_bytes": self._image_bytes,
-        }
-        self._pending.append((HEADER_KEY, json.dumps(header).encode()))
-        self._flush()
-        self._env.sync(True)
-        os.replace(self._partial, self.path)
-        fsync_folder(self.path.parent)
-
-    def _flush(self) -> None:
-        while True:
-            try:
-                with self._env.begin(write=True) as transaction:
-                    for key, value in self._pending:
-                        # Keys only ever grow (the header's sorts last), so pages are filled whole.
-                        transaction.put(key, value, append=True)
-                break
-            except lmdb.MapFullError:
-                self._env.set_mapsize(2 * self._env.info()["map_size"])
-        self._pending.clear()
 
 
 class FolderStore:

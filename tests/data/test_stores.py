@@ -15,7 +15,8 @@ import lmdb
 import numpy as np
 import pytest
 
-from bip.data.stores import FolderStore, LmdbStore, LmdbWriter, image_tree, pack_record
+from bip.data.stores import FolderStore, LmdbStore, image_tree, pack_record
+from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -165,7 +166,7 @@ def test_a_killed_build_is_no_store_and_does_not_stop_the_next(tmp_path: Path) -
     code = """
         import os, sys
         from pathlib import Path
-        from bip.data.stores import LmdbWriter
+        from bip.data.writer import LmdbWriter
         with LmdbWriter(Path(sys.argv[1]), ["cat"]) as writer:
             for _ in range(2500):
                 writer.add(b"x" * 100, 0, 1, 1)

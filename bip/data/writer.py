@@ -1,0 +1,233 @@
+"""`LmdbWriter`: build a store so that a half-built one is never taken for a whole one."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import lmdb
+
+from bip.data.stores import FORMAT, HEADER_KEY, VERSION, pack_record, record_key
+from bip.errors import UserError
+from bip.files import atomic_write_json, fsync_folder, read_json
+
+
+class LmdbWriter:
+    """Build a store of `classes` at `path`; use as a context manager.
+
+    Records go to a hidden file beside `path`, which is renamed to it when the block ends without
+    an exception. With a `plan`, a killed or interrupted build leaves that file and a note of how
+    far it came; the next writer with the same plan goes on there, after `done` source images.
+    Else what a killed build left is overwritten. An error removes both, unless `keep_on_error`.
+
+    Args:
+        plan: names all that the records follow from; None for a build that cannot go on.
+        retry_skipped: start afresh where the earlier build skipped images.
+
+    Attributes:
+        skipped: (name, reason) of source images left out.
+        repaired: how many images were repaired, by what they were.
+        source_bytes: size of the images before any re-encoding.
+
+    Raises:
+        UserError: `path` exists, or another process is building it.
+    """
+
+    _BATCH = 1000  # records per transaction
+    _BATCH_BYTES = 256 << 20
+
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str],
+        plan: str | None = None,
+        retry_skipped: bool = False,
+    ) -> None:
+        self.path = path
+        self.classes = list(classes)
+        self.keep_on_error = False
+        self._plan = plan
+        self._retry_skipped = retry_skipped
+        self._partial = path.with_name(f".{path.name}.partial")
+        self._note = path.with_name(f".{path.name}.progress")
+        self._start()
+
+    def _start(self, note: dict[str, Any] | None = None) -> None:
+        note = note or {}
+        self._pending: list[tuple[bytes, bytes]] = []
+        self._pending_bytes = 0
+        self._count: int = note.get("count", 0)
+        self._image_bytes: int = note.get("image_bytes", 0)
+        self._class_counts: list[int] = note.get("class_counts", [0] * len(self.classes))
+        self.source_bytes: int = note.get("source_bytes", 0)
+        self.skipped: list[tuple[str, str]] = [(n, why) for n, why in note.get("skipped", [])]
+        self.repaired: Counter[str] = Counter(note.get("repaired", {}))
+
+    @property
+    def done(self) -> int:
+        """Source images dealt with: stored or skipped."""
+        return self._count + len(self.skipped)
+
+    @property
+    def image_bytes(self) -> int:
+        return self._image_bytes
+
+    def add(
+        self,
+        data: bytes,
+        label: int,
+        width: int,
+        height: int,
+        source_bytes: int | None = None,
+        repaired: str | None = None,
+    ) -> None:
+        """Append one image: its encoded bytes, class index and size in pixels."""
+        self._pending.append((record_key(self._count), pack_record(data, label, width, height)))
+        self._pending_bytes += len(data)
+        self._count += 1
+        self._image_bytes += len(data)
+        self._class_counts[label] += 1
+        self.source_bytes += len(data) if source_bytes is None else source_bytes
+        if repaired is not None:
+            self.repaired[repaired] += 1
+        if len(self._pending) >= self._BATCH or self._pending_bytes >= self._BATCH_BYTES:
+            self._flush()
+
+    def skip(self, name: str, reason: str) -> None:
+        """Leave one source image out."""
+        self.skipped.append((name, reason))
+
+    def __enter__(self) -> Self:
+        self._lock = os.open(self._partial, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            self._claim()
+            note = self._earlier_note()
+            if note is None or not self._go_on(note):
+                os.ftruncate(self._lock, 0)
+                self._start()
+                self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def _open(self) -> None:
+        self._env = lmdb.open(
+            str(self._partial),
+            subdir=False,
+            map_size=max(64 << 20, 2 * os.fstat(self._lock).st_size),
+            lock=False,  # the flock is the lock
+            # Synced at every transaction only if the file must outlive a crash; at the end anyhow.
+            sync=self._plan is not None,
+            metasync=False,
+        )
+
+    def _earlier_note(self) -> dict[str, Any] | None:
+        try:
+            note = read_json(self._note)
+        except UserError:
+            return None
+        if self._plan is None or not isinstance(note, dict) or note.get("plan") != self._plan:
+            return None
+        return None if note["skipped"] and self._retry_skipped else note
+
+    def _go_on(self, note: dict[str, Any]) -> bool:
+        """Open what an earlier build left, as of its note. False if it is not all there."""
+        try:
+            self._open()
+        except lmdb.Error:
+            return False
+        with self._env.begin(write=True) as transaction, transaction.cursor() as cursor:
+            # A transaction may be ahead of the note by a crash.
+            while cursor.last() and cursor.key() >= record_key(note["count"]):
+                cursor.delete()
+            whole = transaction.stat()["entries"] == note["count"]
+        if not whole:
+            self._env.close()
+            return False
+        self._start(note)
+        return True
+
+    def _claim(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The file may have been renamed to its final name between open and lock.
+            claimed = os.path.samestat(os.fstat(self._lock), os.stat(self._partial))
+        except (BlockingIOError, FileNotFoundError):
+            claimed = False
+        if not claimed:
+            raise UserError(f"{self.path}: another process is building it; wait for that one")
+        if self.path.exists():
+            self._partial.unlink()
+            raise UserError(f"{self.path}: exists; remove it or choose another folder")
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        keep = self._plan is not None and (interrupted or self.keep_on_error)
+        try:
+            if kind is None:
+                self._finish()
+            elif keep:
+                self._flush()
+        except BaseException:
+            keep = False
+            raise
+        finally:
+            self._env.close()
+            if not keep:
+                for path in (self._note, self._partial):
+                    with contextlib.suppress(FileNotFoundError):
+                        path.unlink()
+            os.close(self._lock)
+
+    def _finish(self) -> None:
+        header = {
+            "format": FORMAT,
+            "version": VERSION,
+            "count": self._count,
+            "classes": self.classes,
+            "class_counts": self._class_counts,
+            "image_bytes": self._image_bytes,
+        }
+        self._pending.append((HEADER_KEY, json.dumps(header).encode()))
+        self._write_pending()
+        self._env.sync(True)
+        os.replace(self._partial, self.path)
+        fsync_folder(self.path.parent)
+
+    def _flush(self) -> None:
+        self._write_pending()
+        if self._plan is not None:
+            note = {
+                "plan": self._plan,
+                "count": self._count,
+                "image_bytes": self._image_bytes,
+                "class_counts": self._class_counts,
+                "source_bytes": self.source_bytes,
+                "skipped": self.skipped,
+                "repaired": self.repaired,
+            }
+            atomic_write_json(self._note, note)
+
+    def _write_pending(self) -> None:
+        while True:
+            try:
+                with self._env.begin(write=True) as transaction:
+                    for key, value in self._pending:
+                        # Keys only ever grow (the header's sorts last), so pages are filled whole.
+                        transaction.put(key, value, append=True)
+                break
+            except lmdb.MapFullError:
+                self._env.set_mapsize(2 * self._env.info()["map_size"])
+        self._pending.clear()
+        self._pending_bytes = 0
