@@ -11,16 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bip import models
 from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data
 from bip.distributed.control import Control
-from bip.distributed.group import Group, find_ranks, join
+from bip.distributed.group import Group, join, wrap
 from bip.distributed.heartbeat import Heartbeat
-from bip.distributed.preemption import StopRequest
+from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import (
     append_jsonl,
@@ -30,6 +29,7 @@ from bip.files import (
     read_jsonl,
     sha256_file,
 )
+from bip.lock import RunLock
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.scores import initialise_scores
@@ -60,16 +60,24 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     """
     check_inputs(config)
     config = with_source_of_resume(config)
-    finished = read_json(config.run_folder / "result.json")
-    if finished is not None and not config.evaluate:
-        if find_ranks(os.environ).rank == 0:
-            print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)")
-        return dict(finished)
     group = join(config.result_dir / ".rendezvous")
+    # Rank 0 looks for all: an attempt that is just ending may write the result between two looks.
+    finished = group.from_first(read_result(config) if group.is_first else None)
+    if finished is not None and not config.evaluate:
+        group.close()
+        return dict(finished)
     run = Run(config, group, stop)
     result = run.evaluate() if config.evaluate else run.train()
     group.close()
     return result
+
+
+def read_result(config: RunConfig) -> dict[str, Any] | None:
+    """The result of a finished run, and say so; else None."""
+    finished = read_json(config.run_folder / "result.json")
+    if finished is not None and not config.evaluate:
+        print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)", flush=True)
+    return finished  # type: ignore[no-any-return]
 
 
 class Run:
@@ -98,6 +106,7 @@ class Run:
         self.pruned = self._build_pruned()
         self.control = Control(group)
         self.heartbeat = Heartbeat(group, config.rank_timeout, self._record_loss)
+        self.lock = RunLock(self.folder)
 
     def _compare_start(self) -> None:
         """All ranks must run the same settings with the same code and the same torch."""
@@ -206,6 +215,32 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or the newest checkpoint to the end; write and return the result."""
+        try:
+            finished = self._take_folder()
+            return finished if finished is not None else self._train()
+        finally:
+            self.lock.release()
+
+    def _take_folder(self) -> dict[str, Any] | None:
+        """Lock the run folder on rank 0. Returns the result if the holder before has finished it.
+
+        Raises Stopped if this attempt is told to stop while it waits.
+        """
+        found: tuple[str | None, Any] = (None, None)
+        if self.group.is_first:
+            try:
+                taken = self.lock.acquire(give_up=lambda: self.stop.signal != 0)
+                found = (None, read_result(self.config)) if taken else ("stop", self.stop.signal)
+            except UserError as error:
+                found = ("error", str(error))
+        problem, value = self.group.from_first(found)
+        if problem == "error":
+            raise UserError(value)
+        if problem == "stop":
+            raise Stopped(signal_name(value), 0)
+        return value  # type: ignore[no-any-return]
+
+    def _train(self) -> dict[str, Any]:
         state = self.group.from_first(self._newest_checkpoint())
         progress = Progress(**state["progress"]) if state else Progress()
         if state is not None:
@@ -305,15 +340,7 @@ class Run:
         per_epoch = max(1, self.data.batches_per_epoch // config.lower_batches)
         iterations = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
         clock = Clock(iterations, per_epoch)
-        ddp = None
-        if self.group.world > 1:
-            devices = [self.group.device] if self.group.device.type == "cuda" else None
-            ddp = DistributedDataParallel(
-                self.network,
-                device_ids=devices,
-                broadcast_buffers=False,  # they are shared at evaluation and checkpoints
-                gradient_as_bucket_view=True,
-            )
+        ddp = wrap(self.network, self.group.device) if self.group.world > 1 else None
         forward_backward = ForwardBackward(
             config, self.network, ddp, self.group.rank, self.group.device
         )
@@ -337,6 +364,7 @@ class Run:
     def _save(self, step: TrainingStep, progress: Progress) -> None:
         if not self.group.is_first:
             return
+        self.lock.check()
         optimizers = {name: o.state_dict() for name, o in step.optimizers.items()}
         state = self._state(progress) | {"optimizer": optimizers}
         self.checkpoints.save(state, progress.iteration)
@@ -368,6 +396,7 @@ class Run:
         if progress.top1_before_bn_mask is not None:
             result["top1_before_bn_mask"] = progress.top1_before_bn_mask
         if self.group.is_first:
+            self.lock.check()
             if self.config.save_dense:
                 plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}
                 path = self.checkpoints.folder / "model_dense.pth.tar"

@@ -1,5 +1,6 @@
 """The ranks of one run: found in the environment of plain python, torchrun or srun."""
 
+import inspect
 import os
 import socket
 import time
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.nn.parallel import DistributedDataParallel
 
 from bip.errors import UserError
 from bip.files import atomic_write_bytes
@@ -110,6 +112,20 @@ class Group:
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def wrap(network: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The network under DDP, its buffers left alone: they are shared where they are read."""
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    # torch renamed the option in 2.15 and warns about the old name.
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {no_sync: False}
+    return DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        **options,
+    )
 
 
 def pick_device(ranks: Ranks) -> torch.device:

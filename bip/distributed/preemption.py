@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by the first SIGTERM or SIGUSR2 and never cleared. Handlers do nothing else.
+    """Set by the first SIGTERM, SIGUSR1 or SIGUSR2 and never cleared. Handlers do nothing else.
 
     Saving inside a handler would run on one rank while the others wait in a collective.
     """
@@ -19,7 +19,7 @@ class StopRequest:
         self.signal: int = 0
 
     def install(self) -> "StopRequest":
-        """Take over both signals in this process. Call it from the main thread."""
+        """Take over these signals in this process. Call it from the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self

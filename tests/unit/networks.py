@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bip.config import RunConfig
-from bip.pruning.mask import LayerType, find_followers, find_prunable
+from bip.pruning.mask import LayerType, Scope, find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.steps import ForwardBackward, TrainingStep, build_step
+from bip.pruning.threshold import Exchange
 from bip.training.loop import train_mode
 from bip.training.optim import Clock
 
@@ -70,12 +71,17 @@ def random_batches(seed: int, size: int = 8) -> Iterator[Batch]:
 
 
 def prune(
-    network: nn.Module, layer_type: LayerType, k: str = "0.5", seed: int = 0
+    network: nn.Module,
+    layer_type: LayerType,
+    k: str = "0.5",
+    seed: int = 0,
+    scope: Scope | None = None,
+    exchange: Exchange | None = None,
 ) -> PrunedParameters:
     """θ is the network; scores random of both signs; the mask random, whole groups of it."""
     layout = find_prunable(network, layer_type)
-    scope = "global" if layer_type == "unstructured" else "layer"
-    pruned = PrunedParameters(network, layout, Decimal(k), scope)
+    scope = scope or ("global" if layer_type == "unstructured" else "layer")
+    pruned = PrunedParameters(network, layout, Decimal(k), scope, exchange)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         pruned.scores.copy_(torch.randn(layout.size, generator=generator))

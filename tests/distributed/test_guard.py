@@ -1,0 +1,265 @@
+"""Ranks that drift apart are caught and named; a rank that is lost ends the run in bounded time."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed import TCPStore
+
+from bip.config import load_config
+from bip.distributed.control import Control
+from bip.distributed.group import Group
+from bip.distributed.guard import compare_ranks, hash_tensor, run_state
+from bip.distributed.preemption import StopRequest
+from bip.errors import RankError, Stopped, UserError
+from bip.files import read_jsonl
+from bip.run import Run
+from bip.run import train as train_run
+from tests.distributed.harness import run_ranks, world_size
+from tests.runs import arguments
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.int64])
+def test_hash_sees_a_change_of_any_element_and_of_order(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = (torch.randn(1000) * 100).to(dtype)
+    before = hash_tensor(tensor)
+    assert before == hash_tensor(tensor.clone())
+    for place in (0, 1, 499, 999):
+        changed = tensor.clone()
+        changed[place] += 1
+        assert hash_tensor(changed) != before
+    swapped = tensor.clone()
+    swapped[[0, 1]] = tensor[[1, 0]]
+    assert (hash_tensor(swapped) != before) == bool(tensor[0] != tensor[1])
+    assert hash_tensor(torch.tensor([0.0])) != hash_tensor(torch.tensor([-0.0]))
+
+
+class Buffered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.register_buffer("position", torch.arange(3.0))
+
+
+def compare_perturbed(group: Group, what: str, rank: int) -> str:
+    torch.manual_seed(0)
+    network = Buffered()
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    compare_ranks(run_state(network, None, {"lower": optimizer}, buffers=True), group)
+    if group.rank == rank:
+        with torch.no_grad():
+            if what == "buffer":
+                network.position[1] += 1e-7
+            elif what == "weight":
+                network.linear.weight[2, 2] += 1e-7
+            else:
+                optimizer.state[network.linear.bias]["momentum_buffer"][0] += 1e-7
+    with pytest.raises(RankError) as raised:
+        compare_ranks(run_state(network, None, {"lower": optimizer}, buffers=True), group)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [
+        ("buffer", "position"),
+        ("weight", "linear.weight"),
+        ("momentum", "lower optimizer momentum_buffer 1"),
+    ],
+)
+def test_a_perturbed_rank_is_named_on_every_rank(what: str, name: str) -> None:
+    for message in run_ranks(3, compare_perturbed, what, 2):
+        assert message.startswith(f"{name}: differs between ranks (rank 2 ")
+
+
+def run_perturbed(group: Group, result_dir: str, source: str, check: int) -> str:
+    """A BiP run in which one score of rank 1 changes after the third step."""
+    config = load_config(
+        arguments("bip", Path(result_dir), source_net=source, max_steps=8, check_ranks=check)
+    )
+    run = Run(config, group)
+    assert run.pruned is not None
+    pruned, select, count = run.pruned, run.pruned.update_mask_and_z, 0
+
+    def perturbed() -> None:
+        nonlocal count
+        select()
+        count += 1
+        if count == 3 and group.rank == 1:
+            with torch.no_grad():
+                if check:
+                    pruned.scores[17] += 1e-6
+                else:  # enough to move the mask: its proof shows it, without --check-ranks
+                    pruned.scores[:200] *= -3
+
+    pruned.update_mask_and_z = perturbed  # type: ignore[method-assign]
+    with pytest.raises(RankError) as raised:
+        run.train()
+    return f"{raised.value} [step {run.heartbeat.step}]"
+
+
+@pytest.mark.parametrize("check", [0, 1])
+def test_a_perturbed_score_ends_training(check: int, source: Path, tmp_path: Path) -> None:
+    for message in run_ranks(2, run_perturbed, str(tmp_path), str(source), check):
+        if check:
+            assert re.match(r"scores: differs between ranks .* \[step 3\]", message)
+        else:
+            assert "keeps other weights" in message
+            assert int(re.findall(r"step (\d+)", message)[0]) <= 6
+    (attempts,) = tmp_path.glob("*/*/*/attempts.jsonl")
+    assert list(read_jsonl(attempts))[-1]["cause"].startswith("error: ")
+
+
+@world_size(2, 3)
+def test_masks_that_differ_are_named_by_the_next_exchange(group: Group) -> None:
+    control = Control(group)
+    same, other = torch.tensor([5, 77]), torch.tensor([5, 78])
+    assert control.post(0, False, same).stop == 0
+    control.post(0, False, other if group.rank == 1 else same)
+    with pytest.raises(RankError, match="mask: rank"):
+        control.post(0, False, same)
+
+
+@world_size(3)
+def test_a_signal_on_one_rank_reaches_all_in_the_same_iteration(group: Group) -> None:
+    control = Control(group)
+    seen = []
+    for step in range(6):
+        stop = signal.SIGTERM if group.rank == 2 and step >= 2 else 0
+        news = control.post(stop, save=group.is_first and step == 1, proof=None)
+        seen.append((news.stop, news.save))
+    none, term = 0, int(signal.SIGTERM)
+    assert seen == [
+        (none, False), (none, False), (none, True), (term, False), (term, False), (term, False),
+    ]  # fmt: skip
+
+
+def start_differently(group: Group, result_dir: str, what: str) -> str:
+    settings: dict[str, Any] = {"max_steps": 1}
+    if what == "settings" and group.rank == 1:
+        settings["lr"] = 0.123
+    if what == "torch" and group.rank == 1:
+        torch.__version__ = "1.0"  # type: ignore[assignment]
+    config = load_config(arguments("pretrain", Path(result_dir), **settings))
+    with pytest.raises(UserError) as raised:
+        Run(config, group)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("what", ["settings", "torch"])
+def test_ranks_that_start_differently_are_refused(what: str, tmp_path: Path) -> None:
+    for message in run_ranks(2, start_differently, str(tmp_path), what):
+        assert message.startswith(f"ranks start differently: {what} ")
+    assert not list(tmp_path.iterdir())
+
+
+def stop_and_resume(group: Group, result_dir: str, source: str) -> tuple[int, str]:
+    """Rank 1 alone is told to stop; then both go on."""
+    config = load_config(arguments("bip", Path(result_dir), source_net=source, max_steps=9))
+    run = Run(config, group, StopRequest())
+    note = run.heartbeat.note_step
+
+    def note_and_stop(step: int) -> None:
+        note(step)
+        if step == 4 and group.rank == 1:
+            run.stop.signal = signal.SIGUSR2
+
+    run.heartbeat.note_step = note_and_stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped) as stopped:
+        run.train()
+    result = Run(config, group).train()
+    return stopped.value.step, result["weights_sha256"]
+
+
+def whole_run(group: Group, result_dir: str, source: str) -> str:
+    config = load_config(arguments("bip", Path(result_dir), source_net=source, max_steps=9))
+    return str(Run(config, group).train()["weights_sha256"])
+
+
+def test_ranks_stop_together_and_go_on_to_the_same_bits(source: Path, tmp_path: Path) -> None:
+    parts = run_ranks(2, stop_and_resume, str(tmp_path / "parts"), str(source))
+    whole = run_ranks(2, whole_run, str(tmp_path / "whole"), str(source))
+    assert parts == [(5, whole[0]), (5, whole[0])]
+    (attempts,) = (tmp_path / "parts").glob("*/*/*/attempts.jsonl")
+    causes = [record.get("cause") for record in read_jsonl(attempts)]
+    assert causes == [None, "SIGUSR2", None, "finished"]
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    config = load_config(arguments("bip", tmp_path, source_net=source))
+    stop = StopRequest()
+    stop.signal = signal.SIGTERM
+    with pytest.raises(Stopped) as stopped:
+        train_run(config, stop)
+    assert stopped.value.step == 0
+    assert not list(tmp_path.rglob("*.pth.tar"))
+
+
+# A rank that is gone
+
+
+@pytest.mark.parametrize(
+    ("how", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGSTOP, 2)]
+)
+def test_a_lost_rank_ends_the_others_and_is_named(how: int, victim: int, tmp_path: Path) -> None:
+    """Real processes joined by env://, as torchrun starts them."""
+    limit = 4
+    flags = arguments("pretrain", tmp_path, epochs=100_000, eval_every=100_000, rank_timeout=limit)
+    # The store is this process's, like torchrun's agent's.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    ranks = []
+    for rank in range(3):
+        env = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }  # fmt: skip
+        command = [sys.executable, "-m", "bip", "train", *flags, "--batch-size", "66"]
+        ranks.append(
+            subprocess.Popen(
+                command,
+                env=env,
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline:
+            records = [r for f in tmp_path.rglob("metrics.jsonl") for r in read_jsonl(f)]
+            if len(records) > 3:
+                break
+            time.sleep(0.2)
+        else:
+            pytest.fail("training did not start")
+        time.sleep(2)  # a few beats
+        ranks[victim].send_signal(how)
+        struck = time.monotonic()
+        for rank, process in enumerate(ranks):
+            if rank == victim:
+                continue
+            _, stderr = process.communicate(timeout=60)
+            assert process.returncode == 1, stderr
+            assert f"rank {victim} (" in stderr, stderr
+            assert "has not answered" in stderr
+        assert time.monotonic() - struck < 10 * limit
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()

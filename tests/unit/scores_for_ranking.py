@@ -1,0 +1,68 @@
+"""Score vectors that are hard to rank, and the plain sort that says what is right."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bip.pruning.mask import Segment
+from bip.pruning.threshold import Exchange, Threshold, write_mask
+from bip.pruning.threshold_device import DeviceThreshold
+from bip.pruning.threshold_device import write_mask as write_mask_on_device
+
+KINDS = ("normal", "heavy", "equal", "ties", "denormal", "zeros", "infinite", "one_large")
+
+
+def make_scores(kind: str, n: int, seed: int) -> Tensor:
+    """n float32 scores of one kind; the same for the same arguments."""
+    rng = np.random.default_rng([seed, n])
+    values = rng.standard_normal(n)
+    if kind == "heavy":
+        values = np.clip(rng.standard_cauchy(n) ** 3, -1e38, 1e38)
+    elif kind == "equal":
+        values = np.full(n, -0.37)
+    elif kind == "ties":  # 99.9%
+        values = np.where(rng.random(n) < 0.999, 0.25 * rng.choice([-1, 1], n), values)
+    elif kind == "denormal":
+        values = rng.integers(-3, 4, n) * 1e-45
+    elif kind == "zeros":
+        values = rng.choice([0.0, -0.0], n)
+    elif kind == "infinite":
+        values = np.where(rng.random(n) < 0.3, rng.choice([-np.inf, np.inf], n), values)
+    elif kind == "one_large":
+        values = np.zeros(n)
+        values[rng.integers(n)] = 1e30
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def sorted_mask(values: Tensor, segments: tuple[Segment, ...]) -> Tensor:
+    """The right mask, by a stable sort of each segment: larger first, then lower index."""
+    mask = torch.zeros(len(values))
+    for segment in segments:
+        magnitudes = values[segment.start : segment.stop].abs()
+        order = torch.argsort(magnitudes, descending=True, stable=True)
+        mask[segment.start + order[: segment.keep]] = 1
+    return mask
+
+
+class Selector:
+    """Either implementation, from scores to mask."""
+
+    def __init__(
+        self, segments: tuple[Segment, ...], n: int, exchange: Exchange, device_way: bool = False
+    ) -> None:
+        self.segments = segments
+        self.inner: Threshold | DeviceThreshold = (
+            DeviceThreshold(segments, n, exchange, torch.device("cpu"))
+            if device_way
+            else Threshold(segments, n, exchange)
+        )
+
+    def __call__(self, values: Tensor) -> Tensor:
+        mask = torch.full((len(values),), 7.0)
+        if isinstance(self.inner, DeviceThreshold):
+            write_mask_on_device(values, self.segments, *self.inner.select(values), mask)
+            return mask
+        for segment, cut in zip(self.segments, self.inner.select(values), strict=True):
+            part = slice(segment.start, segment.stop)
+            write_mask(values[part], cut, segment.start, mask[part])
+        return mask
