@@ -1,0 +1,239 @@
+"""The lock on a run folder: two attempts of one run never write it at the same time.
+
+A lock is a file `.lock.N` that names its holder; the holder touches it every few seconds. Whoever
+takes over creates `.lock.N+1`, which only one can (a hard link either is made or is not, on NFS
+too), and removes N. A holder that was taken over finds its file gone and stops writing. The file
+of a released lock stays, so that N only grows.
+"""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bip.errors import RankError, UserError
+
+BEAT_SECONDS = 5.0
+KILL_WAIT = 30.0  # SLURM's default for the time from SIGTERM to SIGKILL
+
+
+@dataclass(frozen=True)
+class Holder:
+    """One attempt: a process, and the SLURM job and restart that it belongs to."""
+
+    host: str
+    boot: str  # of the machine, and the process namespace: where `pid` means something
+    pid: int
+    born: str  # kernel's start time of the process: a later one may get the same pid
+    job: str | None
+    restart: int
+    released: bool = False
+
+    @classmethod
+    def self(cls, env: Mapping[str, str] = os.environ) -> "Holder":
+        job = env.get("SLURM_JOB_ID")
+        restart = int(env.get("SLURM_RESTART_COUNT", 0))
+        return cls(platform.node(), _boot(), os.getpid(), _born(os.getpid()) or "", job, restart)
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def _boot() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def _born(pid: int) -> str | None:
+    """When the process started, in the kernel's ticks; None if there is none (or a zombie)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _scontrol(*arguments: str) -> str | None:
+    """None where there is no scontrol or no answer."""
+    try:
+        done = subprocess.run(
+            ["scontrol", *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout + done.stderr
+
+
+def _attempt_is_over(holder: Holder) -> bool | None:
+    """Whether SLURM has ended the holder's attempt; None if it cannot tell.
+
+    Its processes may live on for KillWait.
+    """
+    answer = _scontrol("show", "job", "-o", holder.job) if holder.job else None
+    if answer is None:
+        return None
+    if "Invalid job id" in answer:
+        return True
+    state, restarts = re.search(r"JobState=(\w+)", answer), re.search(r"Restarts=(\d+)", answer)
+    if state is None or restarts is None:
+        return None
+    over = state[1] not in ("RUNNING", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING")
+    return over or int(restarts[1]) > holder.restart
+
+
+def _kill_wait() -> float:
+    found = re.search(r"KillWait\s*=\s*(\d+)", _scontrol("show", "config") or "")
+    return float(found[1]) if found else KILL_WAIT
+
+
+class RunLock:
+    """Held from `acquire` to `release` by one attempt, on its rank 0."""
+
+    def __init__(self, folder: Path, env: Mapping[str, str] = os.environ) -> None:
+        self.folder = folder
+        self.own = Holder.self(env)
+        self.path: Path | None = None
+        self._ended = threading.Event()
+        self._beat: threading.Thread | None = None
+
+    def acquire(self, give_up: Callable[[], bool] = lambda: False) -> bool:
+        """Take the lock, waiting for an attempt that SLURM is just ending.
+
+        Returns False if `give_up` said so meanwhile. Raises UserError if a live attempt holds it,
+        and if the folder cannot be written.
+        """
+        began = time.monotonic()
+        seen, since, told = (0.0, -1), began, False
+        limit: float | None = None
+        while not give_up():
+            number, holder = self._newest()
+            beat = (self._touched(number), number)
+            now = time.monotonic()
+            if beat != seen:
+                seen, since = beat, now
+            silent = now - since
+            if holder is None or holder.released or self._is_dead(holder, silent):
+                if self._take(number):
+                    if holder is not None and not holder.released:
+                        print(f"taking over from {holder}, which is gone", flush=True)
+                    return True
+                continue
+            if limit is None:
+                limit = self._patience(holder)
+            if now - began > limit:
+                raise UserError(
+                    f"{self.folder}: in use by {holder}; wait for it or cancel it (touched "
+                    f"{max(0, time.time() - beat[0]):.0f} s ago)"
+                )
+            if not told:
+                print(f"waiting for {holder} to end, which still has {self.folder}", flush=True)
+                told = True
+            time.sleep(min(1.0, limit / 10))
+        return False
+
+    def check(self) -> None:
+        """Raises RankError if another attempt has taken the folder over."""
+        if self.path is not None and not self.path.exists():
+            raise RankError(f"{self.folder}: another attempt has taken this run over")
+
+    def release(self) -> None:
+        """Let go, if it is held."""
+        self._ended.set()
+        if self._beat is not None:
+            self._beat.join()
+        path, self.path = self.path, None
+        if path is None or not path.exists():
+            return
+        released = asdict(self.own) | {"released": True}
+        temporary = self._temporary(released)
+        with suppress(OSError):
+            os.replace(temporary, path)
+
+    def _newest(self) -> tuple[int, Holder | None]:
+        """The highest lock, and who holds it."""
+        numbers = []
+        with suppress(FileNotFoundError):
+            numbers = [
+                int(name[6:])
+                for name in os.listdir(self.folder)
+                if name.startswith(".lock.") and name[6:].isdigit()
+            ]
+        number = max(numbers, default=0)
+        try:
+            return number, Holder(**json.loads(self._file(number).read_text()))
+        except (OSError, ValueError, TypeError):
+            return number, None  # never written whole: a link shows it whole or not at all
+
+    def _file(self, number: int) -> Path:
+        return self.folder / f".lock.{number}"
+
+    def _touched(self, number: int) -> float:
+        try:
+            with open(self._file(number), "rb") as stream:  # opening asks an NFS server anew
+                return os.fstat(stream.fileno()).st_mtime
+        except OSError:
+            return 0.0
+
+    def _is_dead(self, holder: Holder, silent: float) -> bool:
+        """`silent`: seconds for which we have seen no beat of it."""
+        if holder.boot == self.own.boot:
+            return _born(holder.pid) != holder.born
+        if silent <= 3 * BEAT_SECONDS:
+            return False
+        over = _attempt_is_over(holder)
+        # Without word from SLURM, a minute without a beat.
+        return over if over is not None else silent > 60
+
+    def _patience(self, holder: Holder) -> float:
+        """Seconds to wait for a live holder: only one that is being ended will go."""
+        if _attempt_is_over(holder) or (holder.job and holder.job == self.own.job):
+            return _kill_wait() + 60
+        if holder.boot != self.own.boot:
+            return 75.0
+        return 2.0
+
+    def _take(self, number: int) -> bool:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = self._temporary(asdict(self.own))
+            try:
+                os.link(temporary, self._file(number + 1))
+            except FileExistsError:
+                return False
+            finally:
+                temporary.unlink()
+            self._file(number).unlink(missing_ok=True)
+            if self._newest()[0] > number + 1:  # others took over since we looked
+                self._file(number + 1).unlink(missing_ok=True)
+                return False
+        except OSError as error:
+            raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
+        self.path = self._file(number + 1)
+        self._ended.clear()
+        self._beat = threading.Thread(target=self._touch, name="lock", daemon=True)
+        self._beat.start()
+        return True
+
+    def _temporary(self, holder: dict[str, object]) -> Path:
+        path = self.folder / f".lock-{uuid.uuid4().hex}"
+        path.write_text(json.dumps(holder))
+        return path
+
+    def _touch(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            path = self.path
+            if path is not None:
+                with suppress(OSError):
+                    os.utime(path)
