@@ -215,9 +215,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or the newest checkpoint to the end; write and return the result."""
+        elsewhere = self._resume_elsewhere()  # checked before the folder is made
         try:
             finished = self._take_folder()
-            return finished if finished is not None else self._train()
+            return finished if finished is not None else self._train(elsewhere)
         finally:
             self.lock.release()
 
@@ -240,8 +241,9 @@ class Run:
             raise Stopped(signal_name(value), 0)
         return value  # type: ignore[no-any-return]
 
-    def _train(self) -> dict[str, Any]:
-        state = self.group.from_first(self._newest_checkpoint())
+    def _train(self, elsewhere: State | None) -> dict[str, Any]:
+        state = self.group.from_first(elsewhere or self._newest_checkpoint())
+        del elsewhere
         progress = Progress(**state["progress"]) if state else Progress()
         if state is not None:
             restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
@@ -288,16 +290,22 @@ class Run:
         if self.group.is_first:
             self._record_attempt("end", cause=f"rank lost: {message}")
 
-    def _newest_checkpoint(self) -> State | None:
-        """Rank 0's choice: --resume where it lies elsewhere, else the run folder's newest."""
-        if not self.group.is_first:
-            return None
+    def _resume_elsewhere(self) -> State | None:
+        """On rank 0 what --resume holds, if that lies outside the run folder."""
         resume = self.config.resume
-        inside = resume and resume.resolve().parent == self.checkpoints.folder.resolve()
-        state = read_checkpoint(resume) if resume and not inside else self.checkpoints.load()
-        if state is None:
+        if not self.group.is_first or resume is None:
             return None
-        where = resume or self.checkpoints.folder
+        if resume.resolve().parent == self.checkpoints.folder.resolve():
+            return None
+        return self._own_state(read_checkpoint(resume), resume)
+
+    def _newest_checkpoint(self) -> State | None:
+        """On rank 0 the run folder's newest checkpoint."""
+        state = self.checkpoints.load() if self.group.is_first else None
+        return state and self._own_state(state, self.config.resume or self.checkpoints.folder)
+
+    def _own_state(self, state: State, where: Path) -> State:
+        """Raises UserError if it is no checkpoint of this run that can be gone on from."""
         if "progress" not in state or "optimizer" not in state:
             raise UserError(f"resume: {where} holds a finished model; give it as --source-net")
         if state["fingerprint"] != self.config.fingerprint():
