@@ -1,0 +1,230 @@
+"""Selecting the threshold and writing the mask, against sorting and against reading.
+
+At each size the candidates take turns. Selection and writing are timed apart; "warm" selects on
+scores that moved by a small step since the last selection, as in training. `warm_over_read`,
+`sort_over_ours` and `two_ranks_over_one` speak of selection at 11.2 M scores; `outside_share` is
+the share of a ResNet-18 batch 32 BiP iteration spent outside its two forward-backwards.
+"""
+
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed import TCPStore
+
+from bip.distributed.group import join
+from bip.pruning import kernels
+from bip.pruning.mask import Segment
+from bip.pruning.steps import BilevelStep
+from bip.pruning.threshold import SAMPLE, Alone, Cut, Threshold, write_mask_and_z
+from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
+from tests.benchmarks.step import make_step
+from tests.unit.ranks_in_threads import ThreadRank, on_threads
+
+SIZES = (270_000, 11_200_000, 25_500_000, 138_000_000)
+HEADLINE = 11_200_000
+
+
+class Scores:
+    """Scores that take a small step before each selection, and what selects among them."""
+
+    def __init__(self, n: int, exchange: Any = None) -> None:
+        torch.manual_seed(0)
+        self.values = torch.randn(n) * 0.05
+        self.step = torch.randn(n) * 1e-5
+        self.segments = (Segment("network", 0, n, n // 10),)
+        self.exchange = exchange or Alone()
+        self.threshold = Threshold(self.segments, n, self.exchange)
+
+    def move(self) -> None:
+        self.values += self.step
+
+    def warm(self) -> list[Cut]:
+        return self.threshold.select(self.values)
+
+    def cold(self) -> list[Cut]:
+        return Threshold(self.segments, len(self.values), self.exchange).select(self.values)
+
+
+def measure_size(n: int, rounds: int) -> dict[str, float]:
+    """Ratios at one size; every candidate sees the same scores."""
+    scores = Scores(n)
+    values, keep = scores.values, n // 10
+    mask, z, weights = torch.empty(n), torch.empty(n), torch.randn(n)
+    (cut,) = scores.warm()
+    magnitudes = values.abs()
+    fast = {
+        "read": lambda: values.sum(),
+        "warm": scores.warm,
+        "cold": scores.cold,
+        "write": lambda: write_mask_and_z(values, cut, 0, weights, mask, z),
+        # The same tensors in one fused pass: two read, two written.
+        "fused": lambda: fused_pass(values, weights, mask, z),
+        "move": scores.move,
+    }
+    seconds = take_turns(fast, rounds)
+    slow = {
+        "sort": lambda: torch.sort(magnitudes),
+        "topk": lambda: torch.topk(magnitudes, keep),
+        "kthvalue": lambda: torch.kthvalue(magnitudes, n - keep + 1),
+        "partition": lambda: np.partition(magnitudes.numpy(), n - keep),
+    }
+    seconds |= take_turns(slow, 1 if n > HEADLINE else 3, warm_up=0)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    row = {
+        "read_ms": 1e3 * medians["read"],
+        "warm_over_read": ratio(seconds["warm"], seconds["read"]),
+        "cold_over_read": ratio(seconds["cold"], seconds["read"]),
+        "write_over_fused": ratio(seconds["write"], seconds["fused"]),
+    }
+    row |= {f"{name}_over_ours": medians[name] / medians["warm"] for name in slow}
+    return row
+
+
+@kernels.compiled
+def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
+    for i in range(a.size):
+        c[i] = a[i]
+        d[i] = a[i] * b[i]
+
+
+def fused_pass(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
+    """One pass that reads a and b and writes c and d, compiled like our own kernels."""
+    _fused(a.numpy(), b.numpy(), c.numpy(), d.numpy())
+
+
+def rank_seconds(rank: int, world: int, port: int, rounds: int, answers: Any) -> None:
+    """Median seconds of a warm selection at 11.2 M on one of `world` ranks, one thread each."""
+    torch.set_num_threads(1)
+    env = {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    os.environ.update(env)
+    group = join(Path("unused"))
+    scores = Scores(HEADLINE, group)
+    times = []
+    for turn in range(rounds + 3):
+        scores.move()
+        group.barrier()
+        began = time.perf_counter()
+        scores.warm()
+        if turn >= 3:
+            times.append(time.perf_counter() - began)
+    answers.put(statistics.median(times))
+    group.close()
+
+
+def measure_ranks(world: int, rounds: int) -> float:
+    """Seconds of a warm selection on `world` processes, the slowest of them."""
+    context = multiprocessing.get_context("spawn")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    answers = context.Queue()
+    ranks = [
+        context.Process(target=rank_seconds, args=(rank, world, store.port, rounds, answers))
+        for rank in range(world)
+    ]
+    for process in ranks:
+        process.start()
+    seconds = [answers.get(timeout=300) for _ in ranks]
+    for process in ranks:
+        process.join()
+    return float(max(seconds))
+
+
+def measure_outside(rounds: int) -> float:
+    """Share of a BiP iteration (ResNet-18, batch 32) outside its two forward-backwards."""
+    step = make_step("resnet18", 32, "bip")
+    assert isinstance(step, BilevelStep)
+    inside: list[float] = []
+    for level in (step.lower, step.upper):
+        level.run = _timed(level.run, inside)  # type: ignore[assignment]
+    shares = []
+    for iteration in range(rounds + 2):
+        inside.clear()
+        began = time.perf_counter()
+        step(iteration)
+        shares.append(1 - sum(inside) / (time.perf_counter() - began))
+    return statistics.median(shares[2:])
+
+
+def _timed(call: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    def timed(*arguments: Any) -> Any:
+        began = time.perf_counter()
+        result = call(*arguments)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    return timed
+
+
+def model(world: int, n: int) -> str:
+    """What a global selection costs a rank, in bytes sent, rounds and elements read."""
+    sample = 4 * max(1, SAMPLE // world)
+    digits = 4 * 1024
+    return (
+        f"W = {world}, n = {n:,}: warm 1 pass over {n // world:,} scores, "
+        f"3-4 gathers of at most {(24 + 2 * digits + 8) / 1024:.1f} KiB in all; "
+        f"cold at most {(sample + 24 + 4 * digits + 8) / 1024:.1f} KiB in 6 gathers; "
+        f"received {world} times that; mask and z: 1 pass over all {n:,}"
+    )
+
+
+def check_model(world: int, n: int = 2_000_000) -> str:
+    """Measured on `world` in-process ranks: bytes and gathers of a cold and a warm selection."""
+
+    def select(ranks: ThreadRank) -> tuple[int, int, int, int]:
+        scores = Scores(n, ranks)
+        scores.warm()
+        cold = (ranks.sent, ranks.rounds)
+        for _ in range(3):
+            scores.move()
+            scores.warm()
+        before = (ranks.sent, ranks.rounds)
+        scores.move()
+        scores.warm()
+        return (*cold, ranks.sent - before[0], ranks.rounds - before[1])
+
+    costs = on_threads(world, select)
+    assert len(set(costs)) == 1
+    cold, cold_rounds, warm, warm_rounds = costs[0]
+    assert cold <= 4 * max(1, SAMPLE // world) + 24 + 4 * 4096 + 8
+    assert warm <= 24 + 2 * 4096 + 8
+    return (
+        f"W = {world} simulated: cold {cold} bytes in {cold_rounds} gathers, "
+        f"warm {warm} bytes in {warm_rounds} gathers"
+    )
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", rounds=15, largest=138_000_000)
+    print(machine())
+    figures: dict[str, float] = {}
+    for n in (size for size in SIZES if size <= options.largest):
+        row = measure_size(n, options.rounds)
+        print(f"n = {n:>11,}: " + ", ".join(f"{name} {value:.3g}" for name, value in row.items()))
+        if n == HEADLINE:
+            figures["warm_over_read"] = row["warm_over_read"]
+            figures["cold_over_read"] = row["cold_over_read"]
+            figures["write_over_fused"] = row["write_over_fused"]
+            figures["sort_over_ours"] = row["sort_over_ours"]
+    one, two = measure_ranks(1, options.rounds), measure_ranks(2, options.rounds)
+    print(f"one rank {1e3 * one:.2f} ms, two ranks {1e3 * two:.2f} ms")
+    figures["two_ranks_over_one"] = two / one
+    figures["outside_share"] = measure_outside(max(5, options.rounds // 2))
+    for world in (16, 64):
+        print(check_model(world))
+    print(model(1024, 1_000_000_000))
+    finish(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
