@@ -38,9 +38,15 @@ def _compare(argv: list[str]) -> None:
 
 
 def _data(argv: list[str]) -> None:
-    from bip.data import build
+    from bip.data import build, inspect, prepare
 
-    commands: dict[str, Callable[..., None]] = {"build-lmdb": build.build_lmdb, "info": build.info}
+    commands: dict[str, Callable[..., None]] = {
+        "build-lmdb": build.build_lmdb,
+        "convert": build.convert,
+        "info": inspect.info,
+        "verify": inspect.verify,
+        "prepare-imagenet": prepare.prepare_imagenet,
+    }
     call(commands, argv, "python -m bip data")
 
 

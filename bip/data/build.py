@@ -1,178 +1,279 @@
-"""`python -m bip data build-lmdb` and `info`: LMDB stores from ImageFolder trees."""
+"""`python -m bip data build-lmdb` and `convert`: make stores."""
 
+import hashlib
+import io
+import os
+import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple, TypeVar
 
 import lmdb
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
-from bip.data.stores import LmdbStore, image_tree, walk_files
+from bip.data.layouts import Split, Tree, find_splits, open_tree
+from bip.data.published import PublishedStore
+from bip.data.stores import LmdbStore
 from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
-_SPLITS = ("train", "test", "val")
+_T = TypeVar("_T")
+
+_PAGE = 4096
+_SAMPLE = 500  # files whose sizes are looked at for the estimate
+_AHEAD = 4  # images read ahead, per worker
+READ_ERRORS = (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError)
 
 
-def build_lmdb(src: Path, out: Path) -> None:
-    """Make OUT/train.lmdb, OUT/test.lmdb or OUT/val.lmdb from the ImageFolder tree SRC.
+@dataclass(frozen=True)
+class Options:
+    """How images are changed and checked on their way into a store."""
 
-    SRC is a folder or a .zip that holds train/CLASS/IMAGE and test/ or val/ likewise (any one of
-    them will do), perhaps inside one top folder. Classes are numbered, and images stored, in
-    sorted order; the images' bytes are kept as they are. A store that is already there with the
-    same classes and count is kept.
+    short_side: int = 0
+    quality: int = 90
+    check: bool = False
+
+
+class Ready(NamedTuple):
+    """An image as it is stored, and as what it was repaired, if it was."""
+
+    data: bytes
+    width: int
+    height: int
+    repaired: str | None
+
+
+def build_lmdb(
+    src: Path,
+    out: Path,
+    short_side: int = 0,
+    quality: int = 90,
+    check: bool = False,
+    skip_bad: bool = False,
+    workers: int = 0,
+) -> None:
+    """Make OUT/train.lmdb, and OUT/test.lmdb or OUT/val.lmdb, from the images of SRC.
+
+    SRC is a folder, .zip or uncompressed .tar that holds train/CLASS/IMAGE and test/ or val/
+    likewise (any one will do), perhaps below other folders; a flat val/ with annotations, as
+    ImageNet and TinyImageNet come; or CIFAR's python archive. Classes are numbered, and images
+    stored, in sorted order; bytes are kept as they are, but for CMYK JPEGs and other formats
+    named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
+    that was killed or interrupted goes on where it was when it is called again.
+
+    Args:
+        short_side: shrink images to this short side, pixels, and re-encode them; 0: never.
+        quality: JPEG quality of re-encoded images.
+        check: decode every image, not only its header.
+        skip_bad: leave images out that cannot be read, instead of failing.
+        workers: threads; 0: one per core.
 
     Raises:
-        UserError: no such tree, splits with different classes, a file that is no image, a store
-            in OUT that differs, a full disk.
+        UserError: no such layout, splits with different classes, a file that is no image, a
+            store in OUT that differs, a full disk.
     """
-    console = Console(stderr=True)
-    with _open_tree(src) as tree:
-        splits = _find_splits(tree.names())
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    options = Options(short_side, quality, check)
+    if short_side < 0 or not 1 <= quality <= 100:
+        raise UserError("short_side must not be negative, and quality must be 1 to 100")
+    with open_tree(src) as tree:
+        splits = find_splits(tree)
         if not splits:
             raise UserError(
                 f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it"
             )
-        for split, (_, _, classes) in splits.items():
-            first, (_, _, expected) = next(iter(splits.items()))
-            if classes != expected:
-                odd = sorted(set(classes) ^ set(expected))[0]
-                raise UserError(f"{src}: class {odd!r} is only in one of {first}/ and {split}/")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{out}: cannot be made ({error.strerror})") from error
-        for split, (prefix, members, classes) in splits.items():
-            path = out / f"{split}.lmdb"
+        first, expected = next(iter(splits.items()))
+        for name, split in splits.items():
+            if split.classes != expected.classes:
+                odd = sorted(set(split.classes) ^ set(expected.classes))[0]
+                raise UserError(f"{src}: class {odd!r} is only in one of {first}/ and {name}/")
+        _make_folder(out)
+        for name, split in splits.items():
+            path = out / f"{name}.lmdb"
             if path.exists():
-                _check_same(path, len(members), classes)
-                console.print(f"{path}: there already, kept", highlight=False, soft_wrap=True)
+                _check_same(path, split, skip_bad)
+                console.print(f"{path}: there already, kept")
                 continue
-            try:
-                _write(path, tree, prefix, members, classes, console)
-            except (OSError, lmdb.Error) as error:
-                raise UserError(f"{path}: cannot be written ({error}); build it again") from error
-            size = path.stat().st_size / 1e6
-            console.print(
-                f"{path}: {len(members)} images, {len(classes)} classes, {size:.0f} MB",
-                highlight=False,
-                soft_wrap=True,
-            )
+            _tell_size(path, tree, split, short_side, console)
+            source = _TreeImages(tree, split, options)
+            plan = _plan(src, split, options)
+            _write(path, split.classes, source, plan, skip_bad, workers, console)
 
 
-def info(path: Path) -> None:
-    """Print what a store holds; for a folder, each of its stores.
+def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -> None:
+    """Rewrite SRC, a store of pickles in the published layout, as OUT in this program's.
+
+    SRC stays as it is, and no code from it is run. Classes are named by their numbers.
+
+    Args:
+        check: decode every image, not only its header.
+        skip_bad: leave images out that cannot be read, instead of failing.
 
     Raises:
-        UserError: no store there, or a damaged one.
+        UserError: SRC is no such store, or holds a record that is no (bytes, label).
     """
-    is_store = path.is_file() or (path / "data.mdb").exists()
-    found = [path] if is_store else sorted(path.glob("*.lmdb"))
-    if not found:
-        raise UserError(
-            f"{path}: no .lmdb store there; build one with: python -m bip data build-lmdb SRC OUT"
-        )
-    for file in found:
-        header = LmdbStore(file).header
-        counts = header["class_counts"]
-        print(
-            f"{file}: {header['count']} images, {len(header['classes'])} classes of "
-            f"{min(counts)}-{max(counts)}, {header['image_bytes'] / 1e6:.1f} MB of images, "
-            f"format version {header['version']}"
-        )
+    store = PublishedStore(src)
+    labels = {store.label(index) for index in range(len(store))}
+    if min(labels) < 0:
+        raise UserError(f"{src}: holds a negative label, {min(labels)}")
+    classes = [str(number) for number in range(max(labels) + 1)]
+    source = _StoreImages(PublishedStore(src, classes), Options(check=check))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    _make_folder(out.parent)
+    _write(out, classes, source, None, skip_bad, 0, console)
 
 
-class Tree(Protocol):
-    """Files below a root, by their names relative to it, with forward slashes."""
+class _TreeImages:
+    """The images of a split, by position, read and made ready."""
 
-    def names(self) -> Iterable[str]: ...
+    def __init__(self, tree: Tree, split: Split, options: Options) -> None:
+        self.tree, self.split, self.options = tree, split, options
 
-    def read(self, name: str) -> bytes: ...
+    def __len__(self) -> int:
+        return len(self.split.members)
 
+    def name(self, index: int) -> str:
+        return self.split.members[index][0]
 
-class FolderTree:
-    """A folder on disk."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def names(self) -> Iterable[str]:
-        return walk_files(self.root)
-
-    def read(self, name: str) -> bytes:
-        return (self.root / name).read_bytes()
+    def get(self, index: int) -> tuple[Ready, int, int]:
+        """The image, its label and its size before, bytes. Raises READ_ERRORS."""
+        name, label = self.split.members[index]
+        data = self.tree.read(name)
+        return make_ready(data, name, self.options), label, len(data)
 
 
-class ZipTree:
-    """The members of a .zip file."""
+class _StoreImages:
+    """The same for a store."""
 
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self.archive = archive
+    def __init__(self, store: PublishedStore, options: Options) -> None:
+        self.store, self.options = store, options
 
-    def names(self) -> Iterable[str]:
-        return self.archive.namelist()
+    def __len__(self) -> int:
+        return len(self.store)
 
-    def read(self, name: str) -> bytes:
-        return self.archive.read(name)
+    def name(self, index: int) -> str:
+        return self.store.name(index)
 
-
-@contextmanager
-def _open_tree(src: Path) -> Iterator[Tree]:
-    if src.is_dir():
-        yield FolderTree(src)
-    elif not src.exists():
-        raise UserError(f"{src}: does not exist")
-    elif src.suffix.lower() == ".zip":
-        try:
-            archive = zipfile.ZipFile(src)
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{src}: not a readable .zip ({error})") from error
-        with archive:
-            yield ZipTree(archive)
-    else:
-        raise UserError(f"{src}: neither a folder nor a .zip")
+    def get(self, index: int) -> tuple[Ready, int, int]:
+        data, label = self.store.read(index)
+        return make_ready(data, "", self.options), label, len(data)
 
 
-Split = tuple[str, list[tuple[str, int]], list[str]]  # prefix, (name below it, label), classes
+def make_ready(data: bytes, name: str, options: Options) -> Ready:
+    """Repair, shrink and check one image. Raises READ_ERRORS."""
+    size = decode.plain_jpeg_size(data)
+    repaired = None
+    if size is None:
+        with decode.open_image(data) as image:
+            size = image.height, image.width
+            if image.format == "JPEG" and image.mode == "CMYK":
+                repaired = "CMYK JPEG"
+            elif PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") and image.format != "JPEG":
+                repaired = f"{image.format} named as JPEG"
+            if repaired:
+                data = _as_jpeg(image, 95)
+    if options.short_side and min(size) > options.short_side:
+        with decode.open_image(data) as image:
+            scale = options.short_side / min(size)
+            height, width = (max(1, round(side * scale)) for side in size)
+            image.draft(image.mode, (width, height))
+            small = image if image.mode in ("L", "RGB") else image.convert("RGB")
+            data = _as_jpeg(
+                small.resize((width, height), Image.Resampling.LANCZOS), options.quality
+            )
+            size = height, width
+    if options.check:
+        decode.decode(data, 3)
+    return Ready(data, size[1], size[0], repaired)
 
 
-def _find_splits(names: Iterable[str]) -> dict[str, Split]:
-    files = [name for name in names if not name.startswith("__MACOSX/")]
-    tops = {name.partition("/")[0] for name in files}
-    root = "" if len(tops) != 1 or tops & set(_SPLITS) else f"{tops.pop()}/"
-    found: dict[str, Split] = {}
-    for split in _SPLITS:
-        prefix = f"{root}{split}/"
-        below = (name.removeprefix(prefix) for name in files if name.startswith(prefix))
-        members, classes = image_tree(below)
-        if members:
-            found[split] = (prefix, members, classes)
-    return found
+def _as_jpeg(image: Image.Image, quality: int) -> bytes:
+    stream = io.BytesIO()
+    plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+    plain.save(stream, "JPEG", quality=quality)
+    return stream.getvalue()
 
 
-def _check_same(path: Path, count: int, classes: list[str]) -> None:
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
+
+
+def _check_same(path: Path, split: Split, skip_bad: bool) -> None:
     store = LmdbStore(path)
-    if len(store) != count or store.classes != classes:
+    count = len(split.members)
+    fewer = skip_bad and len(store) <= count
+    if store.classes != split.classes or not (len(store) == count or fewer):
         raise UserError(
             f"{path}: exists with {len(store)} images of {len(store.classes)} classes, the source "
-            f"has {count} of {len(classes)}; remove it or choose another folder"
+            f"has {count} of {len(split.classes)}; remove it or choose another folder"
         )
 
 
-def _write(
-    path: Path,
-    tree: Tree,
-    prefix: str,
-    members: list[tuple[str, int]],
-    classes: list[str],
-    console: Console,
-) -> None:
-    bar = Progress(
-        TextColumn(path.name),
+def _tell_size(path: Path, tree: Tree, split: Split, short_side: int, console: Console) -> None:
+    """Say how much disk the store will take. Raises UserError if there is less."""
+    members = split.members
+    step = max(1, len(members) // _SAMPLE)
+    sizes = [stored_size(tree.size(name)) for name, _ in members[::step]]
+    estimate = sum(sizes) / len(sizes) * len(members)
+    partial = path.with_name(f".{path.name}.partial")
+    free = shutil.disk_usage(path.parent).free
+    free += partial.stat().st_size if partial.exists() else 0
+    most = "at most" if short_side else "about"
+    console.print(
+        f"{path}: {len(members)} images will take {most} {estimate / 1e6:.0f} MB; "
+        f"{free / 1e6:.0f} MB are free"
+    )
+    if estimate > free and not short_side:
+        raise UserError(
+            f"{path}: will take about {estimate / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "make room, choose another folder, or shrink the images (--short-side 400)"
+        )
+
+
+def stored_size(size: int) -> int:
+    """Bytes that LMDB takes for an image of `size` bytes; large values have pages of their own."""
+    record = size + 48
+    return record if record < _PAGE // 2 else -(-record // _PAGE) * _PAGE + 48
+
+
+def _plan(src: Path, split: Split, options: Options) -> str:
+    text = hashlib.sha256(f"{src.resolve()}\n{options}\n".encode())
+    for name, label in split.members:
+        text.update(f"{label} {name}\n".encode("utf-8", "surrogateescape"))
+    return text.hexdigest()
+
+
+def in_order(
+    function: Callable[[int], _T], start: int, stop: int, workers: int
+) -> Iterator[Future[_T]]:
+    """Futures of function(start) ... function(stop - 1), in order, a few of them ahead."""
+    threads = workers or len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[_T]] = deque()
+        try:
+            for index in range(start, stop):
+                ahead.append(pool.submit(function, index))
+                if len(ahead) > _AHEAD * threads:
+                    yield ahead.popleft()
+            yield from ahead
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def progress_bar(name: str, console: Console) -> Progress:
+    """A bar with a count and the time left; nothing where the output is no terminal."""
+    return Progress(
+        TextColumn(name),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -180,14 +281,57 @@ def _write(
         transient=True,
         disable=not console.is_terminal,
     )
-    with bar, LmdbWriter(path, classes) as writer:
-        for name, label in bar.track(members):
-            try:
-                data = tree.read(prefix + name)
-                width, height = decode.open_image(data).size
-            except (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError) as error:
+
+
+def _write(
+    path: Path,
+    classes: list[str],
+    source: _TreeImages | _StoreImages,
+    plan: str | None,
+    skip_bad: bool,
+    workers: int,
+    console: Console,
+) -> None:
+    try:
+        with (
+            LmdbWriter(path, classes, plan, retry_skipped=not skip_bad) as writer,
+            progress_bar(path.name, console) as bar,
+        ):
+            if writer.done:
+                console.print(f"{path}: going on after {writer.done} images")
+            task = bar.add_task("", total=len(source), completed=writer.done)
+            for image in in_order(source.get, writer.done, len(source), workers):
+                try:
+                    ready, label, before = image.result()
+                except (*READ_ERRORS, UserError) as error:
+                    name, why = source.name(writer.done), decode.reason(error)
+                    console.print(f"{name}: {why}")
+                    writer.skip(name, why)
+                else:
+                    writer.add(ready.data, label, ready.width, ready.height, before, ready.repaired)
+                bar.advance(task)
+            if writer.skipped and not skip_bad:
+                writer.keep_on_error = True
+                name, why = writer.skipped[0]
+                others = f" and {len(writer.skipped) - 1} others" if writer.skipped[1:] else ""
                 raise UserError(
-                    f"{prefix}{name} cannot be stored ({decode.reason(error)}); "
-                    f"repair or remove it and build {path.name} again"
-                ) from error
-            writer.add(data, label, width, height)
+                    f"{name}{others} cannot be stored ({why}); repair or remove "
+                    f"{'them' if others else 'it'} and build {path.name} again, or give --skip-bad"
+                )
+    except (OSError, lmdb.Error) as error:
+        raise UserError(f"{path}: cannot be written ({error}); build it again") from error
+    console.print(_summary(path, classes, writer))
+
+
+def _summary(path: Path, classes: list[str], writer: LmdbWriter) -> str:
+    stored = writer.done - len(writer.skipped)
+    size = path.stat().st_size / 1e6
+    parts = [f"{path}: {stored} images, {len(classes)} classes, {size:.0f} MB"]
+    parts += [f"{count} x {what} repaired" for what, count in sorted(writer.repaired.items())]
+    if writer.skipped:
+        parts.append(f"{len(writer.skipped)} skipped")
+    saved = writer.source_bytes - writer.image_bytes
+    if saved > 0.001 * writer.source_bytes:
+        percent = 100 * saved / writer.source_bytes
+        parts.append(f"{saved / 1e6:.0f} MB ({percent:.0f}%) saved by shrinking")
+    return ", ".join(parts)

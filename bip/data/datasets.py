@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bip.data.stores import FolderStore, ImageStore, LmdbStore
+from bip.data.published import open_store
+from bip.data.stores import FolderStore, ImageStore
 from bip.errors import UserError
 
 Layout = Literal["any", "lmdb", "folder"]
@@ -118,7 +119,7 @@ _ALIASES = {"ImageNetOrigin": "ImageNet", "ImageNetLMDB": "ImageNet"}
 _DIGITS_TEST = 360
 
 # torchvision's names: of the extracted folder, of the archive
-_CIFAR_ARCHIVES = {
+CIFAR_ARCHIVES = {
     "CIFAR10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
     "CIFAR100": ("cifar-100-python", "cifar-100-python.tar.gz"),
 }
@@ -176,9 +177,10 @@ def open_split(
         if layout in ("any", "lmdb"):
             for split in splits:
                 if (root / f"{split}.lmdb").exists():
-                    return LmdbStore(root / f"{split}.lmdb")
-        if layout == "any" and spec.name in _CIFAR_ARCHIVES:
-            folder, archive = _CIFAR_ARCHIVES[spec.name]
+                    names = [str(number) for number in range(spec.classes)]
+                    return open_store(root / f"{split}.lmdb", names)
+        if layout == "any" and spec.name in CIFAR_ARCHIVES:
+            folder, archive = CIFAR_ARCHIVES[spec.name]
             if (root / folder).is_dir():
                 return _cifar(spec.name, root, root, train)
             if (root / archive).is_file():
@@ -201,7 +203,7 @@ def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layou
         if layout in ("any", "lmdb"):
             places += [f"{split}.lmdb" for split in splits]
         if layout == "any":
-            places += _CIFAR_ARCHIVES.get(spec.name, ())
+            places += CIFAR_ARCHIVES.get(spec.name, ())
         if layout in ("any", "folder"):
             places += [f"{split}/" for split in splits]
         problem = f"data_dir: {data_dir} holds no {spec.name} ({' or '.join(places)})"

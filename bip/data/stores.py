@@ -67,7 +67,7 @@ def pack_record(data: bytes, label: int, width: int, height: int) -> bytes:
     return head + _CRC.pack(zlib.crc32(data, zlib.crc32(head))) + data
 
 
-class _Environment:
+class Environment:
     """An open read-only LMDB environment and the process that opened it."""
 
     def __init__(self, path: Path) -> None:
@@ -85,12 +85,12 @@ class _Environment:
 
 # LMDB allows one environment per file and process, so stores of one file (device, inode) share it
 # here. The entries go when the last store does.
-_open_environments: weakref.WeakValueDictionary[tuple[int, int], _Environment] = (
+_open_environments: weakref.WeakValueDictionary[tuple[int, int], Environment] = (
     weakref.WeakValueDictionary()
 )
 
 
-def _environment(path: Path) -> _Environment:
+def _shared_environment(path: Path) -> Environment:
     status = path.stat()
     key = (status.st_dev, status.st_ino)
     found = _open_environments.get(key)
@@ -99,7 +99,7 @@ def _environment(path: Path) -> _Environment:
         found.env.close()
         found = None
     if found is None:
-        found = _Environment(path)
+        found = Environment(path)
         _open_environments[key] = found
     return found
 
@@ -107,6 +107,27 @@ def _environment(path: Path) -> _Environment:
 def data_file(path: Path) -> Path:
     """The file of a store that is a folder or a single file."""
     return path / "data.mdb" if path.is_dir() else path
+
+
+def open_environment(path: Path) -> Environment:
+    """The LMDB environment of a store, this process's own.
+
+    Raises:
+        UserError: none there, unreadable, or cut short.
+    """
+    try:
+        opened = _shared_environment(path)
+    except (lmdb.Error, OSError) as error:
+        raise UserError(
+            f"{path}: not a readable LMDB store ({error}); "
+            "build it with: python -m bip data build-lmdb SRC OUT"
+        ) from error
+    # A page beyond the end of the file would be a bus error, not an exception.
+    pages = opened.env.info()["last_pgno"] + 1
+    size, expected = data_file(path).stat().st_size, pages * opened.env.stat()["psize"]
+    if size < expected:
+        raise UserError(f"{path}: truncated, {size} of {expected} bytes; copy or build it again")
+    return opened
 
 
 def file_identity(path: Path) -> tuple[int, int, int]:
@@ -143,7 +164,7 @@ class LmdbStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._opened: _Environment | None = None
+        self._opened: Environment | None = None
         header = self._read_header()
         self._identity = file_identity(path)
         self.classes: list[str] = header["classes"]
@@ -183,6 +204,11 @@ class LmdbStore:
                     f"{self.path}: record {index} (class {class_name}) fails its checksum; "
                     "copy or build the store again"
                 )
+        if not 0 <= label < len(self.classes):
+            raise UserError(
+                f"{self.path}: record {index} is of class {label}, but the store has "
+                f"{len(self.classes)} classes; build it again"
+            )
         return data, int(label)
 
     def _value(self, transaction: lmdb.Transaction, index: int) -> memoryview:
@@ -204,25 +230,8 @@ class LmdbStore:
 
     def _env(self) -> lmdb.Environment:
         if self._opened is None or self._opened.pid != os.getpid():
-            self._opened = self._open()
+            self._opened = open_environment(self.path)
         return self._opened.env
-
-    def _open(self) -> _Environment:
-        try:
-            opened = _environment(self.path)
-        except (lmdb.Error, OSError) as error:
-            raise UserError(
-                f"{self.path}: not a readable LMDB store ({error}); "
-                "build it with: python -m bip data build-lmdb SRC OUT"
-            ) from error
-        # A page beyond the end of the file would be a bus error, not an exception.
-        pages = opened.env.info()["last_pgno"] + 1
-        size, expected = data_file(self.path).stat().st_size, pages * opened.env.stat()["psize"]
-        if size < expected:
-            raise UserError(
-                f"{self.path}: truncated, {size} of {expected} bytes; copy or build it again"
-            )
-        return opened
 
     def _read_header(self) -> dict[str, Any]:
         remedy = "build it with: python -m bip data build-lmdb SRC OUT"

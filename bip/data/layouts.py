@@ -1,0 +1,301 @@
+"""Where the images of a source lie, and their classes: the layouts that data sets come in."""
+
+import csv
+import io
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from bip.data.datasets import CIFAR_ARCHIVES, ArraySplit, open_split
+from bip.data.stores import IMAGE_SUFFIXES, image_tree, walk_files
+from bip.errors import UserError
+
+SPLITS = ("train", "test", "val")
+_XML_LABEL = re.compile(rb"<object>.*?<name>\s*([^<\s]+)\s*</name>", re.DOTALL)
+
+
+class Tree(Protocol):
+    """Files below a root, by their names relative to it, with forward slashes. Thread-safe."""
+
+    def names(self) -> list[str]: ...
+
+    def read(self, name: str) -> bytes: ...
+
+    def size(self, name: str) -> int: ...
+
+
+class FolderTree:
+    """A folder on disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        return list(walk_files(self.root))
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+
+class ZipTree:
+    """The members of a .zip file."""
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        self.archive = archive
+
+    def names(self) -> list[str]:
+        return [name for name in self.archive.namelist() if not name.endswith("/")]
+
+    def read(self, name: str) -> bytes:
+        return self.archive.read(name)
+
+    def size(self, name: str) -> int:
+        return self.archive.getinfo(name).file_size
+
+
+class TarTree:
+    """The members of an uncompressed .tar file, and of the .tar files in it (ImageNet's).
+
+    A member x.tar is a folder x. Read by position, so threads share the file.
+    """
+
+    def __init__(self, path: Path, stream: io.BufferedReader) -> None:
+        self._stream = stream
+        self._places: dict[str, tuple[int, int]] = {}
+        with tarfile.open(path, "r:") as archive:
+            self._index(archive, "", 0)
+
+    def _index(self, archive: tarfile.TarFile, prefix: str, base: int) -> None:
+        for member in archive:
+            if not member.isfile():
+                continue
+            name = prefix + member.name.removeprefix("./")
+            start = base + member.offset_data
+            if name.endswith(".tar"):
+                inner = archive.extractfile(member)
+                with tarfile.open(fileobj=inner, mode="r:") as nested:
+                    self._index(nested, f"{name.removesuffix('.tar')}/", start)
+            else:
+                self._places[name] = start, member.size
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def read(self, name: str) -> bytes:
+        start, size = self._places[name]
+        data = os.pread(self._stream.fileno(), size, start)
+        if len(data) != size:
+            raise OSError(f"the archive ends within {name}")
+        return data
+
+    def size(self, name: str) -> int:
+        return self._places[name][1]
+
+
+class ArrayTree:
+    """torchvision's CIFAR arrays as train/CLASS/NUMBER.png and test/CLASS/NUMBER.png."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self._places: dict[str, tuple[ArraySplit, int]] = {}
+        for split, train in (("train", True), ("test", False)):
+            arrays = open_split(name, root, train)
+            assert isinstance(arrays, ArraySplit)
+            for number, label in enumerate(arrays.labels.tolist()):
+                path = f"{split}/{arrays.classes[label]}/{number:05}.png"
+                self._places[path] = arrays, number
+
+    def names(self) -> list[str]:
+        return list(self._places)
+
+    def read(self, name: str) -> bytes:
+        arrays, number = self._places[name]
+        stream = io.BytesIO()
+        image = np.ascontiguousarray(arrays.images[number].transpose(1, 2, 0))
+        Image.fromarray(image).save(stream, "PNG")
+        return stream.getvalue()
+
+    def size(self, name: str) -> int:
+        return int(self._places[name][0].images[0].size)
+
+
+def _find_cifar(src: Path) -> tuple[str, Path] | None:
+    """(data set, folder of the archive) if `src` is CIFAR's, or the folder that holds it."""
+    for name, places in CIFAR_ARCHIVES.items():
+        if src.name in places:
+            return name, src.parent
+        if src.is_dir() and any((src / place).exists() for place in places[:1]):
+            return name, src
+    return None
+
+
+@contextmanager
+def open_tree(src: Path) -> Iterator[Tree]:
+    """The files of a folder, a .zip, an uncompressed .tar or CIFAR's archive. Raises UserError."""
+    if not src.exists():
+        raise UserError(f"{src}: does not exist")
+    cifar = _find_cifar(src)
+    if cifar is not None:
+        yield ArrayTree(*cifar)
+    elif src.is_dir():
+        yield FolderTree(src)
+    elif src.suffix.lower() == ".zip":
+        try:
+            archive = zipfile.ZipFile(src)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise UserError(f"{src}: not a readable .zip ({error})") from error
+        with archive:
+            yield ZipTree(archive)
+    elif src.suffix.lower() == ".tar":
+        with open(src, "rb") as stream:
+            try:
+                tree = TarTree(src, stream)
+            except (tarfile.TarError, OSError) as error:
+                raise UserError(f"{src}: not a readable .tar ({error})") from error
+            yield tree
+    elif "".join(src.suffixes[-2:]).lower() == ".tar.gz" or src.suffix.lower() == ".tgz":
+        raise UserError(f"{src}: a compressed .tar cannot be read at random; unpack it first")
+    else:
+        raise UserError(f"{src}: neither a folder nor a .zip nor a .tar")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of one split.
+
+    Attributes:
+        members: (name in the tree, label) in the order of storage.
+        classes: class names, by label.
+    """
+
+    members: list[tuple[str, int]]
+    classes: list[str]
+
+
+def find_splits(tree: Tree) -> dict[str, Split]:
+    """The splits "train", "test", "val" of a tree, in any layout that is known.
+
+    - SPLIT/CLASS/.../IMAGE (ImageFolder; TinyImageNet's training set), perhaps below other
+      folders (ILSVRC/Data/CLS-LOC);
+    - a flat val/ folder whose labels stand in val_annotations.txt (TinyImageNet), in one XML
+      annotation per image, or in LOC_val_solution.csv or val.txt (ImageNet from Kaggle and Caffe:
+      NAME LABEL, the label a class name, or its number in the order of LOC_synset_mapping.txt or
+      else of the names). TinyImageNet's test images have no labels and are left out.
+
+    Raises:
+        UserError: none there; a flat val/ without labels; an image without a label.
+    """
+    names = [name for name in tree.names() if not name.startswith("__MACOSX/")]
+    root = _find_root(names)
+    if root is None:
+        return {}
+    below: dict[str, list[str]] = {split: [] for split in SPLITS}
+    for name in names:
+        head, _, rest = name.removeprefix(root).partition("/")
+        if name.startswith(root) and head in below and rest:
+            below[head].append(rest)
+    found: dict[str, Split] = {}
+    for split in SPLITS:
+        prefix = f"{root}{split}/"
+        flat = [name for name in below[split] if _is_flat(name)]
+        if flat and split != "train":
+            if split == "test" and below["val"]:
+                continue  # TinyImageNet, ImageNet: the labelled images are val's
+            train = found.get("train")
+            labels = _flat_labels(tree, names, prefix, split)
+            found[split] = _flat_split(tree, names, prefix, flat, labels, train)
+        else:
+            members, classes = image_tree(below[split])
+            if members:
+                found[split] = Split([(prefix + name, y) for name, y in members], classes)
+    return found
+
+
+def _is_flat(name: str) -> bool:
+    """val/IMAGE or TinyImageNet's val/images/IMAGE."""
+    path = PurePosixPath(name)
+    folders = path.parts[:-1]
+    return folders in ((), ("images",)) and path.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _find_root(names: Iterable[str]) -> str | None:
+    """The shortest prefix below which the split folders with images stand."""
+    roots = set()
+    for name in names:
+        parts = name.split("/")
+        if PurePosixPath(name).suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        for depth, part in enumerate(parts[:-1]):
+            if part in SPLITS:
+                roots.add("/".join(parts[:depth]) + "/" if depth else "")
+                break
+    return min(roots, key=lambda root: (root.count("/"), root), default=None)
+
+
+def _flat_labels(tree: Tree, names: list[str], prefix: str, split: str) -> dict[str, str]:
+    """Label as written, by image name without suffix."""
+    wanted = {f"{split}_annotations.txt", f"{split}.txt", f"LOC_{split}_solution.csv"}
+    for name in names:
+        if PurePosixPath(name).name in wanted:
+            text = tree.read(name).decode("utf-8", "replace")
+            if name.endswith(".csv"):
+                rows = [row[:2] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
+            else:
+                rows = [line.split()[:2] for line in text.splitlines() if len(line.split()) > 1]
+            return {PurePosixPath(image).stem: label.split()[0] for image, label in rows}
+    labels = {}
+    for name in names:
+        parts = name.split("/")
+        if name.endswith(".xml") and (split in parts[:-1] or name.startswith(prefix)):
+            match = _XML_LABEL.search(tree.read(name))
+            if match:
+                labels[parts[-1].removesuffix(".xml")] = match[1].decode()
+    if not labels:
+        raise UserError(
+            f"{prefix}: its images lie in no class folders, and there is none of "
+            f"{', '.join(sorted(wanted))} or XML annotations to tell their classes"
+        )
+    return labels
+
+
+def _flat_split(
+    tree: Tree,
+    names: list[str],
+    prefix: str,
+    flat: list[str],
+    labels: dict[str, str],
+    train: Split | None,
+) -> Split:
+    classes = train.classes if train else sorted(set(labels.values()))
+    known = {name: number for number, name in enumerate(classes)}
+    numbered = _numbered_classes(tree, names) or classes
+    members = []
+    for name in flat:
+        label = labels.get(PurePosixPath(name).stem)
+        if label is not None and label.isdigit() and label not in known:
+            label = numbered[int(label)] if int(label) < len(numbered) else label
+        if label not in known:
+            what = "has no label" if label is None else f"is of class {label}, which train/ has not"
+            raise UserError(f"{prefix}{name}: {what}; the annotations do not fit the images")
+        members.append((prefix + name, known[label]))
+    # By class, then name, as an ImageFolder tree of the same images would be.
+    return Split(sorted(members, key=lambda member: (member[1], member[0])), classes)
+
+
+def _numbered_classes(tree: Tree, names: list[str]) -> list[str]:
+    for name in names:
+        if PurePosixPath(name).name in ("LOC_synset_mapping.txt", "synsets.txt"):
+            lines = tree.read(name).decode("utf-8", "replace").splitlines()
+            return [line.split()[0] for line in lines if line.strip()]
+    return []

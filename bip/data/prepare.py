@@ -1,0 +1,69 @@
+"""`python -m bip data prepare-imagenet`: how to get ImageNet, and its validation set in folders."""
+
+import os
+from pathlib import Path
+
+from bip.data.layouts import FolderTree, find_splits
+from bip.errors import UserError
+
+_STEPS = """\
+ImageNet (ILSVRC 2012) may not be passed on; everybody downloads it for research use:
+
+1. Either make an account on https://image-net.org, accept the terms and download
+   ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB), or join the Kaggle
+   competition "imagenet-object-localization-challenge" and download its archive (155 GB).
+2. Unpack it. From image-net.org: each class of the training set is a .tar of its own; unpack
+   n01440764.tar into train/n01440764/, and so on; the validation images into val/, and beside
+   them the annotations (XML) of the development kit, or a val.txt with "NAME CLASS" lines.
+   Kaggle's archive unpacks to ILSVRC/Data/CLS-LOC/ and brings its annotations along.
+3. python -m bip data build-lmdb SRC OUT  reads these folders as they are, flat val/ and all.
+   Give --short-side 400 for stores of about a third of the size.
+
+For programs that want the validation images in class folders:
+   python -m bip data prepare-imagenet --src SRC --out OUT
+makes OUT/train and OUT/val/CLASS/NAME of links and leaves SRC untouched.
+"""
+
+
+def prepare_imagenet(src: Path | None = None, out: Path | None = None) -> None:
+    """Tell how to download ImageNet; with --src and --out, arrange its validation images.
+
+    OUT gets train, a link to SRC's training folder, and val/CLASS/NAME, a link for each image.
+    SRC is never written to. Links that are there already are kept.
+
+    Args:
+        src: the unpacked download, with a flat val/ and its annotations.
+        out: folder to make.
+
+    Raises:
+        UserError: only one of the two given; no labelled validation images in SRC; a file in the
+            way in OUT.
+    """
+    if src is None and out is None:
+        print(_STEPS)
+        return
+    if src is None or out is None:
+        raise UserError("prepare-imagenet: give both --src and --out, or neither for the steps")
+    if not src.is_dir():
+        raise UserError(f"{src}: is no folder; unpack the download first")
+    splits = find_splits(FolderTree(src))
+    if "val" not in splits:
+        raise UserError(f"{src}: no val/ with images in it or below")
+    links = {
+        out / "val" / splits["val"].classes[label] / Path(name).name: src / name
+        for name, label in splits["val"].members
+    }
+    if "train" in splits:
+        first = splits["train"].members[0][0]
+        links[out / "train"] = src / first[: first.index("train/") + len("train")]
+    made = 0
+    try:
+        for link, target in links.items():
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if link.is_symlink() and os.readlink(link) == str(target.resolve()):
+                continue
+            link.symlink_to(target.resolve())
+            made += 1
+    except OSError as error:
+        raise UserError(f"{error.filename2 or error.filename}: {error.strerror}") from error
+    print(f"{out}: {made} links made, {len(links) - made} there already; {src} is as it was")

@@ -1,0 +1,231 @@
+"""The published LMDB layout, read without running code from it: `PublishedStore`, `open_store`.
+
+Keys b"__len__" and b"__keys__" hold a pickled count and a pickled list of keys, every other key a
+pickled (image bytes, label). Unpickling can run any code; `loads` is no unpickler but a reader of
+the few opcodes that plain data needs. It never looks a name up, and never allocates more than a
+small multiple of its input.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+
+from bip.data.stores import (
+    HEADER_KEY,
+    Environment,
+    LmdbStore,
+    check_identity,
+    file_identity,
+    open_environment,
+)
+from bip.errors import UserError
+
+Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
+
+_MARK = object()
+_MAX_INT = 16  # bytes
+
+# opcode: how many bytes its length takes
+_BYTES = {b"C"[0]: 1, b"B"[0]: 4, b"\x8e"[0]: 8}
+_TEXT = {b"\x8c"[0]: 1, b"X"[0]: 4, b"\x8d"[0]: 8}
+_INTS = {b"K"[0]: "<B", b"M"[0]: "<H", b"J"[0]: "<i"}
+_TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
+
+
+def loads(data: bytes | memoryview) -> Plain:
+    """The value of a pickle (protocol 2 to 5) that holds bytes, str, int, tuple and list alone.
+
+    Raises:
+        ValueError: anything else in it, or it is damaged.
+    """
+    try:
+        return _loads(memoryview(data))
+    except (IndexError, KeyError, struct.error, UnicodeDecodeError, TypeError) as error:
+        raise ValueError(f"damaged pickle ({type(error).__name__})") from error
+
+
+def _loads(data: memoryview) -> Plain:
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    at = 0
+
+    def take(count: int) -> memoryview:
+        nonlocal at
+        if count > len(data) - at:
+            raise ValueError("pickle is cut short")
+        at += count
+        return data[at - count : at]
+
+    def number(size: int) -> int:
+        return int.from_bytes(take(size), "little")
+
+    def to_mark() -> list[Any]:
+        place = len(stack) - 1
+        while stack[place] is not _MARK:
+            place -= 1
+            if place < 0:
+                raise ValueError("pickle without its mark")
+        items = stack[place + 1 :]
+        del stack[place:]
+        return items
+
+    while True:
+        code = take(1)[0]
+        if code in _BYTES:
+            stack.append(bytes(take(number(_BYTES[code]))))
+        elif code == 0x94:  # MEMOIZE
+            memo[len(memo)] = stack[-1]
+        elif code in (b"q"[0], b"r"[0]):  # BINPUT, LONG_BINPUT
+            memo[number(1 if code == b"q"[0] else 4)] = stack[-1]
+        elif code in (b"h"[0], b"j"[0]):  # BINGET, LONG_BINGET
+            stack.append(memo[number(1 if code == b"h"[0] else 4)])
+        elif code in _INTS:
+            form = _INTS[code]
+            stack.append(struct.unpack(form, take(struct.calcsize(form)))[0])
+        elif code == 0x8A:  # LONG1
+            size = number(1)
+            if size > _MAX_INT:
+                raise ValueError("pickle holds a huge integer")
+            stack.append(int.from_bytes(take(size), "little", signed=True))
+        elif code in _TEXT:
+            stack.append(str(take(number(_TEXT[code])), "utf-8"))
+        elif code in _TUPLES:
+            count = _TUPLES[code]
+            if len(stack) < count or _MARK in stack[-count:]:
+                raise ValueError("pickle without its items")
+            stack[-count:] = [tuple(stack[-count:])]
+        elif code == b")"[0]:
+            stack.append(())
+        elif code == b"]"[0]:
+            stack.append([])
+        elif code == b"("[0]:
+            stack.append(_MARK)
+        elif code == b"t"[0]:
+            stack.append(tuple(to_mark()))
+        elif code == b"a"[0]:  # APPEND
+            item = stack.pop()
+            _extend(stack[-1], [item])
+        elif code == b"e"[0]:  # APPENDS
+            items = to_mark()
+            _extend(stack[-1], items)
+        elif code == 0x80:  # PROTO
+            if number(1) > 5:
+                raise ValueError("pickle of an unknown protocol")
+        elif code == 0x95:  # FRAME
+            take(8)
+        elif code == b"."[0]:  # STOP
+            if len(stack) != 1 or stack[0] is _MARK:
+                raise ValueError("pickle ends within a value")
+            value: Plain = stack[0]
+            return value
+        else:
+            raise ValueError(f"pickle opcode {bytes([code])!r} is not plain data; not loaded")
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is not list:
+        raise ValueError("pickle appends to what is no list")
+    target.extend(items)
+
+
+class PublishedStore:
+    """Read access to a store in the published layout; opened lazily in each process.
+
+    Args:
+        classes: names by label; None: not known, any label is taken.
+
+    Raises:
+        UserError: not such a store.
+    """
+
+    def __init__(self, path: Path, classes: list[str] | None = None) -> None:
+        self.path = path
+        self.classes = classes or []
+        self._any_label = classes is None
+        self._opened: Environment | None = None
+        self._identity = file_identity(path)
+        keys = self._load(b"__keys__", list)
+        count = self._load(b"__len__", int)
+        if count != len(keys) or not all(type(key) is bytes for key in keys):
+            raise UserError(f"{path}: __len__ is {count}, but there are {len(keys)} __keys__")
+        # One block of bytes, not a million objects, so that forked workers share it.
+        self._keys = b"".join(keys)
+        self._ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, index: int) -> str:
+        return f"record {index} of {self.path}"
+
+    def check_unchanged(self) -> None:
+        check_identity(self.path, self._identity)
+
+    def label(self, index: int) -> int:
+        return self.read(index)[1]
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes and the label.
+
+        Raises:
+            UserError: missing, or not a plain (bytes, label).
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start = int(self._ends[index - 1]) if index else 0
+        value = self._load(self._keys[start : int(self._ends[index])], tuple, self.name(index))
+        match value:
+            case (bytes() as data, int() as label) if self._fits(label):
+                return data, label
+            case (bytes(), int() as label):
+                raise UserError(
+                    f"{self.path}: record {index} has label {label}, but there are "
+                    f"{len(self.classes)} classes; give the right --num-classes"
+                )
+        raise UserError(f"{self.path}: record {index} is no (image bytes, label)")
+
+    def _fits(self, label: int) -> bool:
+        return self._any_label or 0 <= label < len(self.classes)
+
+    def _load(self, key: bytes, kind: type, what: str = "") -> Any:
+        what = what or f"{key.decode()} of {self.path}"
+        try:
+            with self._env().begin(buffers=True) as transaction:
+                found = transaction.get(key)
+                value = loads(found) if found is not None else None
+        except (lmdb.Error, ValueError) as error:
+            raise UserError(f"{what}: cannot be read ({error}); build the store again") from error
+        if type(value) is not kind:
+            raise UserError(f"{what}: missing, or no {kind.__name__}; build the store again")
+        return value
+
+    def _env(self) -> lmdb.Environment:
+        if self._opened is None or self._opened.pid != os.getpid():
+            self._opened = open_environment(self.path)
+        return self._opened.env
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+
+def open_store(path: Path, classes: list[str] | None = None) -> LmdbStore | PublishedStore:
+    """The store at `path`, in this program's layout or the published one.
+
+    Args:
+        classes: of a store in the published layout, which names none.
+
+    Raises:
+        UserError: neither.
+    """
+    environment = open_environment(path)
+    try:
+        with environment.env.begin() as transaction:
+            header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")
+    except lmdb.Error as error:
+        raise UserError(f"{path}: unreadable ({error}); build it again") from error
+    published = header is None and length is not None
+    return PublishedStore(path, classes) if published else LmdbStore(path)

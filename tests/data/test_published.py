@@ -1,0 +1,251 @@
+"""The published layout of pickles: read as it is, converted, and never run."""
+
+import io
+import os
+import pickle
+import pickletools
+import random
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from bip.data.build import convert
+from bip.data.inspect import info, verify
+from bip.data.published import PublishedStore, loads, open_store
+from bip.data.stores import LmdbStore
+from bip.errors import UserError
+from tests.data.conftest import open_with_defaults as opened
+
+plain = st.recursive(
+    st.binary(max_size=300) | st.text(max_size=20) | st.integers(-(2**100), 2**100),
+    lambda inner: st.lists(inner, max_size=5) | st.lists(inner, max_size=5).map(tuple),
+    max_leaves=20,
+)
+
+
+@given(plain, st.integers(3, 5))
+@settings(max_examples=300, deadline=None)
+def test_plain_pickles_load(value: Any, protocol: int) -> None:
+    assert loads(pickle.dumps(value, protocol)) == value
+
+
+def test_long_lists_and_bytes_load() -> None:
+    for value in ([str(i).encode() for i in range(5000)], (bytes(70_000), 999)):
+        for protocol in (3, 4, 5):
+            assert loads(pickle.dumps(value, protocol)) == value
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch /tmp/bip-evil-was-here",)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pickle.dumps(Evil()),
+        pickle.dumps((b"image", Evil())),
+        pickle.dumps([Evil()], 0),
+        b"cos\nsystem\n(S'touch /tmp/bip-evil-was-here'\ntR.",
+        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x1btouch /tmp/bip-evil-was-here\x85R.",
+        pickle.dumps({"a": 1}),
+        pickle.dumps(1.5),
+        pickle.dumps({1, 2}),
+        pickle.dumps(True),
+        pickle.dumps(None),
+        pickle.dumps(bytearray(5), 5),
+        b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",  # bytes of 4 EiB
+        b"\x80\x04B\xff\xff\xff\xffx.",
+        b"\x80\x04\x96" + (2**40).to_bytes(8, "little") + b".",
+        b"\x80\x04K\x01r\xff\xff\xff\xff\x85",  # a memo of 4 G places
+        b"\x80\x04\x8b\xff\xff\xff\x7f1.",  # an integer of 2 GB
+        b"\x80\x04\x8a\xff" + bytes(255) + b".",
+        b"\x80\x04(((((",
+        b"\x80\x04t.",
+        b"\x80\x04K\x01e.",
+        b"\x80\x04)(K\x01e.",
+        b"\x80\x04h\x07.",
+        b"\x80\x04K\x01K\x02.",
+        b"\x80\x04(.",
+        b"\x80\x09K\x01.",
+        b"",
+        b".",
+        b"junk",
+    ],
+)
+def test_what_is_not_plain_data_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"pickle"):
+        loads(data)
+    assert not Path("/tmp/bip-evil-was-here").exists()
+
+
+def test_10_000_mutations_neither_crash_nor_run_nor_swell() -> None:
+    """In a process of its own with 1 GiB more address space than it starts with."""
+    code = """
+        import os, pickle, random, resource, subprocess, sys
+        from bip.data.published import loads
+
+        def never(*_):
+            os._exit(9)
+
+        os.system = subprocess.Popen = os.fork = os.posix_spawn = never
+        size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30),) * 2)
+        rng = random.Random(0)
+        seeds = [
+            pickle.dumps((rng.randbytes(200), 7), protocol) for protocol in (2, 3, 4, 5)
+        ] + [pickle.dumps([b"%d" % i for i in range(40)], 4), pickle.dumps(1281167)]
+        outcomes = {True: 0, False: 0}
+        for _ in range(10_000):
+            data = bytearray(rng.choice(seeds))
+            for _ in range(rng.randint(1, 4)):
+                at = rng.randrange(min(len(data), 40) if rng.random() < 0.7 else len(data))
+                way = rng.randrange(3)
+                if way == 0:
+                    data[at] = rng.randrange(256)
+                elif way == 1:
+                    del data[at : at + rng.randint(1, 9)]
+                else:
+                    data[at:at] = rng.choice(
+                        [b"cos\\nsystem\\n", b"R", b"\\x93", b"r\\xff\\xff\\xff\\x7f", b"\\x8e"]
+                    )
+                if not data:
+                    break
+            try:
+                loads(bytes(data))
+                outcomes[True] += 1
+            except ValueError:
+                outcomes[False] += 1
+        print(outcomes[True], outcomes[False])
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    loaded, refused = map(int, done.stdout.split())
+    assert loaded + refused == 10_000
+    assert refused > 3000
+
+
+def write(path: Path, records: list[Any], keys: list[bytes] | None = None) -> Path:
+    """As the published scripts do."""
+    keys = [str(index).encode() for index in range(len(records))] if keys is None else keys
+    with lmdb.open(str(path), subdir=False, map_size=64 << 20) as env, env.begin(write=True) as txn:
+        for key, record in zip(keys, records, strict=True):
+            txn.put(key, record if isinstance(record, bytes) else pickle.dumps(record))
+        txn.put(b"__keys__", pickle.dumps(keys))
+        txn.put(b"__len__", pickle.dumps(len(keys)))
+    return path
+
+
+@pytest.fixture
+def published(small_cifar: Path, tmp_path: Path) -> Path:
+    """train.lmdb and val.lmdb of `small_cifar`'s images, in no sorted order of keys."""
+    for ours, theirs in (("train", "train"), ("test", "val")):
+        store = LmdbStore(small_cifar / f"{ours}.lmdb")
+        records = [store.read(index) for index in range(len(store))]
+        write(tmp_path / f"{theirs}.lmdb", records)
+    return tmp_path
+
+
+def test_it_trains_as_it_is(published: Path, small_cifar: Path) -> None:
+    case = {"dataset": "CIFAR10", "num_classes": 10, "loader": "lmdb", "num_workers": 1}
+    theirs, ours = (opened(**case, data_dir=folder) for folder in (published, small_cifar))
+    for _, (x, y), (u, v) in zip(range(6), theirs.train(), ours.train(), strict=False):
+        assert torch.equal(x, u)
+        assert torch.equal(y, v)
+    labels = torch.cat([y for _, y in theirs.evaluate("test")])
+    assert labels.tolist() == sorted(7 * list(range(10)))
+    theirs.close()
+    ours.close()
+
+
+def test_convert(published: Path, small_cifar: Path, tmp_path: Path) -> None:
+    before = (published / "train.lmdb").read_bytes()
+    convert(published / "train.lmdb", tmp_path / "new" / "train.lmdb", check=True)
+    converted, ours = (LmdbStore(p / "train.lmdb") for p in (tmp_path / "new", small_cifar))
+    assert converted.classes == [str(number) for number in range(10)]
+    assert len(converted) == len(ours) == 310
+    assert all(converted.read(index) == ours.read(index) for index in range(310))
+    assert (published / "train.lmdb").read_bytes() == before
+
+
+def test_info_and_verify_know_it(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info(published)
+    assert "310 images in the published layout" in capsys.readouterr().out
+    verify(published)
+    assert "train.lmdb: 310 images, 0 damaged" in capsys.readouterr().out
+
+
+def photo() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ((photo(), 10), "label 10, but there are 10 classes"),
+        ((photo(), -1), "label -1"),
+        ([photo(), 1], "record 1 .*no tuple"),
+        ((photo(), "1"), "record 1 is no .image bytes, label"),
+        ((photo(), 1, 2), "record 1 is no .image bytes, label"),
+        (pickle.dumps((photo(), Evil())), "record 1 .*not plain data"),
+        (pickle.dumps((photo(), 1))[:40], "record 1 .*cut short"),
+        (b"junk", "record 1 .*cut short"),
+    ],
+)
+def test_a_bad_record_is_named(tmp_path: Path, record: Any, message: str) -> None:
+    path = write(tmp_path / "train.lmdb", [(photo(), 0), record])
+    store = open_store(path, [str(number) for number in range(10)])
+    assert isinstance(store, PublishedStore)
+    assert store.read(0) == (photo(), 0)
+    with pytest.raises(UserError, match=message) as error:
+        store.read(1)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (b"__len__", pickle.dumps(3)),
+        (b"__len__", pickle.dumps("2")),
+        (b"__len__", pickle.dumps(Evil())),
+        (b"__keys__", pickle.dumps([b"0", 1])),
+        (b"__keys__", pickle.dumps(Evil())),
+        (b"__keys__", b""),
+        (b"__keys__", None),
+    ],
+)
+def test_bad_totals_are_refused(tmp_path: Path, key: bytes, value: bytes | None) -> None:
+    path = write(tmp_path / "train.lmdb", [(photo(), 0)] * 2)
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+        txn.delete(key)
+        if value is not None:
+            txn.put(key, value)
+    with pytest.raises(UserError) as error:
+        open_store(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_the_reader_knows_every_opcode_that_pickle_writes_for_plain_data() -> None:
+    rng = random.Random(0)
+    seen = set()
+    for protocol in (3, 4, 5):
+        for value in ([], (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [1] * 2000, 2**40, -5, 300):
+            shared = [value, value, rng.randbytes(5), "é", bytes(300), "x" * 300]
+            data = pickle.dumps(shared, protocol)
+            seen |= {opcode.name for opcode, *_ in pickletools.genops(data)}
+            assert loads(data) == shared
+    assert {"MEMOIZE", "BINPUT", "BINGET", "LONG1", "APPENDS", "TUPLE3", "FRAME"} <= seen
