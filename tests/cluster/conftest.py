@@ -1,0 +1,118 @@
+"""Real SLURM clusters on this machine, started and ended by slurm/dev/cluster.sh."""
+
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CLUSTER_SH = Path(__file__).resolve().parents[2] / "slurm" / "dev" / "cluster.sh"
+FAST = {"requeue-delay": 5, "kill-wait": 2, "grace-time": 0}
+CANNOT_RUN_HERE = 3
+
+
+def cluster_sh(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run cluster.sh, whatever its exit status."""
+    return subprocess.run(
+        [CLUSTER_SH, *map(str, arguments)],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+
+
+class Cluster:
+    """A cluster that runs in `directory` until `down`.
+
+    Attributes:
+        environment: with it SLURM's commands, and `sbatch` from anywhere, use this cluster.
+    """
+
+    def __init__(self, directory: Path, **options: object) -> None:
+        """Start it; options as those of `cluster.sh up`, `True` for a flag."""
+        self.directory = directory
+        up = ["up", "--dir", directory]
+        for name, setting in options.items():
+            up += [f"--{name}"] if setting is True else [f"--{name}", setting]
+        done = cluster_sh(*up)
+        if done.returncode == CANNOT_RUN_HERE:
+            pytest.skip(f"no SLURM cluster on this machine: {done.stderr.strip()}")
+        assert done.returncode == 0, done.stderr
+        name, _, conf = done.stdout.splitlines()[-1].removeprefix("export ").partition("=")
+        outside = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))}
+        self.environment = outside | {name: conf}
+
+    def control(self, *arguments: str) -> str:
+        """`cluster.sh fail n1` and the like: its output."""
+        done = cluster_sh(*arguments, "--dir", self.directory)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run(self, *command: object) -> str:
+        """The output of a command of SLURM's; `CalledProcessError` if it fails."""
+        return subprocess.run(
+            list(map(str, command)),
+            env=self.environment,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout.strip()
+
+    def submit(self, script: str, *options: object) -> str:
+        """`sbatch` the lines of a bash script: the job's id."""
+        wrapped = ["--parsable", "--output=/dev/null", *options, f"--wrap={script}"]
+        return self.run("sbatch", *wrapped)
+
+    def job(self, job: str) -> dict[str, str]:
+        """slurmctld's record of a job (or of one array task, `A_k`)."""
+        words = self.run("scontrol", "show", "job", "--oneliner", job).split()
+        return dict(word.partition("=")[::2] for word in words)
+
+    def accounted(self, job: str, field: str) -> list[str]:
+        """One field of the job's accounting records, earlier attempts and all tasks included."""
+        records = self.run("sacct", "-DXnP", "--jobs", job, "--format", field)
+        return records.splitlines()
+
+    def wait_for_state(self, job: str, state: str, seconds: float = 90) -> None:
+        self.wait(lambda: self.job(job)["JobState"] == state, f"job {job} is {state}", seconds)
+
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 90) -> None:
+        """Poll until the condition holds; fail with the queue and the nodes if it never does."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                seen = f"{self.run('squeue')}\n{self.run('sinfo')}"
+                pytest.fail(f"not within {seconds} s: {what}\n{seen}")
+            time.sleep(0.2)
+
+    def down(self) -> None:
+        self.control("down")
+
+
+@pytest.fixture(scope="session")
+def start_cluster() -> Iterator[Callable[..., Cluster]]:
+    """Start clusters with given options (over the fast ones); all end with the test session."""
+    with ExitStack() as stack:
+
+        def start(**options: object) -> Cluster:
+            # Not pytest's temporary folder: its path is too long for a socket's.
+            parent = stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-"))
+            Path(parent).chmod(0o755)
+            cluster = Cluster(Path(parent) / "cluster", **(FAST | options))
+            stack.callback(cluster.down)
+            return cluster
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def cluster(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two nodes of 4 CPUs and 2 GPUs that do not exist, GraceTime 0, short waits."""
+    return start_cluster(gpus=2)
