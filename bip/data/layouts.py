@@ -281,7 +281,7 @@ def _flat_split(
     known = {name: number for number, name in enumerate(classes)}
     numbered = _numbered_classes(tree, names) or classes
     members = []
-    for name in flat:
+    for name in sorted(flat):
         label = labels.get(PurePosixPath(name).stem)
         if label is not None and label.isdigit() and label not in known:
             label = numbered[int(label)] if int(label) < len(numbered) else label

@@ -1,0 +1,393 @@
+"""Every layout that ImageNet, TinyImageNet and CIFAR come in becomes the same stores."""
+
+import io
+import pickle
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bip.__main__ import main
+from bip.data import decode
+from bip.data.build import build_lmdb, stored_size
+from bip.data.inspect import verify
+from bip.data.prepare import prepare_imagenet
+from bip.data.stores import _RECORD, LmdbStore, record_key
+from bip.errors import UserError
+from tests.data.test_datasets import cifar_archive  # noqa: F401
+
+CLASSES = ["n01440764", "n01443537", "n02102040"]
+TRAIN = {f"{name}/{name}_{i}.JPEG": label for label, name in enumerate(CLASSES) for i in range(4)}
+VAL = {f"ILSVRC2012_val_{i:08}.JPEG": (i * 7) % 3 for i in range(1, 8)}
+
+
+def jpeg(seed: object, size: tuple[int, int] = (30, 20), mode: str = "RGB", **how: object) -> bytes:
+    stream = io.BytesIO()
+    colour = np.random.default_rng(abs(hash(str(seed))) % 2**32).integers(0, 256, 4).tolist()
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    Image.new(mode, size, tuple(colour[:bands])).save(stream, "JPEG", **how)
+    return stream.getvalue()
+
+
+def xml(label: str) -> bytes:
+    text = f"<annotation><folder>val</folder><object>\n<name>{label}</name></object></annotation>"
+    return text.encode()
+
+
+def train_files(prefix: str) -> dict[str, bytes]:
+    return {f"{prefix}train/{name}": jpeg(name) for name in TRAIN}
+
+
+def imagefolder() -> dict[str, bytes]:
+    files = {f"val/{CLASSES[label]}/{name}": jpeg(name) for name, label in VAL.items()}
+    return train_files("") | files
+
+
+def kaggle_xml() -> dict[str, bytes]:
+    root, notes = "ILSVRC/Data/CLS-LOC/", "ILSVRC/Annotations/CLS-LOC/"
+    files = train_files(root)
+    files |= {f"{root}val/{name}": jpeg(name) for name in VAL}
+    files |= {f"{root}test/ILSVRC2012_test_{i:08}.JPEG": jpeg(i) for i in range(3)}
+    for name, label in VAL.items():
+        files[f"{notes}val/{name.removesuffix('.JPEG')}.xml"] = xml(CLASSES[label])
+    files |= {f"{notes}train/{name.removesuffix('.JPEG')}.xml": xml("wrong") for name in TRAIN}
+    files["LOC_synset_mapping.txt"] = "".join(f"{name} fish, x\n" for name in CLASSES).encode()
+    return files
+
+
+def kaggle_csv() -> dict[str, bytes]:
+    files = {name: data for name, data in kaggle_xml().items() if not name.endswith(".xml")}
+    rows = [f"{name.removesuffix('.JPEG')},{CLASSES[y]} 1 2 3 4 " for name, y in VAL.items()]
+    files["LOC_val_solution.csv"] = "\n".join(["ImageId,PredictionString", *rows]).encode()
+    return files
+
+
+def caffe() -> dict[str, bytes]:
+    files = train_files("") | {f"val/{name}": jpeg(name) for name in VAL}
+    files["val.txt"] = "".join(f"{name} {label}\n" for name, label in VAL.items()).encode()
+    return files
+
+
+def tiny() -> dict[str, bytes]:
+    root = "tiny-imagenet-200/"
+    files = {f"{root}train/{n.replace('/', '/images/')}": jpeg(n) for n in TRAIN}
+    files |= {f"{root}train/{name}/{name}_boxes.txt": b"x 0 0 1 1\n" for name in CLASSES}
+    files |= {f"{root}val/images/{name}": jpeg(name) for name in VAL}
+    files |= {f"{root}test/images/test_{i}.JPEG": jpeg(i) for i in range(3)}
+    lines = [f"{name}\t{CLASSES[label]}\t0\t32\t44\t62\n" for name, label in VAL.items()]
+    files[f"{root}val/val_annotations.txt"] = "".join(lines).encode()
+    files[f"{root}wnids.txt"] = "\n".join(reversed(CLASSES)).encode()
+    return files
+
+
+def as_folder(path: Path, files: dict[str, bytes]) -> Path:
+    for name, data in files.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(data)
+    return path
+
+
+def as_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path.with_suffix(".zip")
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def as_tar(path: Path, files: dict[str, bytes]) -> Path:
+    path.with_suffix(".tar").write_bytes(tar_of(files))
+    return path.with_suffix(".tar")
+
+
+def content(path: Path) -> list[tuple[bytes, str]]:
+    store = LmdbStore(path)
+    pairs = [store.read(index) for index in range(len(store))]
+    return [(data, store.classes[label]) for data, label in pairs]
+
+
+@pytest.mark.parametrize("layout", [imagefolder, kaggle_xml, kaggle_csv, caffe, tiny])
+@pytest.mark.parametrize("packed", [as_folder, as_zip, as_tar])
+def test_every_layout_in_every_wrapping(
+    tmp_path: Path,
+    layout: Callable[[], dict[str, bytes]],
+    packed: Callable[[Path, dict[str, bytes]], Path],
+) -> None:
+    build_lmdb(packed(tmp_path / "src", layout()), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.lmdb", "val.lmdb"}
+    ordered = sorted(VAL, key=lambda name: (VAL[name], name))
+    assert content(tmp_path / "out" / "val.lmdb") == [
+        (jpeg(name), CLASSES[VAL[name]]) for name in ordered
+    ]
+    assert content(tmp_path / "out" / "train.lmdb") == [
+        (jpeg(name), CLASSES[label]) for name, label in TRAIN.items()
+    ]
+
+
+def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
+    files = {f"val/{name}": jpeg(name) for name in VAL} | {"val.txt": caffe()["val.txt"]}
+    for class_name in CLASSES:
+        inner = {n.split("/")[1]: jpeg(n) for n in TRAIN if n.startswith(class_name)}
+        files[f"train/{class_name}.tar"] = tar_of(inner)
+    build_lmdb(as_tar(tmp_path / "src", files), tmp_path / "out")
+    assert content(tmp_path / "out" / "train.lmdb") == [
+        (jpeg(name), CLASSES[label]) for name, label in TRAIN.items()
+    ]
+
+
+def test_cifars_archive(cifar_archive: Path, tmp_path: Path) -> None:  # noqa: F811
+    folder = cifar_archive / "cifar-10-batches-py"
+    for number, src in enumerate((cifar_archive, folder)):
+        build_lmdb(src, tmp_path / str(number))
+        batch = pickle.loads((folder / "test_batch").read_bytes())
+        got = content(tmp_path / str(number) / "test.lmdb")
+        want = sorted(zip(batch["labels"], range(6), strict=True))
+        for (data, class_name), (label, row) in zip(got, want, strict=True):
+            assert class_name == f"class{label}"
+            pixels = decode.decode(data, 3).transpose(2, 0, 1)
+            np.testing.assert_array_equal(pixels.ravel(), batch["data"][row])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val.txt": None}, "val/: its images lie in no class folders, and there is none of"),
+        ({"val.txt": b"ILSVRC2012_val_00000001.JPEG 1\n"}, "00000002.JPEG: has no label"),
+        ({"val/extra.JPEG": b""}, r"val/extra\.JPEG: has no label"),
+        ({"val.txt": caffe()["val.txt"].replace(b" 2", b" 9")}, "is of class 9, which train/ has"),
+    ],
+)
+def test_annotations_that_do_not_fit(
+    tmp_path: Path, change: dict[str, bytes | None], message: str
+) -> None:
+    files = {name: data for name, data in (caffe() | change).items() if data is not None}
+    with pytest.raises(UserError, match=message) as error:
+        build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_compressed_tars_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.tar.gz").write_bytes(b"")
+    with pytest.raises(UserError, match="unpack it first"):
+        build_lmdb(tmp_path / "x.tar.gz", tmp_path / "out")
+
+
+def odd_files() -> dict[str, bytes]:
+    stream = io.BytesIO()
+    Image.new("P", (8, 6), 3).save(stream, "PNG")
+    return train_files("") | {
+        f"train/{CLASSES[0]}/cmyk.JPEG": jpeg(1, (40, 30), "CMYK"),
+        f"train/{CLASSES[0]}/png.JPEG": stream.getvalue(),
+        f"train/{CLASSES[1]}/gray.JPEG": jpeg(2, mode="L"),
+        f"train/{CLASSES[1]}/honest.png": stream.getvalue() + b"trailing",
+    }
+
+
+def test_cmyk_and_misnamed_images_are_repaired_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = odd_files()
+    build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out", check=True)
+    told = capsys.readouterr().err
+    assert "1 x CMYK JPEG repaired, 1 x PNG named as JPEG repaired" in told
+    store = LmdbStore(tmp_path / "out" / "train.lmdb")
+    assert len(store) == len(files)
+    stored = {store.read(index)[0] for index in range(len(store))}
+    changed = {name for name, data in files.items() if data not in stored}
+    assert {Path(name).name for name in changed} == {"cmyk.JPEG", "png.JPEG"}
+    for data in stored - set(files.values()):
+        assert decode.plain_jpeg_size(data) in ((30, 40), (6, 8))
+        with decode.open_image(data) as image:
+            assert image.mode == "RGB"
+
+
+def test_shrinking(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "val").symlink_to(imagenet / "val")
+    build_lmdb(tmp_path / "src", tmp_path / "out", short_side=120, quality=80, check=True)
+    told = capsys.readouterr().err
+    assert "at most 18 MB" in told
+    small, whole = (LmdbStore(p / "val.lmdb") for p in (tmp_path / "out", imagenet))
+    saved = 1 - small.header["image_bytes"] / whole.header["image_bytes"]
+    assert f"({100 * saved:.0f}%) saved by shrinking" in told
+    assert saved > 0.8
+    with small._env().begin() as transaction:
+        for index in range(0, 171, 9):
+            _, width, height = _RECORD.unpack_from(transaction.get(record_key(index)))
+            data, before = small.read(index)[0], decode.image_size(whole.read(index)[0])
+            assert decode.image_size(data) == (height, width)
+            assert min(height, width) == min(120, *before)
+            assert abs(height / width - before[0] / before[1]) < 0.02
+            if min(before) <= 120:
+                assert data == whole.read(index)[0]
+
+
+def bad_files() -> dict[str, bytes]:
+    good = jpeg(0, (300, 200), quality=95)
+    return train_files("") | {
+        f"train/{CLASSES[0]}/0_html.JPEG": b"<html>",
+        f"train/{CLASSES[1]}/0_cut.JPEG": good[: len(good) - 40],
+    }
+
+
+def test_undecodable_files_are_listed_and_an_error_unless_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
+    with pytest.raises(UserError, match=r"0_html\.JPEG and 1 others cannot.*--skip-bad") as error:
+        build_lmdb(src, out, check=True)
+    assert "\n" not in str(error.value)
+    told = capsys.readouterr().err
+    assert f"train/{CLASSES[0]}/0_html.JPEG: no known image format" in told
+    assert f"train/{CLASSES[1]}/0_cut.JPEG: " in told
+    assert not (out / "train.lmdb").exists()
+    build_lmdb(src, out, check=True, skip_bad=True)
+    told = capsys.readouterr().err
+    assert "going on after 14 images" in told
+    assert "12 images" in told
+    assert "2 skipped" in told
+    assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]
+    assert [path.name for path in out.iterdir()] == ["train.lmdb"]
+    build_lmdb(src, out, check=True, skip_bad=True)
+    assert "kept" in capsys.readouterr().err
+
+
+def test_repaired_files_are_tried_again(tmp_path: Path) -> None:
+    src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(src, out)
+    (src / "train" / CLASSES[0] / "0_html.JPEG").write_bytes(jpeg(5))
+    build_lmdb(src, out)
+    assert len(LmdbStore(out / "train.lmdb")) == 14
+
+
+@pytest.mark.parametrize("number", [9, 15])  # SIGKILL; SIGTERM ends Python likewise at once
+def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
+    files = {
+        f"train/{CLASSES[i % 3]}/{i:05}.ppm": b"P6 1 1 255 %03d" % (i % 999) for i in range(3000)
+    }
+    src = as_folder(tmp_path / "src", files)
+    code = """
+        import os, sys
+        from pathlib import Path
+        from bip.data import build
+
+        make_ready, calls = build.make_ready, []
+
+        def counting(*arguments):
+            calls.append(0)
+            if len(calls) > 2500:
+                os.kill(os.getpid(), int(sys.argv[3]))
+            return make_ready(*arguments)
+
+        build.make_ready = counting
+        build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), src, tmp_path / "out", str(number)]
+    killed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert killed.returncode == -number
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        ".train.lmdb.partial",
+        ".train.lmdb.progress",
+    }
+    told = subprocess.run(
+        [sys.executable, "-m", "bip", "data", "build-lmdb", src, out],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stderr
+    assert "going on after 2000 images" in told
+    build_lmdb(src, tmp_path / "whole")
+    assert content(out / "train.lmdb") == content(tmp_path / "whole" / "train.lmdb")
+    assert LmdbStore(out / "train.lmdb").header == LmdbStore(tmp_path / "whole/train.lmdb").header
+    assert [path.name for path in out.iterdir()] == ["train.lmdb"]
+
+
+def test_another_source_does_not_go_on_with_a_killed_build(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(as_folder(tmp_path / "src", bad_files()), out)
+    other = as_folder(tmp_path / "other", imagefolder())
+    build_lmdb(other, out, skip_bad=True)
+    assert len(LmdbStore(out / "train.lmdb")) == len(TRAIN)
+
+
+def test_a_half_built_store_that_is_damaged_is_built_anew(tmp_path: Path) -> None:
+    src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(src, out)
+    (out / ".train.lmdb.partial").write_bytes(b"")
+    build_lmdb(src, out, skip_bad=True)
+    assert len(LmdbStore(out / "train.lmdb")) == 12 + 1  # cut short, but its header is whole
+
+
+def test_the_estimate_holds(imagenet: Path, small_cifar: Path) -> None:
+    for path in (imagenet / "val.lmdb", small_cifar / "train.lmdb"):
+        store = LmdbStore(path)
+        estimate = sum(stored_size(len(store.read(index)[0])) for index in range(len(store)))
+        assert 0.8 < estimate / path.stat().st_size < 1.1
+
+
+def test_too_little_disk_is_told_before_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = type("usage", (), {"free": 100})()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    src = as_folder(tmp_path / "src", imagefolder())
+    with pytest.raises(UserError, match="GB are free; make room"):
+        build_lmdb(src, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_verify_finds_every_damaged_record(
+    small_cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verify(small_cifar)
+    assert "train.lmdb: 310 images, 0 damaged" in capsys.readouterr().out
+    content = bytearray((small_cifar / "test.lmdb").read_bytes())
+    store = LmdbStore(small_cifar / "test.lmdb")
+    for index in (3, 50):
+        content[content.index(store.read(index)[0]) + 30] ^= 1
+    (tmp_path / "test.lmdb").write_bytes(content)
+    with pytest.raises(UserError, match="2 damaged records"):
+        verify(tmp_path)
+    told = capsys.readouterr().err
+    assert "record 3 (class" in told
+    assert "record 50 (class" in told
+    assert main(["data", "verify", str(tmp_path)]) == 2
+
+
+def test_prepare_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare_imagenet()
+    assert "ILSVRC2012_img_train.tar" in capsys.readouterr().out
+    src, out = as_folder(tmp_path / "src", kaggle_xml()), tmp_path / "out"
+    before = sorted((path, path.stat().st_mtime_ns) for path in src.rglob("*"))
+    prepare_imagenet(src, out)
+    assert sorted((path, path.stat().st_mtime_ns) for path in src.rglob("*")) == before
+    for name, label in VAL.items():
+        assert (out / "val" / CLASSES[label] / name).read_bytes() == jpeg(name)
+    prepare_imagenet(src, out)
+    assert "0 links made" in capsys.readouterr().out
+    build_lmdb(src, tmp_path / "flat")
+    build_lmdb(out, tmp_path / "arranged")
+    for split in ("train.lmdb", "val.lmdb"):
+        assert content(tmp_path / "flat" / split) == content(tmp_path / "arranged" / split)
+    with pytest.raises(UserError, match="both --src and --out"):
+        prepare_imagenet(src)
