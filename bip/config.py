@@ -58,7 +58,7 @@ class RunConfig(BaseModel):
     # Paths, speed and reporting: free to differ between two attempts of one run.
     UNFINGERPRINTED: ClassVar[set[str]] = {
         *("configs", "exp_name", "result_dir", "resume", "source_net", "evaluate", "data_dir"),
-        *("num_workers", "loader", "print_freq", "checkpoint_minutes", "save_dense"),
+        *("num_workers", "loader", "stage_to", "print_freq", "checkpoint_minutes", "save_dense"),
         *("val_method", "data_fraction", "test_batch_size", "check_ranks", "rank_timeout"),
     }
 
@@ -113,6 +113,12 @@ class RunConfig(BaseModel):
     num_workers: int = Field(2, ge=0, description="data workers per rank")
     loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = Field(
         "auto", description="data loader"
+    )
+    stage_to: Path | None = Field(
+        None, description="local folder that LMDB stores are copied to, once per node"
+    )
+    skip_bad: bool = Field(
+        False, description="replace training images that cannot be read, instead of stopping"
     )
     normalize: bool = Field(False, description="normalise by the data set's mean and deviation")
     image_dim: int | None = Field(None, ge=1, description="image side in pixels")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bip.data import decode
 from bip.data.augment import resized_crop_params
-from bip.data.sources import Batch, Reader, Request
+from bip.data.sources import Batch, Reader, Request, Skips
 from bip.errors import UserError
 
 _DEPTH = 2  # batches in the pipeline at once
@@ -61,6 +61,7 @@ class DaliSource:
         if first is None:
             return
         with _Inputs(self.reader, itertools.chain([first], rest)) as inputs:
+            skips = Skips()
             pipeline = self._build(len(first.indices), inputs)
             while True:
                 try:
@@ -71,7 +72,9 @@ class DaliSource:
                     raise
                 except Exception as error:  # DALI raises whatever its C++ side maps to
                     raise inputs.explain(error) from error
-                labels = torch.from_numpy(inputs.in_flight.popleft().labels)
+                batch = inputs.in_flight.popleft()
+                skips.tell(batch.skipped)
+                labels = torch.from_numpy(batch.labels)
                 yield self._to_torch(images), labels.to(self.device, non_blocking=True)
 
     def _build(self, batch_size: int, inputs: "_Inputs") -> Any:
@@ -141,6 +144,7 @@ class _Batch(NamedTuple):
     request: Request
     samples: _Samples
     labels: NDArray[np.int64]
+    skipped: list[str]
 
 
 class _Inputs:
@@ -194,19 +198,22 @@ class _Inputs:
         )
 
     def _read(self, request: Request) -> _Batch:
-        reader, spec, dim = self.reader, self.reader.spec, self.reader.image_dim
-        reader.store.check_unchanged()
-        count = len(request.indices)
-        labels = np.empty(count, np.int64)
-        sides = np.empty((count, 2), np.int64)
-        encoded = []
-        for row, index in enumerate(request.indices.tolist()):
-            data, labels[row] = reader.store.read(index)
+        spec, dim = self.reader.spec, self.reader.image_dim
+
+        def read_one(row: int) -> tuple[NDArray[np.uint8], tuple[int, int], int]:
+            index = int(request.indices[row])
+            data, label = self.reader.store.read(index)
             try:
-                data, sides[row] = _for_dali(data, spec.channels)
+                data, sides = _for_dali(data, spec.channels)
             except decode.DECODE_ERRORS as error:
-                raise reader.damaged(index, int(labels[row]), error) from error
-            encoded.append(np.frombuffer(data, np.uint8))
+                raise self.reader.damaged(index, label, error) from error
+            return np.frombuffer(data, np.uint8), sides, label
+
+        rows, skipped = self.reader.each(request, read_one)
+        count = len(rows)
+        encoded = [data for data, _, _ in rows]
+        sides = np.array([pair for _, pair, _ in rows], np.int64)
+        labels = np.array([label for _, _, label in rows], np.int64)
         if request.uniforms is not None and spec.augment == "resized_crop":
             crops = resized_crop_params(request.uniforms, sides[:, 0], sides[:, 1], spec.flip)
             samples = _Samples(
@@ -227,7 +234,7 @@ class _Inputs:
                 window=np.array([place for _, place in views], np.int32),
                 flip=np.zeros(count, np.int32),
             )
-        return _Batch(request, samples, labels)
+        return _Batch(request, samples, labels, skipped)
 
 
 def _for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]]:

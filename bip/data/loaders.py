@@ -20,8 +20,10 @@ from bip.data import augment, decode
 from bip.data.dali import DaliSource
 from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
 from bip.data.order import Order, holdout_split, rank_slice
+from bip.data.published import open_store
 from bip.data.sources import Batch, MemorySource, Reader, Request, Source, WorkerSource
-from bip.data.stores import ImageStore
+from bip.data.staging import network_filesystem, stage
+from bip.data.stores import FolderStore, ImageStore
 from bip.errors import UserError
 
 Loader = Literal["auto", "memory", "lmdb", "folder", "dali"]
@@ -164,6 +166,8 @@ def open_data(
     rank: int,
     world: int,
     device: torch.device,
+    stage_to: Path | None = None,
+    skip_bad: bool = False,
 ) -> Data:
     """Open both splits of a data set.
 
@@ -181,6 +185,10 @@ def open_data(
             folder. "dali" decodes the LMDB's or the folder's images with NVIDIA DALI.
         num_workers: processes of each iterator of "lmdb" and "folder" (so twice as many in BiP,
             with its two levels); 0 reads in this process. Of "dali", threads.
+        stage_to: a folder on the node's own disk; LMDB stores are copied there first, once for
+            all processes of the node (`bip.data.staging`).
+        skip_bad: replace training images that cannot be read by others of their batch, and warn,
+            instead of failing. Of "memory", and in evaluation, they stay an error.
 
     Raises:
         UserError: set missing or damaged, wrong class count, loader that does not fit.
@@ -193,14 +201,14 @@ def open_data(
     layout: Layout = loader if loader in ("lmdb", "folder") else "any"
     if loader not in ("auto", "memory") and spec.name == "Digits":
         raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
-    train = open_split(dataset, data_dir, True, layout)
-    test = open_split(dataset, data_dir, False, layout)
+    splits = [open_split(dataset, data_dir, part, layout) for part in (True, False)]
+    train, test = (_stage(split, stage_to, in_memory, rank) for split in splits)
     _check_classes(dataset, data_dir, train.classes, test.classes, num_classes)
 
     def source(split: ImageStore | ArraySplit) -> Source:
         if isinstance(split, ArraySplit):
             return _from_arrays(split, spec, dim, device)
-        reader = Reader(split, spec, dim)
+        reader = Reader(split, spec, dim, skip_bad)
         if in_memory:
             return _decode_all(reader, device)
         if loader == "dali":
@@ -221,6 +229,26 @@ def open_data(
         world=world,
         device=device,
     )
+
+
+def _stage(
+    split: ImageStore | ArraySplit, stage_to: Path | None, in_memory: bool, rank: int
+) -> ImageStore | ArraySplit:
+    """The split's copy on the node's disk, if asked for; else a hint where it would help."""
+    if isinstance(split, ArraySplit):
+        return split
+    if stage_to is not None:
+        if isinstance(split, FolderStore):
+            raise UserError(
+                f"stage_to: copies LMDB stores, but {split.path} is a folder of images; build a "
+                f"store first: python -m bip data build-lmdb {split.path.parent} OUT"
+            )
+        return open_store(stage(split.path, stage_to), split.classes)
+    kind = network_filesystem(split.path)
+    if kind is not None and rank == 0 and not in_memory:
+        hint = "build an LMDB store" if isinstance(split, FolderStore) else "give --stage-to DIR"
+        print(f"warning: {split.path} lies on {kind}; {hint} to read from the node's own disk")
+    return split
 
 
 def _check_classes(

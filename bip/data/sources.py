@@ -1,9 +1,10 @@
 """Sources: fetch uint8 images for requests, from memory or through worker processes."""
 
+import contextlib
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from bip.data.stores import ImageStore
 from bip.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -77,20 +79,52 @@ class Reader:
     store: ImageStore
     spec: DatasetSpec
     image_dim: int
+    skip_bad: bool = False
 
-    def read(self, request: Request) -> tuple[list[Tensor], NDArray[np.int64]]:
-        """uint8 images, each (C, H, W), and labels (n,). Raises UserError for a bad record."""
-        self.store.check_unchanged()
+    def read(self, request: Request) -> tuple[list[Tensor], NDArray[np.int64], list[str]]:
+        """uint8 images, each (C, H, W), labels (n,), and one line on each image replaced.
+
+        Raises:
+            UserError: a bad record, unless `skip_bad` and the request is for training.
+        """
         random = request.uniforms is not None and self.spec.augment == "resized_crop"
-        images, labels = [], np.empty(len(request.indices), np.int64)
-        for row, index in enumerate(request.indices.tolist()):
-            data, labels[row] = self.store.read(index)
+
+        def read_one(row: int) -> tuple[Tensor, int]:
+            index = int(request.indices[row])
+            data, label = self.store.read(index)
             draws = request.uniforms[row] if request.uniforms is not None and random else None
             try:
-                images.append(torch.from_numpy(self._view(data, draws)))
+                return torch.from_numpy(self._view(data, draws)), label
             except decode.DECODE_ERRORS as error:
-                raise self.damaged(index, int(labels[row]), error) from error
-        return images, labels
+                raise self.damaged(index, label, error) from error
+
+        pairs, skipped = self.each(request, read_one)
+        labels = np.array([label for _, label in pairs], np.int64)
+        return [image for image, _ in pairs], labels, skipped
+
+    def each(self, request: Request, read_one: Callable[[int], _T]) -> tuple[list[_T], list[str]]:
+        """`read_one` of every row; with `skip_bad` a bad row becomes the nearest good one after it.
+
+        Within the batch, so that no image of a holdout is ever drawn.
+        """
+        self.store.check_unchanged()
+        found: list[_T | None] = []
+        skipped: list[str] = []
+        for row in range(len(request.indices)):
+            try:
+                found.append(read_one(row))
+            except UserError as error:
+                if not self.skip_bad or request.uniforms is None:
+                    raise
+                found.append(None)
+                skipped.append(str(error))
+        good = [item for item in found if item is not None]
+        if not good and skipped:
+            raise UserError(f"{skipped[0]}; no image of its batch can be read")
+        for row in reversed(range(len(found))):
+            if found[row] is None:
+                found[row] = found[(row + 1) % len(found)] or good[0]
+        return [item for item in found if item is not None], skipped
 
     def damaged(self, index: int, label: int, error: Exception) -> UserError:
         """What to tell the user of an image that does not decode."""
@@ -106,19 +140,22 @@ class Reader:
         return decode.resized_crop(data, draws, spec.channels, dim, spec.flip)
 
 
-class _Work(Dataset[tuple[Tensor, Tensor] | str]):
+_Item = tuple[Tensor, Tensor, list[str]]
+
+
+class _Work(Dataset[_Item | str]):
     """Requests as the DataLoader's items. An error travels as its one line of text."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
-    def __getitem__(self, request: Request) -> tuple[Tensor, Tensor] | str:
+    def __getitem__(self, request: Request) -> _Item | str:
         try:
-            images, labels = self.reader.read(request)
+            images, labels, skipped = self.reader.read(request)
         except UserError as error:
             return str(error)
         # In a worker this stacks straight into shared memory.
-        return default_collate(images), torch.from_numpy(labels)
+        return default_collate(images), torch.from_numpy(labels), skipped
 
 
 def _shield_worker(_: int) -> None:
@@ -139,6 +176,9 @@ class WorkerSource:
         return len(self.reader.store)
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        return _to_device(self._fetch(requests), self.device)
+
+    def _fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
         loader = DataLoader(
             _Work(self.reader),
             sampler=requests,
@@ -151,17 +191,84 @@ class WorkerSource:
             generator=torch.Generator(),  # else the DataLoader would draw from the global one
         )
         batches = iter(loader)
+        skips = Skips()
         try:
-            for batch in batches:
+            while True:
+                try:
+                    batch = next(batches, None)
+                except RuntimeError as error:
+                    raise self._explain(error) from error
+                if batch is None:
+                    return
                 if isinstance(batch, str):
                     raise UserError(batch)
-                images, labels = batch
-                yield (
-                    images.to(self.device, non_blocking=True),
-                    labels.to(self.device, non_blocking=True),
-                )
+                images, labels, skipped = batch
+                skips.tell(skipped)
+                yield images, labels
         finally:
             _end_workers(batches)
+
+    def _explain(self, error: RuntimeError) -> Exception:
+        """torch tells of a dead worker in a RuntimeError, within five seconds of its death."""
+        text = " ".join(str(error).split())
+        if "DataLoader worker" not in text:
+            return error
+        with contextlib.suppress(UserError):
+            self.reader.store.check_unchanged()
+            return UserError(
+                f"{self.reader.store.path}: a loader process died ({text}); mostly for want of "
+                "memory or of space in /dev/shm: use fewer --num-workers, or ask for more"
+            )
+        return UserError(
+            f"{self.reader.store.path}: replaced or cut short during the run, and a loader process "
+            f"died of it ({text}); put the store back and start again"
+        )
+
+
+class Skips:
+    """Tells of each image that was replaced, once, and how many there are."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def tell(self, skipped: Iterable[str]) -> None:
+        for line in skipped:
+            if line not in self._known:
+                self._known.add(line)
+                print(f"warning: skipped ({len(self._known)} so far): {line}", flush=True)
+
+
+def _to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """On CUDA, batches are copied one ahead, on a stream of their own."""
+    if device.type != "cuda":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def copied() -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        for images, labels in batches:
+            with torch.cuda.stream(stream):
+                moved = (
+                    images.to(device, non_blocking=True),
+                    labels.to(device, non_blocking=True),
+                )
+                event = stream.record_event()
+            yield moved, event
+
+    for (images, labels), event in _one_ahead(copied()):
+        current = torch.cuda.current_stream(device)
+        current.wait_event(event)
+        for tensor in (images, labels):
+            tensor.record_stream(current)  # else its memory could be reused under the step
+        yield images, labels
+
+
+def _one_ahead(items: Iterator[_T]) -> Iterator[_T]:
+    last: list[_T] = []
+    for item in items:
+        yield from last
+        last = [item]
+    yield from last
 
 
 def _end_workers(batches: object) -> None:

@@ -1,0 +1,145 @@
+"""Stores on network filesystems, and their copies on a node's local disk."""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bip.data.stores import data_file
+from bip.errors import UserError
+from bip.files import fsync_folder, sha256_file
+
+# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME".
+_NETWORK = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "lustre",
+        "gpfs",
+        "beegfs",
+        "ceph",
+        "cifs",
+        "smb3",
+        "smbfs",
+        "glusterfs",
+        "afs",
+        "9p",
+        "panfs",
+        "wekafs",
+        "orangefs",
+        "pvfs2",
+        "virtiofs",
+        "ocfs2",
+        "gfs2",
+        "fhgfs",
+    ]
+)
+_CHUNK = 16 << 20
+
+
+def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
+    """The kind of network filesystem that `path` lies on; None for a local one.
+
+    Args:
+        mountinfo: Linux's table of mounts; None reads this process's. Other systems: None always.
+    """
+    if mountinfo is None:
+        try:
+            mountinfo = Path("/proc/self/mountinfo").read_text()
+        except OSError:
+            return None
+    place, kind = Path("/"), ""
+    for line in mountinfo.splitlines():
+        front, _, back = line.partition(" - ")
+        if not back:
+            continue
+        point = Path(front.split()[4].encode().decode("unicode_escape"))
+        # Of two mounts at one point the later one is seen.
+        if path.resolve().is_relative_to(point) and point.is_relative_to(place):
+            place, kind = point, back.split()[0]
+    return kind if kind in _NETWORK or kind.startswith("fuse.") else None
+
+
+def stage(store: Path, folder: Path) -> Path:
+    """A copy of an LMDB store in `folder`, made once, however many processes ask for it.
+
+    One process copies while the others wait; the lock goes with its holder, so a killed copy is
+    begun again. The copy gets its name when it is on disk and its SHA-256, read back, is that of
+    the bytes read from `store`. Its name tells the store's path, size and time of change: a store
+    built anew is copied anew.
+
+    Returns:
+        Path of the copy, a single file that ends in .lmdb.
+
+    Raises:
+        UserError: cannot be copied; not enough room; the store changed meanwhile.
+    """
+    source = data_file(store)
+    try:
+        status = source.stat()
+        key = f"{source.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
+        name = f"{store.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.lmdb"
+        target = folder / name
+        if target.exists():
+            return target
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{name}.lock"):
+            if not target.exists():
+                _copy(source, target, status)
+    except OSError as error:
+        raise UserError(
+            f"stage_to: {store} cannot be copied to {folder} ({error.strerror}); "
+            "choose another folder or leave --stage-to out"
+        ) from error
+    return target
+
+
+def _copy(source: Path, target: Path, status: os.stat_result) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if free < status.st_size:
+        raise UserError(
+            f"stage_to: {source} takes {status.st_size / 1e9:.2f} GB, {target.parent} has "
+            f"{free / 1e9:.2f} GB free; choose another folder or leave --stage-to out"
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    began = time.monotonic()
+    digest = hashlib.sha256()
+    try:
+        with open(source, "rb") as reader, open(partial, "wb") as writer:
+            while chunk := reader.read(_CHUNK):
+                digest.update(chunk)
+                writer.write(chunk)
+            writer.flush()
+            os.fsync(writer.fileno())
+            # Else the check below would read the page cache, not the disk.
+            os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        after = source.stat()
+        if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            raise UserError(f"stage_to: {source} changed while it was copied; start again")
+        if sha256_file(partial) != digest.hexdigest():
+            raise UserError(
+                f"stage_to: the copy of {source} in {target.parent} differs from it (SHA-256); "
+                "that disk is unsound, choose another folder"
+            )
+        os.replace(partial, target)
+        fsync_folder(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
+    seconds = time.monotonic() - began
+    print(
+        f"staged {source} to {target}: {status.st_size / 1e6:.0f} MB in {seconds:.1f} s, "
+        "SHA-256 confirmed",
+        flush=True,
+    )
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
