@@ -137,6 +137,8 @@ class Run:
             holdout=config.holdout,
             loader=config.loader,
             num_workers=config.num_workers,
+            stage_to=config.stage_to,
+            skip_bad=config.skip_bad,
             seed=config.seed,
             rank=self.group.rank,
             world=self.group.world,
