@@ -1,8 +1,6 @@
 """One run, composed: the only file that knows every part."""
 
-import hashlib
 import os
-import platform
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +27,7 @@ from bip.files import (
     read_jsonl,
     sha256_file,
 )
+from bip.identity import check_source, code_version, difference, surroundings, with_source_of_resume
 from bip.lock import RunLock
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
@@ -313,7 +312,7 @@ class Run:
         if state["fingerprint"] != self.config.fingerprint():
             raise UserError(
                 f"resume: {where} was written by a run with other settings: "
-                f"{_difference(self.config, state['config'])}"
+                f"{difference(self.config, state['config'])}"
             )
         if self.source_sha256 not in (None, state["source_sha256"]):
             raise UserError(
@@ -329,7 +328,9 @@ class Run:
             settings = self.folder / "config.yml"
             if not settings.exists():
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
-            self._record_attempt("start", step=progress.iteration, **_surroundings(self))
+            self._record_attempt(
+                "start", step=progress.iteration, **surroundings(self.config, self.group)
+            )
         except OSError as error:
             raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
         for line in self.config.warnings():
@@ -460,73 +461,8 @@ class Run:
         }
 
 
-def with_source_of_resume(config: RunConfig) -> RunConfig:
-    """With --resume, --source-net may be left out: the checkpoint says what the run began with."""
-    if config.resume is None or config.source_net is not None:
-        return config
-    before = read_checkpoint(config.resume).get("config", {}).get("source_net")
-    return config.model_copy(update={"source_net": Path(before)}) if before else config
-
-
-def check_source(config: RunConfig, state: State) -> None:
-    """The source's network, and in fine-tuning its k and layer type, must be the run's own.
-
-    A published checkpoint does not say its k; it is then taken at the run's word.
-    """
-    arch = state.get("arch")
-    if isinstance(arch, str) and arch != config.arch:
-        raise UserError(f"source_net: holds the network {arch}, but arch is {config.arch}")
-    before = state.get("config")
-    if before is None or (config.exp_mode != "finetune" and not config.evaluate):
-        return
-    if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
-        raise UserError("source_net: holds a dense network; finetune starts from a pruned one")
-    for key, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
-        if before["exp_mode"] != "pretrain" and before[key] != mine:
-            raise UserError(
-                f"source_net: was pruned with {key} {before[key]}, but {key} is {mine}; "
-                "they must be the same"
-            )
-
-
-def _difference(config: RunConfig, before: dict[str, Any]) -> str:
-    """'lr 0.1 (now 0.2)' for the first setting that changed."""
-    now = config.to_plain()
-    for key in now:
-        if before.get(key) != now[key] and key not in config.UNFINGERPRINTED:
-            return f"{key} {before.get(key)} (now {now[key]})"
-    return "a setting of another version"
-
-
-def code_version() -> str:
-    """SHA-256 (hex) of this package's source files."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def _set_backends(config: RunConfig) -> None:
     torch.backends.cudnn.benchmark = not config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-
-
-def _surroundings(run: Run) -> dict[str, Any]:
-    """What may differ between two attempts of one run."""
-    config, environment = run.config, os.environ
-    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-    return {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "world": run.group.world,
-        "device": str(run.group.device),
-        "torch": torch.__version__,
-        "code": code_version(),
-        "threads": torch.get_num_threads(),
-        **{key: getattr(config, key) for key in ("loader", "num_workers", "test_batch_size")},
-        "data_dir": str(config.data_dir),
-        "source_net": str(config.source_net) if config.source_net else None,
-        **{key.lower(): environment[key] for key in slurm if key in environment},
-    }

@@ -10,6 +10,7 @@ from torch import Tensor
 from bip import run
 from bip.config import load_config
 from bip.files import read_jsonl
+from bip.identity import with_source_of_resume
 from bip.training.checkpoint import State, layer_masks, read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "Digits"
@@ -73,6 +74,6 @@ def arguments(kind: str, result_dir: Path, **settings: Any) -> list[str]:
 
 def train(kind: str, result_dir: Path, **settings: Any) -> Finished:
     """Run it to its end."""
-    config = run.with_source_of_resume(load_config(arguments(kind, result_dir, **settings)))
+    config = with_source_of_resume(load_config(arguments(kind, result_dir, **settings)))
     run.train(config)
     return Finished(config.run_folder, json.loads((config.run_folder / "result.json").read_text()))

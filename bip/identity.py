@@ -1,0 +1,78 @@
+"""What must agree between a run and its source, its earlier attempts and its ranks."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bip.config import RunConfig
+from bip.distributed.group import Group
+from bip.errors import UserError
+from bip.training.checkpoint import State, read_checkpoint
+
+
+def with_source_of_resume(config: RunConfig) -> RunConfig:
+    """With --resume, --source-net may be left out: the checkpoint says what the run began with."""
+    if config.resume is None or config.source_net is not None:
+        return config
+    before = read_checkpoint(config.resume).get("config", {}).get("source_net")
+    return config.model_copy(update={"source_net": Path(before)}) if before else config
+
+
+def check_source(config: RunConfig, state: State) -> None:
+    """The source's network, and in fine-tuning its k and layer type, must be the run's own.
+
+    A published checkpoint does not say its k; it is then taken at the run's word.
+    """
+    arch = state.get("arch")
+    if isinstance(arch, str) and arch != config.arch:
+        raise UserError(f"source_net: holds the network {arch}, but arch is {config.arch}")
+    before = state.get("config")
+    if before is None or (config.exp_mode != "finetune" and not config.evaluate):
+        return
+    if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
+        raise UserError("source_net: holds a dense network; finetune starts from a pruned one")
+    for key, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
+        if before["exp_mode"] != "pretrain" and before[key] != mine:
+            raise UserError(
+                f"source_net: was pruned with {key} {before[key]}, but {key} is {mine}; "
+                "they must be the same"
+            )
+
+
+def difference(config: RunConfig, before: dict[str, Any]) -> str:
+    """'lr 0.1 (now 0.2)' for the first setting that changed."""
+    now = config.to_plain()
+    for key in now:
+        if before.get(key) != now[key] and key not in config.UNFINGERPRINTED:
+            return f"{key} {before.get(key)} (now {now[key]})"
+    return "a setting of another version"
+
+
+def code_version() -> str:
+    """SHA-256 (hex) of this package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def surroundings(config: RunConfig, group: Group) -> dict[str, Any]:
+    """What may differ between two attempts of one run."""
+    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "world": group.world,
+        "device": str(group.device),
+        "torch": torch.__version__,
+        "code": code_version(),
+        "threads": torch.get_num_threads(),
+        **{key: getattr(config, key) for key in ("loader", "num_workers", "test_batch_size")},
+        "data_dir": str(config.data_dir),
+        "source_net": str(config.source_net) if config.source_net else None,
+        **{key.lower(): os.environ[key] for key in slurm if key in os.environ},
+    }
