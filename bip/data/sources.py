@@ -196,7 +196,7 @@ class WorkerSource:
             while True:
                 try:
                     batch = next(batches, None)
-                except RuntimeError as error:
+                except (RuntimeError, OSError, EOFError) as error:
                     raise self._explain(error) from error
                 if batch is None:
                     return
@@ -208,10 +208,12 @@ class WorkerSource:
         finally:
             _end_workers(batches)
 
-    def _explain(self, error: RuntimeError) -> Exception:
-        """torch tells of a dead worker in a RuntimeError, within five seconds of its death."""
-        text = " ".join(str(error).split())
-        if "DataLoader worker" not in text:
+    def _explain(self, error: Exception) -> Exception:
+        """torch tells of a dead worker within five seconds, or its pipe does."""
+        text = " ".join(str(error).split()) or type(error).__name__
+        if self.num_workers == 0 or (
+            isinstance(error, RuntimeError) and "DataLoader worker" not in text
+        ):
             return error
         with contextlib.suppress(UserError):
             self.reader.store.check_unchanged()

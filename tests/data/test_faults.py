@@ -1,0 +1,272 @@
+"""What goes wrong while batches are drawn: one clear line, never a hang, never a crash."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import struct
+import time
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+import torch
+from PIL import Image
+
+from bip.data import dali, decode
+from bip.data.published import open_store
+from bip.data.stores import LmdbStore, record_key
+from bip.errors import UserError
+from tests.data.conftest import open_with_defaults as opened
+from tests.data.test_loaders import take
+
+CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10, "loader": "lmdb"}
+
+
+@pytest.fixture
+def cifar(small_cifar: Path, tmp_path: Path) -> Path:
+    for split in ("train", "test"):
+        shutil.copy(small_cifar / f"{split}.lmdb", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
+def test_a_dead_worker_is_told_within_seconds(cifar: Path, number: int) -> None:
+    data = opened(**CIFAR, data_dir=cifar, num_workers=2)
+    batches = data.train()
+    next(batches)
+    worker = multiprocessing.active_children()[0]
+    assert worker.pid is not None
+    os.kill(worker.pid, number)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"train\.lmdb: a loader process died .*num-workers"
+    ) as error:
+        take(batches, 50)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - began < 20
+    data.close()
+    assert multiprocessing.active_children() == []
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    shutil.copy(path, other)
+    os.replace(other, path)
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+LOADERS = [
+    "lmdb",
+    pytest.param("dali", marks=pytest.mark.skipif(not dali.is_installed(), reason="no DALI")),
+]
+
+
+@pytest.mark.parametrize("change", [replace, cut_short, remove])
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_store_that_changes_under_the_run_is_told(
+    cifar: Path, change: Any, workers: int, loader: str
+) -> None:
+    data = opened(**{**CIFAR, "loader": loader}, data_dir=cifar, num_workers=workers)
+    batches = data.train()
+    take(batches, 2)
+    change(cifar / "train.lmdb")
+    with pytest.raises(
+        UserError, match=r"train\.lmdb: .*(replaced or cut short|gone) during the run"
+    ):
+        take(batches, 50)
+    data.close()
+
+
+def test_a_wrong_class_count_is_told(cifar: Path) -> None:
+    with pytest.raises(UserError, match=r"num_classes: 100, but CIFAR10 in .* has 10 classes"):
+        opened(**{**CIFAR, "num_classes": 100}, data_dir=cifar)
+
+
+def test_a_label_beyond_the_classes_is_told(cifar: Path) -> None:
+    path = cifar / "train.lmdb"
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        header = json.loads(txn.get(b"header"))
+        header |= {"classes": header["classes"][:9], "class_counts": header["class_counts"][:9]}
+        txn.put(b"header", json.dumps(header).encode())
+    with pytest.raises(UserError, match=r"record 309 is of class 9, but the store has 9 classes"):
+        LmdbStore(path).read(309)
+
+
+def damage(path: Path, *indices: int) -> None:
+    content = bytearray(path.read_bytes())
+    store = LmdbStore(path)
+    for index in indices:
+        content[content.index(store.read(index)[0]) + 30] ^= 1
+    del store
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_skip_bad_replaces_within_the_batch_and_counts(
+    cifar: Path, workers: int, loader: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = {**CIFAR, "loader": loader, "data_dir": cifar, "holdout": 54}  # 4 batches of 64
+    good = opened(**case)
+    expected = take(good.train(), 8)
+    good.close()
+    damage(cifar / "train.lmdb", 5, 17, 123, 200)
+    data = opened(**case, skip_bad=True, num_workers=workers)
+    got = take(data.train(), 8)
+    data.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if "skipped (" in line]
+    assert 1 <= len(told) <= 4
+    assert told[-1].startswith(
+        f"warning: skipped ({len(told)} so far): {cifar}/train.lmdb: record "
+    )
+    same = sum(
+        int(torch.equal(x, u))
+        for (a, _), (b, _) in zip(got, expected, strict=True)
+        for x, u in zip(a, b, strict=True)
+    )
+    # Crops belong to the place, so a replaced image is another one.
+    assert 8 * 64 - 2 * len(told) <= same < 8 * 64
+    again = opened(**case, skip_bad=True)
+    resumed = take(again.train("lower", 5), 3)
+    assert all(torch.equal(x, u) for (x, _), (u, _) in zip(resumed, got[5:], strict=True))
+
+
+def test_skip_bad_never_skips_in_evaluation(cifar: Path) -> None:
+    damage(cifar / "test.lmdb", 60)
+    data = opened(**CIFAR, data_dir=cifar, skip_bad=True)
+    with pytest.raises(UserError, match="record 60 "):
+        list(data.evaluate("test"))
+
+
+def open_env(path: Path) -> lmdb.Environment:
+    return lmdb.open(str(path), subdir=False, lock=False, map_size=64 << 20, sync=False)
+
+
+def mutate(rng: random.Random, data: bytes, most: int) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, most)):
+        at = rng.randrange(len(changed)) if changed else 0
+        way = rng.randrange(4)
+        if way == 0 and changed:
+            changed[at] = rng.randrange(256)
+        elif way == 1:
+            del changed[at : at + rng.randint(1, 30)]
+        elif way == 2:
+            changed[at:at] = rng.randbytes(rng.randint(1, 8))
+        else:
+            changed[at : at + 2] = rng.choice([b"\xff\xff", b"\x00\x00", b"\x7f\xff", b"\x80\x00"])
+    return bytes(changed)
+
+
+def test_7_000_mutated_records_are_errors_with_their_index(cifar: Path) -> None:
+    rng = random.Random(1)
+    path, count = cifar / "train.lmdb", 310
+    refused = 0
+    for _ in range(23):
+        with open_env(path) as env, env.begin(write=True) as txn:
+            for index in range(count):
+                key = record_key(index)
+                txn.put(key, mutate(rng, txn.get(key), 2))
+        store = LmdbStore(path)
+        for index in range(count):
+            with pytest.raises(UserError, match=f"record {index} ") as error:
+                store.read(index)
+            assert "\n" not in str(error.value)
+            refused += 1
+            del error  # its traceback holds the store open
+        del store
+    assert refused == 23 * 310
+
+
+def test_1_000_mutated_headers_are_read_or_refused(cifar: Path) -> None:
+    rng = random.Random(2)
+    path = cifar / "train.lmdb"
+    with open_env(path) as env, env.begin() as txn:
+        header = txn.get(b"header")
+    outcomes = []
+    for _ in range(1000):
+        with open_env(path) as env, env.begin(write=True) as txn:
+            txn.put(b"header", mutate(rng, header, 2))
+        try:
+            open_store(path)
+            outcomes.append("")
+        except UserError as error:
+            outcomes.append(str(error))
+    refused = [text for text in outcomes if text]
+    assert len(refused) > 500
+    assert all(str(path) in text and "\n" not in text for text in refused)
+
+
+def seeds() -> list[bytes]:
+    found = []
+    for mode, kind in (
+        ("RGB", "JPEG"),
+        ("L", "JPEG"),
+        ("CMYK", "JPEG"),
+        ("RGB", "PNG"),
+        ("P", "GIF"),
+    ):
+        stream = BytesIO()
+        gradient = Image.linear_gradient("L").resize((48, 40)).convert("RGB")
+        gradient.convert(mode).save(stream, kind)
+        found.append(stream.getvalue())
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_2_500_mutated_images_decode_or_raise_what_is_caught() -> None:
+    """Headers above all: sizes that would take gigabytes are refused, not allocated."""
+    rng = random.Random(3)
+    draws = torch.rand(24, generator=torch.Generator().manual_seed(0)).double().numpy()
+    originals = seeds()
+    outcomes = {True: 0, False: 0}
+    for number in range(2500):
+        original = originals[number % len(originals)]
+        head = 700 if number % 2 else len(original)
+        data = mutate(rng, original[:head], 3) + original[head:]
+        try:
+            assert decode.resized_crop(data, draws, 3, 16, True).shape == (3, 16, 16)
+            outcomes[True] += 1
+        except decode.DECODE_ERRORS:
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 200
+
+
+@pytest.mark.parametrize("side", [30_000, 65_500])
+def test_a_jpeg_that_claims_a_huge_size_is_refused_without_the_memory(side: int) -> None:
+    data = bytearray(seeds()[0])
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = struct.pack(">HH", side, side)
+    with pytest.raises(decode.DECODE_ERRORS):
+        decode.decode(bytes(data), 3)
+
+
+def _train_batch(folder: Path, level: str) -> float:
+    data = opened(**CIFAR, data_dir=folder, num_workers=0)
+    return float(next(data.train(level))[0].sum())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_two_pipelines_in_forked_and_spawned_processes(cifar: Path, method: str) -> None:
+    """Each opens LMDB for itself, though the parent has it open and draws from both levels."""
+    data = opened(**CIFAR, data_dir=cifar, num_workers=1)
+    streams = [data.train(level) for level in ("lower", "upper")]
+    here = [float(next(stream)[0].sum()) for stream in streams]
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        there = pool.starmap(_train_batch, [(cifar, "lower"), (cifar, "upper")])
+    assert there == here
+    assert all(len(take(stream, 6)) == 6 for stream in streams)
+    data.close()

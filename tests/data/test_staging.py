@@ -1,0 +1,194 @@
+"""Copies of stores on local disk: made once, confirmed, safe under concurrent tasks."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bip.data import staging
+from bip.data.staging import network_filesystem, stage
+from bip.data.stores import LmdbStore
+from bip.errors import UserError
+from tests.data.conftest import open_with_defaults as opened
+from tests.data.test_stores import images, write
+
+MOUNTS = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:25 / /home rw shared:3 - nfs4 server:/home rw,vers=4.2
+31 30 0:26 / /home/local rw - xfs /dev/sdb rw
+32 22 0:27 / /scratch rw shared:4 master:5 - lustre mds@tcp:/fs rw
+33 22 0:28 / /mnt/with\\040space rw - fuse.sshfs host:/ rw
+34 22 0:29 / /stacked rw - ext4 /dev/sdc rw
+35 34 0:30 / /stacked rw - beegfs beegfs_nodev rw
+36 22 0:31 / /homework rw - ext4 /dev/sdd rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/data/x", None),
+        ("/home/user/train.lmdb", "nfs4"),
+        ("/home/local/train.lmdb", None),
+        ("/scratch", "lustre"),
+        ("/mnt/with space/x", "fuse.sshfs"),
+        ("/stacked/x", "beegfs"),
+        ("/homework/x", None),
+    ],
+)
+def test_network_filesystems_are_known(path: str, kind: str | None) -> None:
+    assert network_filesystem(Path(path), MOUNTS) == kind
+
+
+def test_this_machines_mounts_are_read(tmp_path: Path) -> None:
+    network_filesystem(tmp_path)
+    assert network_filesystem(Path("/proc/self")) is None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    (tmp_path / "shared").mkdir()
+    return write(tmp_path / "shared" / "train.lmdb", images(20))
+
+
+def test_a_copy_reads_the_same_and_is_made_once(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = stage(store, tmp_path / "local")
+    inode = first.stat().st_ino
+    assert "SHA-256 confirmed" in capsys.readouterr().out
+    assert first.read_bytes() == store.read_bytes()
+    assert LmdbStore(first).read(7) == images()[7][:2]
+    assert stage(store, tmp_path / "local") == first
+    assert first.stat().st_ino == inode
+    assert capsys.readouterr().out == ""
+
+
+def test_a_store_that_is_a_folder(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "folder.lmdb"
+    folder.mkdir()
+    store.rename(folder / "data.mdb")
+    assert LmdbStore(stage(folder, tmp_path / "local")).read(7) == images()[7][:2]
+
+
+def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
+    old = stage(store, tmp_path / "local")
+    store.unlink()
+    write(store, images(3))
+    new = stage(store, tmp_path / "local")
+    assert new != old
+    assert len(LmdbStore(new)) == 3
+
+
+CODE = """
+    import sys
+    from pathlib import Path
+    from bip.data import staging
+    from bip.data.stores import LmdbStore
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    copy = staging.stage(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(copy, len(LmdbStore(copy)), flush=True)
+"""
+
+
+def test_four_processes_stage_one_copy(tmp_path: Path) -> None:
+    store = write(tmp_path / "train.lmdb", [(os.urandom(1 << 20), 0, 1, 1) for _ in range(60)])
+    command = [sys.executable, "-c", textwrap.dedent(CODE), store, tmp_path / "local"]
+    tasks = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for task in tasks:
+        assert task.stdout is not None
+        task.stdout.readline()
+    outputs = []
+    for task in tasks:  # all at once
+        assert task.stdin is not None
+        task.stdin.write("go\n")
+        task.stdin.flush()
+    for task in tasks:
+        outputs.append(task.communicate(timeout=60)[0].splitlines())
+        assert task.returncode == 0
+    (copy,) = (tmp_path / "local").glob("*.lmdb")
+    assert [lines[-1] for lines in outputs] == [f"{copy} 60"] * 4
+    assert sorted(len(lines) for lines in outputs) == [1, 1, 1, 2]  # one of them told of its copy
+    assert copy.read_bytes() == store.read_bytes()
+    assert not list((tmp_path / "local").glob(".*.partial"))
+
+
+def test_a_killed_copy_is_begun_again(store: Path, tmp_path: Path) -> None:
+    code = textwrap.dedent(CODE).replace(
+        'print("ready"',
+        'staging.sha256_file = lambda _: __import__("time").sleep(60)\nprint("ready"',
+    )
+    command = [sys.executable, "-c", code, store, tmp_path / "local"]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert first.stdin is not None
+    first.stdin.write("go\n")
+    first.stdin.flush()
+    deadline = time.monotonic() + 30
+    while not list((tmp_path / "local").glob(".*.partial")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not list((tmp_path / "local").glob("*.lmdb"))
+    assert LmdbStore(stage(store, tmp_path / "local")).read(7) == images()[7][:2]
+
+
+def test_a_copy_that_differs_is_refused(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(staging, "sha256_file", lambda _: "0" * 64)
+    with pytest.raises(UserError, match="differs from it"):
+        stage(store, tmp_path / "local")
+    assert not list((tmp_path / "local").glob("*lmdb"))
+
+
+def test_a_full_or_missing_disk_is_told(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError, match=r"stage_to: .* cannot be copied to"):
+        stage(store, tmp_path / "file")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 10})())
+    with pytest.raises(UserError, match=r"0\.00 GB free"):
+        stage(store, tmp_path / "local")
+
+
+@pytest.mark.parametrize("loader", ["lmdb", "memory", "dali"])
+def test_training_from_a_copy_is_the_same(small_cifar: Path, tmp_path: Path, loader: str) -> None:
+    case: dict[str, Any] = {"dataset": "CIFAR10", "data_dir": small_cifar, "loader": loader}
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    staged = next(opened(**case, stage_to=tmp_path).train())
+    assert len(list(tmp_path.glob("*.lmdb"))) == 2
+    plain = next(opened(**case).train())
+    assert torch.equal(staged[0], plain[0])
+    assert torch.equal(staged[1], plain[1])
+
+
+def test_folders_of_images_are_not_staged(imagenet: Path, tmp_path: Path) -> None:
+    case: dict[str, Any] = {"dataset": "ImageNet", "num_classes": 171, "data_dir": imagenet}
+    with pytest.raises(UserError, match="stage_to: copies LMDB stores"):
+        opened(**case, batch_size=8, loader="folder", stage_to=tmp_path)
+
+
+def test_a_network_filesystem_is_pointed_out(
+    small_cifar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bip.data.loaders.network_filesystem", lambda _: "nfs4")
+    case: dict[str, Any] = {"dataset": "CIFAR10", "data_dir": small_cifar, "loader": "lmdb"}
+    opened(**case)
+    assert "lies on nfs4; give --stage-to DIR" in capsys.readouterr().out
+    opened(**case, rank=1, world=2)
+    assert capsys.readouterr().out == ""
