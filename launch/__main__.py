@@ -1,17 +1,21 @@
-"""python -m launch series | status"""
+"""python -m launch series | status | resume | cancel | doctor"""
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from bip.config import RunConfig
+from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
-from bip.flags import nearest, parse_flags
+from bip.flags import call, nearest, parse_flags
+from launch.arrays import cancel, submit_arrays
+from launch.doctor import check_disk, examine, preflight
+from launch.doctor import probe as doctor_probe
 from launch.ledger import Sweep
-from launch.profile import load_profile
-from launch.series import Plan, SeriesOptions, make_plan
+from launch.profile import LocalProfile, SlurmProfile, load_profile
+from launch.series import SeriesOptions, make_plan
 from launch.status import Row, as_json, status, table
 from launch.submit import submit
 from launch.task import TRAIN
@@ -21,6 +25,9 @@ USAGE = """usage: python -m launch COMMAND ...
 
   series    prune a whole series of k: plan, submit, wait, print the table
   status    FOLDER [--json]: how far a sweep is
+  resume    FOLDER: submit what is missing or failed
+  cancel    FOLDER: end the sweep's SLURM tasks
+  doctor    --profile FILE: what the cluster will do to a sweep
 
 python -m launch COMMAND --help tells more.
 """
@@ -31,6 +38,9 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "series": lambda rest: series(rest, command),
         "status": show_status,
+        "resume": lambda rest: resume(rest, command),
+        "cancel": cancel_sweep,
+        "doctor": doctor,
     }
     name, *rest = argv or ["--help"]
     try:
@@ -54,18 +64,63 @@ def series(argv: list[str], command: list[str]) -> int:
         "Prune a series of keep ratios k. Flags of bip train apply to every stage.",
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
-    plan = make_plan(flags, profile.ntasks_per_node)
-    check_networks(plan)
+    plan = make_plan(flags, profile.ranks)
+    sizes = check_networks([point.config for point in plan.points])
     for note in plan.notes:
         print(note)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     sweep, run_ids = Sweep(plan.folder), [point.run_id for point in plan.points]
+    submission = prepare(profile, [point.config for point in plan.points], sizes)
     sweep.add(plan.points)
+    keep_code = flags.get("snapshot", True)
+    return run(sweep, run_ids, submission, command, flags.get("wait", True), keep_code)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A profile, checked, and the most tasks that one array may have."""
+
+    profile: LocalProfile | SlurmProfile
+    max_array_size: int = 0
+
+
+def prepare(
+    profile: LocalProfile | SlurmProfile, configs: list[RunConfig], sizes: dict[str, int]
+) -> Submission:
+    """All checks of cluster, disk and data. Raises UserError; nothing is created."""
+    if not isinstance(profile, SlurmProfile):
+        return Submission(profile)
+    limits, per_task, lines = preflight(profile, len(configs))
+    lines.append(check_disk(configs, sizes, profile.parallelism))
+    for line in lines:
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
+    from bip.data.datasets import open_split
+
+    for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs}:
+        for train in (True, False):
+            open_split(dataset, data_dir, train)
+    profile = profile.model_copy(update={"points_per_task": per_task})
+    return Submission(profile, limits.max_array_size - 1)
+
+
+def run(
+    sweep: Sweep,
+    run_ids: list[str],
+    submission: Submission,
+    command: list[str],
+    stay: bool,
+    keep_code: bool = True,
+) -> int:
+    """Submit the points, and unless `stay` is False show how they go on. Returns the exit code."""
+    profile = submission.profile
     look_again = f"python -m launch status {sweep.folder}"
     try:
-        submit(sweep, profile, run_ids, command)
-        if not flags.get("wait", True):
+        if isinstance(profile, SlurmProfile):
+            submit_arrays(sweep, profile, run_ids, submission.max_array_size, keep_code)
+        else:
+            submit(sweep, profile, run_ids, command)
+        if not stay:
             print(f"{len(run_ids)} runs in {sweep.folder}; to look: {look_again}")
             return 0
         at_once = f"at most {profile.parallelism} at once"
@@ -75,20 +130,134 @@ def series(argv: list[str], command: list[str]) -> int:
         print(f"\nThe runs go on. To look again: {look_again}")
         return 130
     show(rows, sweep.folder)
-    return 0 if all(row.state == "done" for row in rows) else 1
+    if all(row.state == "done" for row in rows):
+        return 0
+    print(f"to run what is missing: python -m launch resume {sweep.folder}")
+    return 1
 
 
-def check_networks(plan: Plan) -> None:
-    """Build every network of the plan without memory. Raises UserError for an unknown one."""
+def resume(argv: list[str], command: list[str]) -> int:
+    """Submit the points of FOLDER that are neither done nor under way; exit code as of `series`."""
+    codes = [0]
+
+    def given(
+        folder: Path,
+        profile: Path | None = None,
+        parallelism: int | None = None,
+        wait: bool = True,
+        snapshot: bool = True,
+    ) -> None:
+        """Submit what is missing or failed, as a new array.
+
+        Args:
+            folder: RESULT_DIR/EXP_NAME of a series.
+            profile: the cluster's facts (default: those of the last submission).
+            parallelism: runs at once (default: the profile's).
+            wait: stay and show the progress.
+            snapshot: queued tasks run a copy of the code as it is now.
+        """
+        sweep = Sweep(folder)
+        rows = [row for row in status(folder) if row.state not in ("done", "running")]
+        missing = [row.run_id for row in rows if not row.reason.startswith("in the queue")]
+        configs = check_unchanged(sweep, missing)
+        if not missing:
+            print(f"nothing to resume: all of {folder} is done or under way")
+            return
+        last = sweep.jobs / "profile.json"
+        facts = load_profile(profile or (last if last.exists() else None), parallelism)
+        for config in configs:
+            config.batch_per_rank(facts.ranks)
+        submission = prepare(facts, configs, check_networks(configs))
+        codes.append(run(sweep, missing, submission, command, wait, snapshot))
+
+    call({"resume": given}, ["resume", *argv], "python -m launch")
+    return codes[-1]
+
+
+def check_unchanged(sweep: Sweep, run_ids: list[str]) -> list[RunConfig]:
+    """The configurations of these points. Raises UserError if one is not what was planned."""
+    configs = []
+    for run_id in run_ids:
+        path = sweep.folder / "points" / f"{run_id}.yml"
+        config = build_config(read_yaml(path), str(path))
+        if config.run_id != run_id:
+            raise UserError(
+                f"{path}: changed since it was planned (its settings are those of "
+                f"{config.run_id}); plan the new settings with python -m launch series"
+            )
+        if config.run_folder.absolute() != (sweep.folder / config.exp_mode / run_id).absolute():
+            raise UserError(
+                f"{path}: writes to {config.run_folder.parents[1]}, not to {sweep.folder}; the "
+                "sweep folder was moved"
+            )
+        configs.append(config)
+    return configs
+
+
+def cancel_sweep(argv: list[str]) -> int:
+    """End all SLURM tasks of a sweep."""
+
+    def given(folder: Path) -> None:
+        """End the sweep's SLURM tasks; what is saved stays.
+
+        Args:
+            folder: RESULT_DIR/EXP_NAME of a series.
+        """
+        sweep = Sweep(folder)
+        sweep.records()
+        tasks = cancel(sweep)
+        print(f"cancelled {len(tasks)} tasks; to go on: python -m launch resume {folder}")
+
+    call({"cancel": given}, ["cancel", *argv], "python -m launch")
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """0: nothing stands against the profile; 1: something does."""
+
+    def given(profile: Path, probe: bool = False, folder: Path = Path("trained_models")) -> None:
+        """What the cluster of a profile will do to a sweep.
+
+        Args:
+            profile: the profile's file.
+            probe: also start a task and ask what it sees.
+            folder: result folder that the tasks must see.
+        """
+        facts = load_profile(profile)
+        if not isinstance(facts, SlurmProfile):
+            raise UserError(f"{profile}: executor is {facts.executor}; the doctor knows SLURM")
+        findings = list(examine(facts))
+        if probe:
+            findings += doctor_probe(facts, folder.absolute())
+        for finding in findings:
+            levels.append(finding.level)
+            print(f"{finding.level:8} {finding.text}")
+
+    levels: list[str] = []
+    words = ["--profile" if word == "--profiles" else word for word in argv]
+    if "--profile" in words:  # the one name in all commands
+        words.remove("--profile")
+    call({"doctor": given}, ["doctor", *words], "python -m launch")
+    return 1 if "error" in levels else 0
+
+
+def check_networks(configs: list[RunConfig]) -> dict[str, int]:
+    """Every network's parameter count, by name; built without memory.
+
+    Raises UserError for an unknown one.
+    """
     import torch  # seconds to import: only here, after all that is quick to check
 
     from bip import models
     from bip.data.datasets import dataset_spec
 
-    for arch, dataset in {(p.config.arch, p.config.dataset) for p in plan.points}:
+    sizes = {}
+    for arch, dataset in {(config.arch, config.dataset) for config in configs}:
         spec = dataset_spec(dataset)
         with torch.device("meta"):
-            models.build(arch, spec.classes, spec.channels)
+            network = models.build(arch, spec.classes, spec.channels)
+        sizes[arch] = sum(weights.numel() for weights in network.parameters())
+    return sizes
 
 
 def show_status(argv: list[str]) -> int:

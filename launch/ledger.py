@@ -19,7 +19,7 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -236,9 +236,9 @@ class Sweep:
     def is_done(self, record: Record) -> bool:
         return (self.folder / record.folder / "result.json").exists()
 
-    def fail(self, record: Record, reason: str) -> None:
+    def fail(self, run_id: str, reason: str) -> None:
         content = {"reason": reason, "time": time.time()}
-        atomic_write_json(self.failure_path(record.run_id), content)
+        atomic_write_json(self.failure_path(run_id), content)
 
     def failure(self, record: Record) -> str | None:
         """Why the last attempt failed, or None."""
@@ -249,8 +249,18 @@ class Sweep:
         except (ValueError, KeyError, TypeError):
             return "failed (its record is unreadable)"
 
-    def states(self, records: Collection[Record]) -> dict[str, State]:
-        """The state of every point. A point is blocked when a point that it needs cannot finish."""
+    def states(
+        self,
+        records: Collection[Record],
+        queued: Mapping[str, State] | None = None,
+        submitted: Collection[str] = (),
+    ) -> dict[str, State]:
+        """The state of every point. A point is blocked when a point that it needs cannot finish.
+
+        `queued` tells of points in SLURM's queue; those of `submitted` that are not there have
+        left it. With None that is not known.
+        """
+        lost: Collection[str] = () if queued is None or self.live_workers() else submitted
         states: dict[str, State] = {}
         # Stage order: what a point needs comes before it.
         for record in records:
@@ -262,8 +272,12 @@ class Sweep:
                 state = State("running")
             elif (reason := self.failure(record)) is not None:
                 state = State("failed", reason)
+            elif queued and record.run_id in queued:
+                state = queued[record.run_id]
             elif stuck:
                 state = State("blocked", f"needs {stuck[0]}, which {states[stuck[0]].name}")
+            elif record.run_id in lost:
+                state = State("failed", "its task left SLURM's queue without a result")
             else:
                 state = State("waiting")
             states[record.run_id] = state

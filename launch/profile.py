@@ -1,30 +1,144 @@
 """A profile: the facts of the machine or cluster that a sweep runs on."""
 
+import re
+import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bip.config import read_yaml
 from bip.errors import UserError
-from bip.flags import one_line
+from bip.flags import nearest, one_line
 
 LOCAL = Path(__file__).parent.parent / "slurm" / "profiles" / "local.yml"
+_DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d\d)(?::(?P<s>\d\d))?")
+# Written by the launcher from the profile's own keys; given twice they would contradict.
+_OURS = {"array", "requeue", "no_requeue", "open_mode", "signal", "output", "error", "dependency"}
+_OURS |= {"kill_on_invalid_dep", "job_name", "export", "parsable", "wrap", "wait"}
+
+
+def _minutes(value: object) -> object:
+    """A time limit in whole minutes, from minutes or SLURM's [D-]HH:MM[:SS]."""
+    if isinstance(value, int) and value > 7 * 24 * 60:
+        # YAML 1.1 reads an unquoted 12:00:00 as 43200, silently.
+        raise ValueError('more than a week of minutes; write times in quotes, as "1-12:00:00"')
+    if isinstance(value, str) and not value.isdigit():
+        match = _DURATION.fullmatch(value)
+        if match is None:
+            raise ValueError('must be minutes, or "HH:MM:SS" or "D-HH:MM:SS" in quotes')
+        d, h, m, s = (int(part or 0) for part in match.groups())
+        return max(1, (d * 24 + h) * 60 + m + (s > 0))
+    return value
 
 
 class Profile(BaseModel):
-    """What `slurm/profiles/*.yml` holds. Names are SLURM's where SLURM has one."""
+    """What every profile holds. Names are SLURM's where SLURM has one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    executor: Literal["local"] = Field(description="what starts the jobs")
+    executor: str = Field(description="what starts the jobs")
     parallelism: int = Field(2, ge=1, description="runs at once")
-    ntasks_per_node: int = Field(1, ge=1, description="processes (ranks) of one run")
+    ntasks_per_node: int = Field(1, ge=1, description="processes (ranks) of one run on a node")
     cpus_per_task: int = Field(1, ge=1, description="threads of one rank (OMP_NUM_THREADS)")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the runs")
 
+    @property
+    def ranks(self) -> int:
+        """Processes of one run."""
+        return self.ntasks_per_node
 
-def load_profile(path: Path | None, parallelism: int | None = None) -> Profile:
+
+class LocalProfile(Profile):
+    """This machine, without a scheduler."""
+
+    executor: Literal["local"] = Field(description="what starts the jobs")
+
+
+class Retries(BaseModel):
+    """How often a run may be interrupted, by cause, before its task is left as failed.
+
+    Counted since the task was submitted. A bug and running out of memory are never retried.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preempted: int = Field(default=100, ge=0, description="the scheduler took the nodes")
+    timed_out: int = Field(default=100, ge=0, description="the time limit came")
+    lost: int = Field(
+        default=5, ge=0, description="attempts that ended without a word: node failures"
+    )
+
+
+class SlurmProfile(Profile):
+    """A SLURM cluster: what one array task asks for, and how it is requeued."""
+
+    executor: Literal["slurm"] = Field(description="what starts the jobs")
+    # What a task asks for
+    partition: str | None = Field(None, description="partition")
+    account: str | None = Field(None, description="account")
+    qos: str | None = Field(None, description="quality of service")
+    constraint: str | None = Field(None, description="node features")
+    time: Annotated[int, BeforeValidator(_minutes)] = Field(
+        60, ge=1, description='time limit of one attempt: minutes, or "D-HH:MM:SS" in quotes'
+    )
+    nodes: int = Field(1, ge=1, description="nodes of one run")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node")
+    mem: str | None = Field(None, description="memory of a node, such as 64G")
+    sbatch: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="further sbatch options, such as {reservation: NAME}"
+    )
+    # How its ranks start
+    setup: list[str] = Field(default_factory=list, description="shell lines before the ranks start")
+    srun_args: list[str] = Field(default_factory=list, description="further srun arguments")
+    python: str = Field(sys.executable, description="python of the ranks, on the compute nodes")
+    points_per_task: int = Field(1, ge=1, description="runs that one array task does in turn")
+    # How it is interrupted
+    signal_lead: int = Field(
+        120, ge=0, le=65535, description="seconds before the time limit at which runs are told"
+    )
+    requeue_by: Literal["scontrol", "batch"] = Field(
+        "scontrol", description="scontrol: rank 0 requeues; batch: the batch script does"
+    )
+    retries: Retries = Field(Retries(), description="by cause")
+
+    @field_validator("sbatch")
+    @classmethod
+    def _no_key_twice(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
+        options = {name.replace("-", "_"): value for name, value in options.items()}
+        for name in options:
+            if name in cls.model_fields:
+                raise ValueError(f"{name} is a key of the profile; give it there")
+            if name in _OURS:
+                raise ValueError(f"{name} is set by the launcher; leave it out")
+        return options
+
+    @model_validator(mode="after")
+    def _time_to_save(self) -> Self:
+        if self.signal_lead >= 60 * self.time:
+            raise ValueError(f"signal_lead: {self.signal_lead} s is not less than the time limit")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ntasks_per_node
+
+
+PROFILES: dict[str, type[LocalProfile] | type[SlurmProfile]] = {
+    "local": LocalProfile,
+    "slurm": SlurmProfile,
+}
+
+
+def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProfile | SlurmProfile:
     """The profile in `path` (None: the local one); `parallelism` beats the file's.
 
     Raises UserError naming the file and the key.
@@ -33,12 +147,16 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> Profile:
     if not path.is_file():
         raise UserError(f"profile: no such file: {path}")
     values = read_yaml(path)
+    kind = values.get("executor")
+    if kind not in PROFILES:
+        known = ", ".join(PROFILES)
+        found = "missing" if kind is None else f"{kind!r} is unknown{nearest(str(kind), PROFILES)}"
+        raise UserError(f"{path}: executor: {found}; one of {known}")
+    if parallelism is not None and parallelism < 1:
+        raise UserError(f"parallelism: must be at least 1, not {parallelism}")
+    model = PROFILES[kind]
     try:
-        profile = Profile(**values)
-        if parallelism is not None:
-            if parallelism < 1:
-                raise UserError(f"parallelism: must be at least 1, not {parallelism}")
-            profile = profile.model_copy(update={"parallelism": parallelism})
+        profile = model(**values)
     except ValidationError as error:
-        raise one_line(error, Profile.model_fields, str(path)) from None
-    return profile
+        raise one_line(error, model.model_fields, str(path)) from None
+    return profile.model_copy(update={"parallelism": parallelism}) if parallelism else profile

@@ -71,6 +71,9 @@ class SeriesOptions(BaseModel):
     )
     parallelism: int | None = Field(None, description="runs at once (default: the profile's)")
     wait: bool = Field(True, description="stay and show the progress")
+    snapshot: bool = Field(
+        True, description="SLURM: queued tasks run a copy of the code as it is now"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 import json
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch.ledger import Record, State, StateName, Sweep
+from launch import slurm
+from launch.arrays import submitted_tasks
+from launch.ledger import FINAL, Record, State, StateName, Sweep
 
 _STYLES: dict[StateName, str] = {
     "waiting": "dim",
@@ -47,6 +50,7 @@ class Row:
     loss: float | None = None
     seconds: float | None = None
     folder: str = ""
+    task: str = ""  # the newest SLURM array task
 
 
 def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
@@ -56,12 +60,35 @@ def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
     """
     sweep = Sweep(folder)
     records = sweep.records()
-    states = sweep.states(records)
-    wanted = [record for record in records if run_ids is None or record.run_id in run_ids]
-    return [_row(sweep, record, states[record.run_id]) for record in wanted]
+    tasks = submitted_tasks(sweep)
+    queue = _queue(tasks)  # asked before results are looked for: a task may end in between
+    queued = None if queue is None else {run_id: _queued_state(q) for run_id, q in queue.items()}
+    states = sweep.states(records, queued, tasks)
+    rows = []
+    for record in records:
+        if run_ids is None or record.run_id in run_ids:
+            row = _row(sweep, record, states[record.run_id], (queue or {}).get(record.run_id))
+            rows.append(replace(row, task=tasks.get(record.run_id, "")))
+    return rows
 
 
-def _row(sweep: Sweep, record: Record, state: State) -> Row:
+def _queue(tasks: dict[str, str]) -> dict[str, slurm.Queued] | None:
+    """RUN_ID -> its place in SLURM's queue; None if SLURM cannot be asked."""
+    try:
+        found = slurm.queue(task.split("_")[0] for task in tasks.values())
+    except slurm.SlurmError as error:
+        print(f"warning: {error}; states as of the files alone", file=sys.stderr)
+        return None
+    return {run_id: found[task] for run_id, task in tasks.items() if task in found}
+
+
+def _queued_state(queued: slurm.Queued) -> State:
+    if queued.state == "PENDING":
+        return State("waiting", f"in the queue ({queued.reason})")
+    return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
+
+
+def _row(sweep: Sweep, record: Record, state: State, queued: slurm.Queued | None) -> Row:
     folder = sweep.folder / record.folder
     values = {name: value for name, value in asdict(record).items() if name in Row.__annotations__}
     values |= {"state": state.name, "reason": state.reason, "folder": str(folder)}
@@ -75,8 +102,10 @@ def _row(sweep: Sweep, record: Record, state: State) -> Row:
     else:
         last = _last_record(folder / "metrics.jsonl")
         values |= {name: last.get(name) for name in ("epoch", "epochs", "loss")}
-        started = sweep.started(record) if state.name == "running" else None
+        started = sweep.started(record) if state.name == "running" and queued is None else None
         values["seconds"] = None if started is None else max(0.0, time.time() - started)
+        if state.name == "running" and queued is not None:
+            values["seconds"] = queued.seconds
     return Row(**values)
 
 
@@ -140,13 +169,14 @@ def table(rows: list[Row], folder: Path, width: int) -> Group:
         found.add_row(*styled[: len(titles)])
     known = ", ".join(f"{_AXES[name]} {getattr(pruned[0], name)}" for name in shared if pruned)
     lines = [Text(f"{folder.name}: {summary(rows)}" + (f" ({known})" if known else ""))]
-    reasons = Counter((row.stage, row.state, row.reason) for row in rows if row.reason)
+    shown = [row for row in rows if row.reason and row.state != "running"]
+    reasons = Counter((row.stage, row.state, row.reason) for row in shown)
     trouble = [
         Text(f"{state} ({stage}{f', {count} runs' if count > 1 else ''}): {reason}", _STYLES[state])
         for (stage, state, reason), count in reasons.items()
     ]
     places = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
-    if trouble:
+    if any(row.state in FINAL[1:] for row in rows):
         places.append(Text(f"what the runs printed: {folder}/jobs/RUN_ID.log"))
     return Group(*lines, found, *trouble, *places)
 

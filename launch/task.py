@@ -101,7 +101,7 @@ def run_point(sweep: Sweep, record: Record, queue: Queue, slot: Lock) -> bool:
             )
             code = process.wait()
         if not sweep.is_done(record):
-            sweep.fail(record, _reason(code, sweep.log(record.run_id), begin))
+            sweep.fail(record.run_id, _reason(code, sweep.log(record.run_id), begin))
     finally:
         claim.close()
     return True

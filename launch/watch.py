@@ -9,10 +9,12 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from launch.arrays import arrays_file
 from launch.ledger import FINAL, Sweep
 from launch.status import Row, epochs, status, summary
 
 POLL_SECONDS = 0.5
+SLURM_POLL_SECONDS = 5.0
 # Workers need a moment to start; after this long without one, nothing more will happen.
 DEAD_SECONDS = 30.0
 
@@ -47,11 +49,15 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
 def _polls(sweep: Sweep, run_ids: Collection[str]) -> Iterator[list[Row]]:
     """The rows, again and again until all are final."""
     alive = time.monotonic()
+    by_slurm = arrays_file(sweep).exists()
     while True:
         rows = status(sweep.folder, run_ids)
         yield rows
         if all(row.state in FINAL for row in rows):
             return
+        if by_slurm:
+            time.sleep(SLURM_POLL_SECONDS)  # every look is a call of squeue
+            continue
         if sweep.live_workers():
             alive = time.monotonic()
         elif time.monotonic() - alive > DEAD_SECONDS:

@@ -52,7 +52,7 @@ def rows(
 def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     finish(sweep, of(sweep, "pretrain", "1"))
     failed, running = of(sweep, "prune", "0.5"), of(sweep, "prune", "0.1")
-    sweep.fail(failed, "exit code 1: RuntimeError: out of memory")
+    sweep.fail(failed.run_id, "exit code 1: RuntimeError: out of memory")
     metrics = sweep.folder / running.folder / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     for epoch in range(1, 4):
@@ -88,7 +88,7 @@ def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -
 
 def test_result_beats_everything(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
     record = of(sweep, "prune", "0.5")
-    sweep.fail(record, "an older attempt")
+    sweep.fail(record.run_id, "an older attempt")
     finish(sweep, record)
     assert rows(sweep, capsys)["prune", "0.5"]["state"] == "done"
 

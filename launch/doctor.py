@@ -1,0 +1,211 @@
+"""What a SLURM cluster will do to a sweep: found out before it is submitted."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from bip.config import RunConfig
+from bip.errors import UserError
+from launch import slurm
+from launch.profile import SlurmProfile
+from launch.task import without_job
+
+_PROBE = """
+import os, shutil, socket, sys
+folder = sys.argv[1]
+print("host", socket.gethostname())
+print("scontrol", shutil.which("scontrol") or "none")
+print("folder", "seen" if os.path.exists(folder) else "missing")
+try:
+    import torch
+    print("gpus", torch.cuda.device_count())
+except ImportError as error:
+    print("torch", error)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact. An error would make every task fail; a warning may cost work."""
+
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much may be submitted at once."""
+
+    max_array_size: int
+    max_submit: int | None  # jobs of this user, an array's tasks counted one by one
+
+
+def limits() -> Limits:
+    """Raises SlurmError if the controller does not answer."""
+    settings = slurm.settings()
+    found = []
+    for kind, columns in (("assoc", "maxsubmitjobs"), ("qos", "maxsubmitjobsperuser")):
+        where = ["where", f"user={os.environ.get('USER') or os.getuid()}"] * (kind == "assoc")
+        try:
+            words = ["sacctmgr", "-nP", "show", kind, *where, f"format={columns}"]
+            found += [int(text) for text in slurm.ask(*words).split() if text.isdigit()]
+        except slurm.SlurmError:
+            continue  # without accounting there are no such limits
+    return Limits(
+        slurm.number(settings.get("MaxArraySize", ""), 1001) or 1, min(found) if found else None
+    )
+
+
+def examine(profile: SlurmProfile) -> Iterator[Finding]:
+    """What the controller tells about the profile; nothing is submitted."""
+    for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
+        if shutil.which(command) is None:
+            yield Finding("error", f"{command}: not found; submit from a login node")
+            return
+    try:
+        settings = slurm.settings()
+        partition = slurm.partition(profile.partition)
+    except slurm.SlurmError as error:
+        yield Finding("error", str(error))
+        return
+    yield Finding("ok", f"SLURM {settings.get('SLURM_VERSION', '?')} answers")
+    if partition is None:
+        yield Finding("error", f"partition: there is no {profile.partition or 'default one'}")
+        return
+    name = partition["PartitionName"]
+    if partition.get("State") != "UP":
+        yield Finding("error", f"partition: {name} is {partition.get('State')}")
+    yield _accepted(profile)
+    yield from _preemption(settings, partition)
+    lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
+    yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
+    if settings.get("JobRequeue") == "0":
+        yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
+    if "none" in settings.get("AccountingStorageType", "none"):
+        yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
+    found = limits()
+    most = "no limit on jobs" if found.max_submit is None else f"{found.max_submit} jobs a user"
+    yield Finding("ok", f"submission: arrays of {found.max_array_size - 1} tasks, {most}")
+
+
+def _accepted(profile: SlurmProfile) -> Finding:
+    """sbatch's own opinion of the resources: account, QOS, features, memory, limits."""
+    asked = {
+        "partition": profile.partition, "account": profile.account, "qos": profile.qos,
+        "constraint": profile.constraint, "mem": profile.mem, "nodes": profile.nodes,
+        "time": profile.time, "ntasks-per-node": profile.ntasks_per_node,
+        "cpus-per-task": profile.cpus_per_task, "gpus-per-node": profile.gpus_per_node or None,
+        **{name.replace("_", "-"): value for name, value in profile.sbatch.items()},
+    }  # fmt: skip
+    words = [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in asked.items()
+        if value is not None and value is not False
+    ]
+    try:
+        env = without_job(os.environ)
+        slurm.ask("sbatch", "--test-only", *words, "--wrap=true", env=env)
+    except slurm.SlurmError as error:
+        return Finding("error", f"these resources are refused: {error}")
+    return Finding("ok", f"{profile.nodes} nodes x {profile.ntasks_per_node} ranks: accepted")
+
+
+def _preemption(settings: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:
+    """What happens to a preempted task, and how long it has to save."""
+    mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF")).upper()
+    if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
+        yield Finding("ok", "preemption: none in this partition")
+        return
+    options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
+    told = "the user signal" if "send_user_signal" in options else "SIGTERM"
+    grace = slurm.number(partition.get("GraceTime", "0"), 0)
+    kill_wait = slurm.number(settings.get("KillWait", ""), 30)
+    seconds = grace or kill_wait
+    kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
+    if mode == "CANCEL":
+        yield Finding(
+            "warning",
+            "PreemptMode=CANCEL: SLURM ends preempted tasks for good; those that it does not let "
+            "requeue themselves are resubmitted by python -m launch resume FOLDER",
+        )
+    level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
+    yield Finding(
+        level, f"preemption ({mode}): {told}, then {seconds} s to finish a step and save ({kind})"
+    )
+
+
+def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once: int) -> str:
+    """What the sweep will write, as a line. Raises UserError if the disk has less.
+
+    `parameters` is each network's size. A finished run keeps two models of weights and scores, a
+    going one two checkpoints with two optimizers' momentum as well.
+    """
+    sizes = [4 * parameters[config.arch] for config in configs]
+    need = sum(2 * 2 * size for size in sizes) + at_once * 2 * 4 * max(sizes)
+    folder = configs[0].result_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(
+            f"result_dir: {folder} has {free / 1e9:.1f} GB free, the sweep writes about "
+            f"{need / 1e9:.1f} GB; give another --result-dir"
+        )
+    return f"disk: about {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
+
+
+def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
+    """Start the profile's python on compute nodes once and ask what it sees. Takes a turn in the
+    queue."""
+    words = [
+        "srun",
+        "--time=5",
+        f"--nodes={profile.nodes}",
+        "--ntasks-per-node=1",
+        "--immediate=60",
+    ]
+    words += [f"--{n}={v}" for n in ("partition", "account", "qos") if (v := getattr(profile, n))]
+    if profile.gpus_per_node:
+        words.append(f"--gpus-per-node={profile.gpus_per_node}")
+    try:
+        env = without_job(os.environ)
+        command = [*words, *profile.srun_args, profile.python, "-c", _PROBE, str(folder)]
+        lines = slurm.ask(*command, env=env, timeout=180).splitlines()
+    except slurm.SlurmError as error:
+        yield Finding("error", f"a task on the compute nodes: {error}")
+        return
+    facts = [line.partition(" ")[::2] for line in lines]
+    hosts = ", ".join(value for name, value in facts if name == "host")
+    yield Finding("ok", f"tasks start on {hosts}")
+    for name, value in facts:
+        if name == "folder" and value == "missing":
+            yield Finding("error", f"{folder} is not seen on a compute node; give a shared folder")
+        if name == "scontrol" and value == "none" and profile.requeue_by == "scontrol":
+            yield Finding("warning", "no scontrol in the tasks: give requeue_by: batch")
+        if name == "torch":
+            yield Finding("error", f"python: {profile.python} cannot run training: {value}")
+        if name == "gpus" and int(value) < profile.gpus_per_node:
+            yield Finding("error", f"a node shows {value} GPUs, not {profile.gpus_per_node}")
+
+
+def preflight(profile: SlurmProfile, tasks: int) -> tuple[Limits, int, list[str]]:
+    """Before submission: (limits, points per task, what to tell).
+
+    More tasks than the user may submit are made fewer by running several points in each. Raises
+    UserError for what would make every task fail.
+    """
+    told = []
+    for finding in examine(profile):
+        if finding.level == "error":
+            raise UserError(finding.text)
+        if finding.level == "warning":
+            told.append(f"warning: {finding.text}")
+    found = limits()
+    per_task = profile.points_per_task
+    if found.max_submit is not None and tasks > found.max_submit * per_task:
+        per_task = -(-tasks // found.max_submit)
+        told.append(f"{per_task} runs per array task: this user may submit {found.max_submit} jobs")
+    return found, per_task, told

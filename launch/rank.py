@@ -1,0 +1,162 @@
+"""What one rank of an array task runs: a run, and what follows when it is told to stop.
+
+Imports little: a signal must be noticed before the slow imports of a run.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from bip.distributed.preemption import SIGNALS, StopRequest
+
+if TYPE_CHECKING:
+    from launch.ledger import Sweep
+
+POINT = "BIP_POINT"  # the RUN_ID that this step runs
+SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
+PARK_SECONDS = 900.0
+
+
+def run_point(folder: str) -> None:
+    """Run the point that the environment names, of the sweep in `folder`, to its end.
+
+    Ends the process otherwise: with 75 when the batch script is to requeue the task, with 1 after
+    a failure that is written to the sweep's jobs folder. A stopped run that requeues itself waits
+    for SLURM to end it.
+    """
+    stop = StopRequest().install()
+    from bip.config import build_config, read_yaml
+    from bip.errors import RankError, Stopped, UserError
+    from launch.ledger import Sweep
+
+    sweep = Sweep(Path(folder))
+    run_id = os.environ[POINT]
+    attempt = Attempt(sweep, run_id)
+    try:
+        path = sweep.folder / "points" / f"{run_id}.yml"
+        config = build_config(read_yaml(path), str(path))
+        attempt.run_folder = config.run_folder
+        attempt.check_lost()
+        from bip.run import train
+
+        train(config, stop)
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        attempt.requeue(stopped.cause)
+    except (UserError, RankError) as error:
+        attempt.fail(f"error: {error}")
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        attempt.fail(f"{type(error).__name__}: {error}")
+
+
+class Attempt:
+    """This rank's part in one attempt of one point."""
+
+    def __init__(self, sweep: "Sweep", run_id: str) -> None:
+        self.sweep, self.run_id = sweep, run_id
+        self.run_folder: Path | None = None
+        self.is_first = os.environ.get("SLURM_PROCID", "0") == "0"
+        self.profile = json.loads((sweep.jobs / "profile.json").read_text())
+
+    def check_lost(self) -> None:
+        """Raises UserError when attempts that ended without a word have used up their budget."""
+        from bip.errors import UserError
+
+        records = self._records()
+        starts = sum(record["event"] == "start" for record in records)
+        ends = sum(record["event"] == "end" for record in records)
+        if starts - ends > (allowed := self.profile["retries"]["lost"]):
+            raise UserError(
+                f"{starts - ends} attempts ended without a word (nodes failed, or the memory did "
+                f"not suffice); the profile's retries.lost is {allowed}"
+            )
+
+    def requeue(self, signal_name: str) -> NoReturn:
+        """Have the task requeued if its cause has budget left, and wait for the end."""
+        from launch import slurm
+
+        if not self.is_first:
+            self._park()
+        name = slurm.own_task() or ""
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        cause = self._cause(name, signal_name)
+        used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())
+        allowed = self.profile["retries"].get(cause, self.profile["retries"]["preempted"])
+        if used >= allowed:
+            self.fail(f"{cause} {used + 1} times; the profile's retries.{cause} is {allowed}")
+        by_batch = self.profile["requeue_by"] == "batch"
+        self._record(cause, "batch" if by_batch else "scontrol")
+        # SLURM ends this step within the call, so nothing may be left to do after it.
+        refusal = None if by_batch else slurm.requeue(name, restarts)
+        if refusal is not None:
+            print(f"not requeued from here ({refusal}); the batch script tries", flush=True)
+            self._record(cause, "batch")
+        sys.stdout.flush()
+        if refusal is None and not by_batch:
+            # The task is in the queue again and this step is being ended: no need to stay longer.
+            time.sleep(3)
+        os._exit(os.EX_TEMPFAIL)
+
+    def fail(self, reason: str) -> NoReturn:
+        """Record why this point is given up; the first rank to say so is heard."""
+        print(reason, file=sys.stderr, flush=True)
+        note = self.sweep.failure_path(self.run_id)
+        try:
+            if not note.exists():
+                self.sweep.fail(self.run_id, reason)
+        finally:
+            sys.stdout.flush()
+            os._exit(1)  # the process group may wait for a dead rank for ever
+
+    def _park(self) -> NoReturn:
+        """Wait for rank 0 to have the task requeued, which ends this step.
+
+        Had this rank exited at once, SLURM might take the task as failed and end rank 0 in midst.
+        """
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))
+        sys.stdout.flush()
+        time.sleep(PARK_SECONDS)
+        os._exit(os.EX_TEMPFAIL)
+
+    def _cause(self, name: str, signal_name: str) -> str:
+        from launch import slurm
+
+        try:
+            task = slurm.show_task(name)
+        except slurm.SlurmError:
+            task = None
+        if task is None:
+            return "preempted" if signal_name == "SIGTERM" else "timed_out"
+        if task.preempted:
+            return "preempted"
+        lead = self.profile["signal_lead"] + 120  # SLURM signals up to a minute early
+        if task.end is not None and task.end - time.time() < lead:
+            return "timed_out"
+        return "preempted"
+
+    def _records(self) -> list[dict[str, str]]:
+        """What attempts.jsonl tells since the array was submitted."""
+        from bip.files import read_jsonl
+
+        assert self.run_folder is not None
+        since = os.environ.get(SUBMITTED, "")
+        return [r for r in read_jsonl(self.run_folder / "attempts.jsonl") if r["time"] >= since]
+
+    def _record(self, cause: str, by: str) -> None:
+        from datetime import UTC, datetime
+
+        from bip.files import append_jsonl
+
+        assert self.run_folder is not None
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = {"event": "requeue", "time": now, "cause": cause, "by": by}
+        append_jsonl(self.run_folder / "attempts.jsonl", record)

@@ -1,0 +1,143 @@
+"""SLURM's commands: what they are asked, and what their answers mean."""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from bip.errors import UserError
+
+
+class SlurmError(UserError):
+    """A SLURM command is missing or refused. The message is its first line."""
+
+
+def ask(*command: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> str:
+    """A SLURM command's output. Raises SlurmError if it is missing, refuses or hangs."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: not found on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer within {timeout:.0f} s") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise SlurmError(f"{' '.join(command[:2])}: {lines[0]}")
+    return done.stdout
+
+
+def own_task(env: Mapping[str, str] = os.environ) -> str | None:
+    """The name of this process's array task or job for scontrol; None outside a job.
+
+    Never the bare ID of an array: scontrol takes that for every one of its tasks. The ID of a
+    one-task array's task is that of the array.
+    """
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the controller knows of one array task or job."""
+
+    state: str
+    restarts: int
+    preempted: bool
+    end: float | None  # of the time limit, Unix seconds
+
+    @classmethod
+    def parse(cls, line: str) -> "Task":
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        end = None
+        if re.match(r"\d{4}-", fields.get("EndTime", "")):
+            end = datetime.fromisoformat(fields["EndTime"]).timestamp()
+        preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "")
+        return cls(fields["JobState"], int(fields.get("Restarts", 0)), preempted, end)
+
+
+def show_task(name: str) -> Task | None:
+    """None if the controller no longer knows it. Raises SlurmError if it cannot be asked."""
+    try:
+        lines = ask("scontrol", "show", "job", "-o", name).splitlines()
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    return Task.parse(lines[0]) if lines and "JobState=" in lines[0] else None
+
+
+@dataclass(frozen=True)
+class Queued:
+    """One task in the queue. `task` is ARRAYJOBID_INDEX."""
+
+    task: str
+    state: str
+    reason: str
+    seconds: float
+
+
+def _seconds(text: str) -> float:
+    days, _, clock = text.rpartition("-")
+    parts = [float(part) for part in clock.split(":") if part.replace(".", "").isdigit()]
+    total = 0.0
+    for part in parts:
+        total = 60 * total + part
+    return total + 86400 * int(days or 0)
+
+
+def queue(jobs: Iterable[str]) -> dict[str, Queued]:
+    """The tasks of these array jobs that are waiting or running, by name; one squeue call."""
+    if not (wanted := set(jobs)):
+        return {}
+    # All of the user's jobs: a list of IDs fails as soon as one of them is unknown.
+    answer = ask("squeue", "--noheader", "--array", "--me", "--format=%F_%K|%T|%r|%M")
+    found = {}
+    for line in answer.splitlines():
+        task, state, reason, seconds = line.split("|")
+        if task.split("_")[0] in wanted:
+            found[task] = Queued(task, state, reason, _seconds(seconds))
+    return found
+
+
+def settings() -> dict[str, str]:
+    """The controller's configuration, by SLURM's names."""
+    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs if value}
+
+
+def partition(name: str | None) -> dict[str, str] | None:
+    """The fields of one partition (None: the default one); None if there is no such partition."""
+    lines = ask("scontrol", "show", "partition", "-o").splitlines()
+    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    for fields in found:
+        if fields.get("PartitionName") == name or (name is None and fields.get("Default") == "YES"):
+            return fields
+    return None
+
+
+def number(text: str, missing: int) -> int:
+    """The leading number of a setting such as '30 sec'."""
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else missing
+
+
+def requeue(name: str, restarts: int) -> str | None:
+    """Requeue a task that this attempt is of. Returns None, or why SLURM refuses.
+
+    Does nothing when SLURM has requeued it already: a second requeue would hit the next attempt.
+    """
+    try:
+        task = show_task(name)
+        if task is not None and (task.restarts > restarts or task.state == "PENDING"):
+            return None
+        ask("scontrol", "requeue", name)
+    except SlurmError as error:
+        if "pending" in str(error).lower():
+            return None
+        return str(error)
+    return None
