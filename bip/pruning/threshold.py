@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -83,6 +83,24 @@ class _Search:
     source: list[Bits] | None = None  # where the keys in [low, high] can be found
     ties: NDArray[np.int64] | None = None  # keys equal to the threshold, by rank
 
+    def shift(self, digit_bits: int) -> int:
+        """Bits below the next digit: the digits of [low, high] number at most 2^digit_bits."""
+        return max(0, (self.high - self.low).bit_length() - digit_bits)
+
+    def descend(self, by_rank: NDArray[np.int32], digit_bits: int) -> bool:
+        """Go into the digit that holds the threshold; True if it is a single key."""
+        shift = self.shift(digit_bits)
+        total = by_rank.sum(0, dtype=np.int64)
+        from_top = np.cumsum(total[::-1])
+        place = int(np.searchsorted(from_top, self.segment.keep - self.above))
+        digit = len(total) - 1 - place
+        self.above += int(from_top[place] - total[digit])
+        self.low += digit << shift
+        self.high = min(self.high, self.low + (1 << shift) - 1)
+        if shift == 0:
+            self.ties = by_rank[:, digit].astype(np.int64)
+        return shift == 0
+
 
 class Threshold:
     """Selects the `keep` largest |values| of each segment, step after step, on the CPU.
@@ -107,10 +125,9 @@ class Threshold:
         bits = values.detach().view(torch.int32).numpy()
         searches = [self._search(segment, bits) for segment in self.segments]
         self._bracket(searches)
-        self._count_brackets(searches)
-        open_searches = searches
-        while open_searches:
-            open_searches = self._narrow(open_searches)
+        rest = self._count_brackets(searches)
+        while rest:
+            rest = self._narrow(rest)
         return self._cut_ties(searches)
 
     def _search(self, segment: Segment, bits: Bits) -> _Search:
@@ -145,8 +162,10 @@ class Threshold:
             search.high = int(keys[first]) if first >= 0 else LARGEST
             search.low = int(keys[last]) if last < keys.size else 0
 
-    def _count_brackets(self, searches: list[_Search]) -> None:
-        """One pass over this rank's slice; then each search knows on which side to go on."""
+    def _count_brackets(self, searches: list[_Search]) -> list[_Search]:
+        """One pass over this rank's slice and one gather: what lies above the brackets, and the
+        first digit inside them. Returns the searches that are not down to one key yet.
+        """
         counts = np.zeros((len(searches), 3), np.int64)
         for row, search in zip(counts, searches, strict=True):
             pieces = self._sweep(search)
@@ -157,18 +176,29 @@ class Threshold:
             )
             if all(inside <= found.size for _, inside, _, found in pieces):
                 search.source = [found[:inside] for _, inside, _, found in pieces]
-        gathered = self._gather(counts)
-        self._refuse_nan(gathered[:, :, 2])
-        for search, (above, inside, _) in zip(searches, gathered.sum(0).tolist(), strict=True):
+        tables = [self._digits(search) for search in searches]
+        gathered = self._gather(np.concatenate([counts.view(np.int32).ravel(), *tables]))
+        heads = np.ascontiguousarray(gathered[:, : counts.size * 2]).view(np.int64)
+        heads = heads.reshape(self.exchange.world, *counts.shape)
+        self._refuse_nan(heads[:, :, 2])
+        rest = []
+        by_rank = _split(gathered[:, counts.size * 2 :], tables)
+        for search, (above, inside, _), digits in zip(
+            searches, heads.sum(0).tolist(), by_rank, strict=True
+        ):
             keep = search.segment.keep
             if above < keep <= above + inside:
                 search.above = above
+                if not search.descend(digits, self.digit_bits):
+                    rest.append(search)
                 continue
             search.source = None  # the threshold moved out of the bracket
             if keep <= above:
                 search.low, search.high, search.above = search.high + 1, LARGEST, 0
             else:
                 search.low, search.high, search.above = 0, search.low - 1, above + inside
+            rest.append(search)
+        return rest
 
     def _sweep(self, search: _Search) -> list[tuple[int, int, int, Bits]]:
         low, high = np.int32(search.low), np.int32(search.high)
@@ -189,35 +219,21 @@ class Threshold:
 
     def _narrow(self, searches: list[_Search]) -> list[_Search]:
         """One digit further in every search; those that are not down to one key yet."""
-        shifts, tables = [], []
-        for search in searches:
-            width = search.high - search.low  # bins: 0 .. width >> shift
-            shift = max(0, width.bit_length() - self.digit_bits)
-            shifts.append(shift)
-            tables.append(self._digits(search, shift, (width >> shift) + 1))
-        gathered = self._gather(np.concatenate(tables))
-        rest, at = [], 0
-        for search, shift, table in zip(searches, shifts, tables, strict=True):
-            by_rank = gathered[:, at : at + table.size]
-            at += table.size
-            total = by_rank.sum(0)
-            from_top = np.cumsum(total[::-1])
-            place = int(np.searchsorted(from_top, search.segment.keep - search.above))
-            digit = table.size - 1 - place
-            search.above += int(from_top[place] - total[digit])
-            search.low += digit << shift
-            search.high = min(search.high, search.low + (1 << shift) - 1)
-            if shift == 0:
-                search.ties = by_rank[:, digit].astype(np.int64)
-            else:
-                rest.append(search)
-        return rest
+        tables = [self._digits(search) for search in searches]
+        by_rank = _split(self._gather(np.concatenate(tables)), tables)
+        return [
+            search
+            for search, digits in zip(searches, by_rank, strict=True)
+            if not search.descend(digits, self.digit_bits)
+        ]
 
-    def _digits(self, search: _Search, shift: int, bins: int) -> Bits:
+    def _digits(self, search: _Search) -> Bits:
+        """How often each next digit occurs on this rank among the keys still in the search."""
         low, high = np.int32(search.low), np.int32(search.high)
+        shift = search.shift(self.digit_bits)
 
         def one(bits: Bits) -> Bits:
-            counts = np.zeros(bins, np.int32)
+            counts = np.zeros(((search.high - search.low) >> shift) + 1, np.int32)
             kernels.count_digits(bits, low, high, np.int32(shift), counts)
             return counts
 
@@ -253,13 +269,18 @@ class Threshold:
         spread = FIRST_SPREAD if hint is None else max(4 * abs(key - hint[0]), hint[1] // 2, 1)
         self.hints[row] = (key, min(spread, LARGEST // 2))
 
-    def _gather(self, values: NDArray[np.generic]) -> NDArray[np.int64]:
+    def _gather(self, values: NDArray[Any]) -> NDArray[Any]:
         flat = torch.from_numpy(np.ascontiguousarray(values).reshape(-1))
-        gathered: NDArray[np.int64] = self.exchange.gather(flat).numpy()
+        gathered: NDArray[Any] = self.exchange.gather(flat).numpy()
         return gathered.reshape(self.exchange.world, *values.shape)
 
     def _in_threads(self, call: Callable[[Bits], T], items: list[Bits]) -> list[T]:
         return [call(items[0])] if len(items) == 1 else list(self.pool.map(call, items))
+
+
+def _split(gathered: Bits, like: list[Bits]) -> list[Bits]:
+    """Columns of (W, m) in parts as long as the arrays of `like`."""
+    return np.split(gathered, np.cumsum([len(part) for part in like])[:-1], axis=1)
 
 
 def _pieces(bits: Bits) -> list[Bits]:

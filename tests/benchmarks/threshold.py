@@ -172,8 +172,8 @@ def model(world: int, n: int) -> str:
     digits = 4 * 1024
     return (
         f"W = {world}, n = {n:,}: warm 1 pass over {n // world:,} scores, "
-        f"3-4 gathers of at most {(24 + 2 * digits + 8) / 1024:.1f} KiB in all; "
-        f"cold at most {(sample + 24 + 4 * digits + 8) / 1024:.1f} KiB in 6 gathers; "
+        f"2-3 gathers of at most {(24 + 2 * digits + 8) / 1024:.1f} KiB in all; "
+        f"cold at most {(sample + 24 + 4 * digits + 8) / 1024:.1f} KiB in 3-6 gathers; "
         f"received {world} times that; mask and z: 1 pass over all {n:,}"
     )
 
