@@ -1,7 +1,9 @@
 """One run, composed: the only file that knows every part."""
 
+import errno
 import os
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,9 @@ from bip.training.evaluate import Accuracy
 from bip.training.loop import Loop, Progress
 from bip.training.metrics import RunLog
 from bip.training.optim import Clock
+
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
@@ -220,6 +225,13 @@ class Run:
         try:
             finished = self._take_folder()
             return finished if finished is not None else self._train(elsewhere)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            raise UserError(
+                f"result_dir: {self.folder}: {error.strerror}; the newest checkpoint is kept, and "
+                "the same command goes on from it"
+            ) from None
         finally:
             self.lock.release()
 
@@ -277,7 +289,8 @@ class Run:
             log.close()
             self.data.close()
             if self.group.is_first:
-                self._record_attempt("end", cause=cause, step=progress.iteration)
+                with suppress(OSError):  # on a full disk the first error is the one to tell
+                    self._record_attempt("end", cause=cause, step=progress.iteration)
 
     def _explain(self, error: Exception) -> None:
         """Tell the others about this rank's own failure; name the rank behind a collective's."""

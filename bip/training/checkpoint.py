@@ -47,7 +47,7 @@ def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[s
     for tensor, weight, score in zip(
         tensors, pruned.views(pruned.weights), pruned.views(pruned.scores), strict=True
     ):
-        state[tensor.name].copy_(weight)
+        state[tensor.name].copy_(weight.detach())
         state[tensor.name.removesuffix("weight") + SCORES] = score.detach().to("cpu", copy=True)
     return state
 
