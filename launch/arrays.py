@@ -258,8 +258,8 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
     class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
         @property
         def _submitit_command_str(self) -> str:
-            start = [profile.python, "-u", "-m", "submitit.core._submit", str(folder)]
-            words = ["run_points", str(sweep), str(points), *profile.srun_args, *start]
+            start = [*shlex.split(profile.python), "-u", "-m", "submitit.core._submit"]
+            words = ["run_points", str(sweep), str(points), *profile.srun_args, *start, str(folder)]
             return shlex.join(words)
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:

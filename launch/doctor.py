@@ -1,6 +1,7 @@
 """What a SLURM cluster will do to a sweep: found out before it is submitted."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,8 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
     try:
         env = without_job(os.environ)
-        command = [*words, *profile.srun_args, profile.python, "-c", _PROBE, str(folder)]
+        python = shlex.split(profile.python)
+        command = [*words, *profile.srun_args, *python, "-c", _PROBE, str(folder)]
         lines = slurm.ask(*command, env=env, timeout=180).splitlines()
     except slurm.SlurmError as error:
         yield Finding("error", f"a task on the compute nodes: {error}")

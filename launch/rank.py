@@ -71,7 +71,10 @@ class Attempt:
 
         records = self._records()
         starts = sum(record["event"] == "start" for record in records)
-        ends = sum(record["event"] == "end" for record in records)
+        ends = sum(
+            record["event"] == "end" and not record["cause"].startswith("rank lost")
+            for record in records
+        )
         if starts - ends > (allowed := self.profile["retries"]["lost"]):
             raise UserError(
                 f"{starts - ends} attempts ended without a word (nodes failed, or the memory did "

@@ -27,12 +27,23 @@ requeue() {
   sleep 900 # until SLURM ends this
 }
 
+nodes_answer() { # whether a step still starts on every node of the task
+  timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
+}
+
 run_step() {
   local code=0
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
   case $code in
+    0) return ;;
     75 | 138 | 140 | 143) requeue ;; # EX_TEMPFAIL; 128 + USR1, USR2, TERM
   esac
+  if ((${SLURM_NNODES:-1} > 1)) && ! nodes_answer; then
+    # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
+    [[ -z ${note-} ]] || rm -f "$note"
+    sleep 600
+    requeue
+  fi
   return "$code"
 }
 
