@@ -50,7 +50,6 @@ from bip.training.loop import Loop, Progress
 from bip.training.metrics import RunLog
 from bip.training.optim import Clock
 
-
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 

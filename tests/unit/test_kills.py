@@ -71,7 +71,7 @@ def _train(text: str, kill_at: int, answers: Any) -> None:
         return call
 
     def opened(path: Any, mode: str = "r", *more: Any) -> Any:
-        stream = builtins.open(path, mode, *more)
+        stream = builtins.open(path, mode, *more)  # noqa: SIM115
         return _HalfWriting(stream, is_due) if "x" in mode else stream
 
     for name in OPERATIONS:
@@ -96,7 +96,9 @@ class Killer:
     def attempt(self, kill_at: int = 0, after: float | None = None) -> int | None:
         """How many operations a run to the end made; None if it was killed."""
         answers = self.context.Queue()
-        process = self.context.Process(target=_train, args=(self.config.to_yaml(), kill_at, answers))
+        process = self.context.Process(
+            target=_train, args=(self.config.to_yaml(), kill_at, answers)
+        )
         process.start()
         if after is not None:
             process.join(after)
@@ -137,7 +139,7 @@ def kill_often(killer: Killer, calm: Finished, kills: int) -> None:
             killed += 1
         killer.check()
     finished = killer.finish()
-    assert killed == kills, 'it finished too early: give it more steps'
+    assert killed == kills, "it finished too early: give it more steps"
     for name in ("mask_sha256", "weights_sha256", "kept", "top1"):
         assert finished.result[name] == calm.result[name]
     for name, value in calm.weights.items():
@@ -193,5 +195,3 @@ def test_folder_that_becomes_read_only(small_disk: Path, source: Path) -> None:
         train(killer.config)
     assert "\n" not in str(error.value)
     assert killer.check() == step
-
-
