@@ -117,11 +117,8 @@ def test_view(pixels: NDArray[np.uint8], image_dim: int, zoom: float) -> NDArray
     Returns:
         Shape (channels, image_dim, image_dim).
     """
-    before = pixels.shape[0], pixels.shape[1]
-    (height, width), (top, left) = test_geometry(*before, image_dim, zoom)
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)
-    if (height, width) != before:
-        planes = _resize(planes, height, width)
+    size, (top, left) = test_geometry(pixels.shape[0], pixels.shape[1], image_dim, zoom)
+    planes = resize(torch.from_numpy(pixels).permute(2, 0, 1), *size)
     planes = planes[:, top : top + image_dim, left : left + image_dim]
     return np.ascontiguousarray(planes.numpy())
 
@@ -163,13 +160,16 @@ def resized_crop(
     if scale > 1 and pixels.shape[:2] != (height, width):
         top, left, bottom, right = (round(edge / scale) for edge in (top, left, bottom, right))
     planes = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)
-    planes = _resize(planes, image_dim, image_dim)
+    planes = resize(planes, image_dim, image_dim)
     if crops.flip[0]:
         planes = planes.flip(-1)
     return planes.contiguous().numpy()
 
 
-def _resize(planes: Tensor, height: int, width: int) -> Tensor:
+def resize(planes: Tensor, height: int, width: int) -> Tensor:
+    """uint8 (channels, any, any) to (channels, height, width); as it is where it has that size."""
+    if planes.shape[1:] == (height, width):
+        return planes
     resized: Tensor = functional.interpolate(
         planes[None], (height, width), mode="bilinear", antialias=True
     )

@@ -41,20 +41,16 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("test_batch_size", [1, 50, 171])
-def test_evaluation_is_that_of_lmdb_and_folder_within_one_level(
-    imagenet: Path, test_batch_size: int
-) -> None:
+def test_evaluation_is_that_of_lmdb_and_folder(imagenet: Path, test_batch_size: int) -> None:
+    """Tolerance on the CPU: none."""
     case = {**CASE, "data_dir": imagenet, "test_batch_size": test_batch_size}
-    results = {
-        loader: list(opened(**case, loader=loader).evaluate("test"))
+    results = [
+        list(opened(**case, loader=loader, num_workers=1).evaluate("test"))
         for loader in ("lmdb", "folder", "dali")
-    }
-    assert same(results["lmdb"], results["folder"])
-    for (images, labels), (x, y) in zip(results["dali"], results["lmdb"], strict=True):
-        assert torch.equal(labels, y)
-        away = (255 * (images - x)).abs()
-        assert away.max() < 1.01
-        assert away.mean() < 0.25
+    ]
+    assert sum(len(y) for _, y in results[0]) == 171
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -69,16 +65,18 @@ def test_evaluation_shows_every_image_once(imagenet: Path, world: int) -> None:
 
 
 def test_training_is_that_of_lmdb(imagenet: Path) -> None:
-    """The same images, crops and flips; decoding differs where a crop cuts a chroma block."""
+    """The same images, crops and flips; the other decodes a few large crops at half size."""
     mine, others = (
         take(opened(**CASE, data_dir=imagenet, loader=loader, holdout=9).train("upper", 3), 3)
         for loader in ("dali", "lmdb")
     )
+    equal = 0
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels, y)
-        assert (255 * (images - x)).abs().mean() < 0.5
-        mirrored = (255 * (images - x.flip(-1))).abs().mean((1, 2, 3))
-        assert (mirrored > 2).all()
+        away = (255 * (images - x)).abs().mean((1, 2, 3))
+        assert away.max() < 5
+        equal += int((away == 0).sum())
+    assert 72 - 8 <= equal <= 72
 
 
 def test_levels_draw_different_batches(imagenet: Path) -> None:
@@ -128,10 +126,7 @@ def test_small_sets_too(small_cifar: Path, image_dim: int) -> None:
     ]
     for (images, labels), (x, y) in pairs:
         assert torch.equal(labels, y)
-        if image_dim == 32:
-            assert torch.equal(images, x)
-        else:
-            assert (images - x).abs().mean() < 1 / 255 / 0.24  # DALI's resize is coarser
+        assert torch.equal(images, x)
 
 
 def tree(root: Path, files: dict[str, bytes]) -> Path:
@@ -169,7 +164,7 @@ def test_every_kind_of_image_has_the_other_loaders_pixels(tmp_path: Path) -> Non
     ((x, y),) = opened(**case, loader="folder").evaluate("test")
     ((images, labels),) = opened(**case, loader="dali").evaluate("test")
     assert torch.equal(labels, y)
-    assert (255 * (images - x)).abs().max() < 1.01
+    assert torch.equal(images, x)
 
 
 @pytest.mark.parametrize("damage", ["no image", "cut short", "header only", "noise"])
