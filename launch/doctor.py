@@ -89,7 +89,7 @@ def examine(profile: SlurmProfile) -> Iterator[Finding]:
         yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
     found = limits()
     most = "no limit on jobs" if found.max_submit is None else f"{found.max_submit} jobs a user"
-    yield Finding("ok", f"submission: arrays of {found.max_array_size - 1} tasks, {most}")
+    yield Finding("ok", f"submission: arrays of {found.max_array_size} tasks, {most}")
 
 
 def _accepted(profile: SlurmProfile) -> Finding:

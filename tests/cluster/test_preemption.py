@@ -1,0 +1,219 @@
+"""Real runs on real clusters, taken away in every way SLURM has."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+from tests.cluster.conftest import Cluster
+from tests.cluster.sweeps import (
+    CONFIGS,
+    ClusterSweep,
+    assert_same_outcome,
+    assert_story,
+    env_for,
+    high,
+    interrupted,
+    undisturbed,
+)
+from tests.data.conftest import imagenet  # noqa: F401
+
+pytestmark = pytest.mark.cluster
+ROOT = CONFIGS.parent
+LONG = ("--epochs", 40, "--print-freq", 1, "--eval-every", 20)  # some 10 s on one core
+
+
+@pytest.fixture(scope="module")
+def patient(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Tells by the user signal; does not requeue by itself; arrays of at most 2 tasks."""
+    options = {"send-user-signal": True, "grace-time": 30, "job-requeue": 0, "kill-wait": 5}
+    return start_cluster(cpus=2, **options, **{"max-array-size": 2})
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], Cluster]:
+    """Point this process's SLURM commands at a cluster."""
+
+    def use(cluster: Cluster) -> Cluster:
+        for name, value in env_for(cluster).items():
+            monkeypatch.setenv(name, value)
+        return cluster
+
+    return use
+
+
+def test_user_signal_without_requeueing_by_slurm_in_chunks(
+    patient: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
+) -> None:
+    """`send_user_signal`, JobRequeue=0, three points in arrays of at most two tasks."""
+    cluster = on(patient)
+    sweep = ClusterSweep(cluster, tmp_path / "out", parallelism=2, nodes=1, ntasks_per_node=2)
+    line = ("--series", "0.5,0.2,0.1", "--source-net", source)
+    assert sweep.series("Digits/bip.yml", *line, *LONG) == 0
+    assert [len(array["tasks"]) for array in sweep.arrays()] == [2, 1]
+    sweep.wait(lambda: len(sweep.training()) == 2, "two runs train")
+    struck = sweep.training()
+    high(cluster, 1)
+    sweep.wait(lambda: all(sweep.attempts(name, "requeue") for name in struck), "requeues")
+    sweep.wait(sweep.all_done, "all are done")
+    for run_id in struck:
+        (end,) = [r for r in sweep.attempts(run_id, "end") if r["cause"] != "finished"]
+        assert end["cause"] == "SIGUSR2"
+        assert_story(sweep.attempts(run_id))
+        config = sweep.points()[run_id]
+        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+
+
+def test_no_grace_and_a_finished_run_that_is_requeued(
+    cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
+) -> None:
+    """GraceTime=0 and 2 s to KillWait; the batch script requeues; then a requeue after the end."""
+    on(cluster)
+    sweep = ClusterSweep(cluster, tmp_path / "out", requeue_by="batch")
+    line = ("--series", "0.2", "--source-net", source, "--checkpoint-minutes", 0.01)
+    assert sweep.series("Digits/bip.yml", *line, *LONG) == 0
+    (run_id,) = sweep.points()
+    sweep.wait(lambda: sweep.training(), "it trains")
+    high(cluster, 1)
+    sweep.wait(lambda: interrupted(sweep.attempts(run_id)) == 1, "the second attempt")
+    sweep.wait(sweep.all_done, "it is done")
+    assert_story(sweep.attempts(run_id))
+    config = sweep.points()[run_id]
+    assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+
+    task, before = sweep.task(run_id), sweep.attempts(run_id)
+    cluster.wait_for_state(task, "COMPLETED")
+    written = {p: p.stat().st_mtime for p in config.run_folder.rglob("*") if p.is_file()}
+    cluster.run("scontrol", "requeue", task)
+    sweep.wait(lambda: "already finished" in sweep.log(run_id), "the attempt after the end")
+    cluster.wait_for_state(task, "COMPLETED")
+    assert sweep.attempts(run_id) == before
+    assert {p: p.stat().st_mtime for p in config.run_folder.rglob("*") if p.is_file()} == written
+
+
+def test_failure_is_not_requeued_blocks_its_stage_and_is_resumed(
+    cluster: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bug in pretraining, two values in one task, resume with the chain rebuilt, cancel."""
+    on(cluster)
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, points_per_task=2)
+    stages = ("--stages", "pretrain,prune,finetune", "--series", "0.5,0.1", "--epochs", 1)
+    good = sweep.profile.read_text()
+    sweep.profile.write_text(good + "env: {RANK: spoiled, WORLD_SIZE: '1'}\n")
+    assert sweep.series("Digits/bip.yml", *stages) == 0
+    assert [a["dependency"].split(":")[0] for a in sweep.arrays()] == ["", "afterok", "aftercorr"]
+    assert [len(array["tasks"]) for array in sweep.arrays()] == [1, 1, 1]
+    cluster.wait(lambda: {r["state"] for r in sweep.status(capsys)} == {"failed", "blocked"}, "it")
+    rows = sweep.status(capsys)
+    assert [row["state"] for row in rows] == ["failed"] + 4 * ["blocked"]
+    assert rows[0]["reason"].startswith("error: environment: ranks are not set correctly")
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the chain is gone from the queue")
+    assert not sweep.attempts(rows[0]["run_id"], "requeue")
+
+    sweep.profile.write_text(good)
+    resume = ["resume", str(sweep.folder), "--profile", str(sweep.profile), "--no-wait"]
+    assert main(resume) == 0
+    sweep.wait(sweep.all_done, "all stages are done")
+    assert len(sweep.arrays()) == 6
+    assert main(resume) == 0
+    assert "nothing to resume" in capsys.readouterr().out
+
+    assert sweep.series("Digits/bip.yml", *stages[:2], "--series", "0.3", *LONG) == 0
+    sweep.wait(lambda: len(sweep.training()) == 1, "the third series trains")
+    assert main(["cancel", str(sweep.folder)]) == 0
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
+    points = sorted((sweep.folder / "points").glob("*k0.3*"))
+    points[0].write_text(points[0].read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    assert main(resume) == 2
+    assert "changed since it was planned" in capsys.readouterr().err
+
+
+def test_queued_tasks_run_the_code_of_their_submission(
+    cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path
+) -> None:
+    """Submitted from a copy of the project that is broken right after."""
+    on(cluster)
+    copy = tmp_path / "project"
+    subprocess.run(["cp", "-r", *(ROOT / n for n in ("bip", "launch", "slurm")), "-t",
+                    _made(copy)], check=True)  # fmt: skip
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1)
+    flags = ["--configs", CONFIGS / "Digits/pretrain.yml", "--epochs", "1", "--no-wait"]
+    place = ["--result-dir", sweep.results, "--exp-name", "sweep", "--profile", sweep.profile]
+    cluster.run("scontrol", "update", "PartitionName=low", "State=DOWN")
+    try:
+        command = [sys.executable, "-m", "launch", "series", *map(str, [*flags, *place])]
+        refused = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+        assert (refused.returncode, refused.stderr) == (2, "error: partition: low is DOWN\n")
+        cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
+        subprocess.run(command, cwd=copy, check=True, env=os.environ | {"PYTHONPATH": str(copy)})
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=low", "State=UP")
+    (copy / "bip" / "run.py").write_text("raise SystemExit('changed after submission')\n")
+    (copy / "slurm" / "task.sh").unlink()
+    sweep.wait(sweep.all_done, "it is done")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_tasks_that_start_together_on_one_node_do_not_collide(
+    cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path
+) -> None:
+    """20 times two tasks of two ranks meet at their rendezvous at the same moment."""
+    on(cluster)
+    script = f"""
+import os, pathlib, time, torch
+from bip.distributed.group import join
+here, task = pathlib.Path({str(tmp_path)!r}), int(os.environ["SLURM_ARRAY_TASK_ID"])
+for number in range(20):
+    (here / f"ready-{{number}}-{{task}}-{{os.environ['SLURM_PROCID']}}").touch()
+    while len(list(here.glob(f"ready-{{number}}-*"))) < 4:
+        time.sleep(0.005)
+    group = join(here / "rendezvous", os.environ | {{"SLURM_STEP_ID": str(number)}})
+    assert group.sum_(torch.tensor([task, 1])).tolist() == [2 * task, 2]
+    group.barrier()
+    group.close()
+(here / f"met-{{task}}-{{group.rank}}").touch()
+"""
+    (tmp_path / "meet.py").write_text(script)
+    meet = f"PYTHONPATH={ROOT} srun --kill-on-bad-exit=1 {sys.executable} {tmp_path}/meet.py"
+    job = cluster.submit(meet, "--array=0-1", "--nodelist=n1", "--ntasks=2", "--mem-per-cpu=10",
+                         f"--output={tmp_path}/%a.log")  # fmt: skip
+    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), "all have met", 150)
+    logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
+    assert len(list(tmp_path.glob("met-*"))) == 4, logs
+
+
+def test_the_whole_path(
+    patient: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    imagenet: Path,  # noqa: F811
+) -> None:
+    """sbatch array, two nodes, ResNet18, real ImageNet images from LMDB, preempted mid-epoch."""
+    cluster = on(patient)
+    sweep = ClusterSweep(cluster, tmp_path / "out")
+    flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 16,
+             "--test-batch-size", 64, "--num-workers", 1, "--loader", "lmdb", "--print-freq", 1,
+             "--epochs", 2, "--stages", "pretrain,prune", "--series", "0.1")  # fmt: skip
+    assert sweep.series("ImageNet/bip.yml", *flags) == 0
+    prune = next(name for name, c in sweep.points().items() if c.exp_mode == "prune")
+    sweep.wait(lambda: sweep.is_training(prune), "the pruning trains", 300)
+    high(cluster, 1)
+    sweep.wait(lambda: sweep.attempts(prune, "requeue"), "the requeue")
+    sweep.wait(sweep.all_done, "all is done", 300)
+    (end,) = [r for r in sweep.attempts(prune, "end") if r["cause"] != "finished"]
+    assert end["step"] % 10, "preempted in mid-epoch"
+    assert_story(sweep.attempts(prune))
+    config = sweep.points()[prune]
+    assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))

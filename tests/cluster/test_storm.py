@@ -1,0 +1,131 @@
+"""A series under everything a cluster does to it: nothing is lost, nothing runs twice."""
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.series import UNSTRUCTURED
+from tests.cluster.conftest import Cluster
+from tests.cluster.sweeps import (
+    ClusterSweep,
+    assert_same_outcome,
+    assert_story,
+    env_for,
+    high,
+    interrupted,
+    undisturbed,
+)
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="module")
+def stormy(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Room for two runs at once; 15 s to save when preempted."""
+    return start_cluster(cpus=2, **{"grace-time": 15, "kill-wait": 5})
+
+
+class Storm:
+    """What befalls the runs of a sweep, one blow at a time, at random moments."""
+
+    def __init__(self, cluster: Cluster, sweep: ClusterSweep) -> None:
+        self.cluster, self.sweep = cluster, sweep
+        self.random = random.Random(4)
+        self.blows = itertools.chain(
+            [self.preempt, self.requeue, self.fail_node, self.preempt, self.time_limit],
+            [self.restart_controller],
+            itertools.repeat(self.preempt),
+        )
+
+    def preempt(self) -> None:
+        high(self.cluster, 1, self.random.choice([1, None]))
+
+    def requeue(self) -> None:
+        """The scheduler's operator requeues one task."""
+        self.cluster.run("scontrol", "requeue", self.victim())
+
+    def fail_node(self) -> None:
+        self.cluster.control("fail", "n2")
+        self.cluster.control("recover", "n2")
+
+    def restart_controller(self) -> None:
+        self.cluster.control("restart", "slurmctld")
+
+    def time_limit(self) -> None:
+        """The limit of a running task is moved to its next minute."""
+        task = self.victim()
+        seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
+        minutes = int(seconds[-2]) + 1
+        self.cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={minutes}")
+        self.cluster.wait(lambda: self.cluster.job(task)["JobState"] != "RUNNING", "its end", 120)
+        self.cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
+
+    def victim(self) -> str:
+        names = self.sweep.training()
+        untouched = [name for name in names if not interrupted(self.sweep.attempts(name))]
+        return self.sweep.task(self.random.choice(untouched or names))
+
+    def rage(self, seconds: float) -> None:
+        """Until every run was interrupted, several of them twice, and all are done."""
+        deadline = time.monotonic() + seconds
+        while not self.sweep.all_done():
+            assert time.monotonic() < deadline, self.cluster.run("squeue")
+            self.sweep.wait(lambda: True, "no failure")
+            counts = {name: interrupted(self.sweep.attempts(name)) for name in self.sweep.points()}
+            twice = sum(count >= 2 for count in counts.values()) >= len(counts) // 3
+            over = twice and min(counts.values()) >= 1
+            passed = not self.cluster.run("squeue", "-h", "-p", "high")
+            if not over and passed and self.sweep.training():
+                time.sleep(self.random.uniform(0, 1.5))
+                if self.sweep.training():
+                    next(self.blows)()
+            time.sleep(0.3)
+
+
+def storm(
+    cluster: Cluster, tmp_path: Path, source: Path, series: tuple[str, ...], seconds: float
+) -> None:
+    sweep = ClusterSweep(cluster, tmp_path / "out", partition="low", parallelism=2)
+    settings = ["--epochs", 40, "--print-freq", 1, "--eval-every", 10]
+    settings += ["--checkpoint-minutes", 0.02, "--source-net", source]
+    assert sweep.series("Digits/bip.yml", "--series", ",".join(series), *settings) == 0
+    began = time.monotonic()
+    weather = Storm(cluster, sweep)
+    weather.rage(seconds)
+    took = time.monotonic() - began
+    (array,) = sweep.arrays()
+    assert [len(task) for task in array["tasks"]] == [1] * len(series)
+    counts = {}
+    for run_id, config in sweep.points().items():
+        attempts = sweep.attempts(run_id)
+        assert_story(attempts)
+        counts[config.k_text] = interrupted(attempts)
+        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+    causes = [r["cause"] for run_id in sweep.points() for r in sweep.attempts(run_id, "requeue")]
+    print(f"interruptions {counts} in {took:.0f} s; requeued: {causes}")
+    assert min(counts.values()) >= 1
+    assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
+    assert "preempted" in causes
+    assert "timed_out" in causes
+
+
+def test_five_values_in_a_storm(
+    stormy: Cluster, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env_for(stormy).items():
+        monkeypatch.setenv(name, value)
+    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 500)
+
+
+@pytest.mark.storm
+@pytest.mark.timeout(3600)
+def test_the_whole_series_in_a_storm(
+    stormy: Cluster, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in env_for(stormy).items():
+        monkeypatch.setenv(name, value)
+    storm(stormy, tmp_path, source, UNSTRUCTURED, 3000)

@@ -1,0 +1,185 @@
+"""Which arrays a sweep becomes, their chains and throttles, the profile, and SLURM's answers."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bip.errors import UserError
+from launch import slurm
+from launch.arrays import Array, plan_arrays, sbatch_parameters
+from launch.ledger import Record, Sweep
+from launch.profile import SlurmProfile, load_profile
+from launch.snapshot import snapshot
+from tests.launch.conftest import ROOT
+
+PROFILES = ROOT / "slurm" / "profiles"
+
+
+def record(run_id: str, stage: str, *needs: str) -> Record:
+    fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
+    return Record(run_id=run_id, stage=stage, folder="", config="", needs=list(needs), **fixed)  # type: ignore[arg-type]
+
+
+def sweep_of(values: int, seeds: int = 1) -> list[Record]:
+    """pretrain -> prune -> finetune for each seed and value."""
+    found = [record(f"d{seed}", "pretrain") for seed in range(seeds)]
+    for seed in range(seeds):
+        found += [record(f"p{seed}.{v}", "prune", f"d{seed}") for v in range(values)]
+    for seed in range(seeds):
+        found += [record(f"f{seed}.{v}", "finetune", f"p{seed}.{v}") for v in range(values)]
+    return found
+
+
+def number(arrays: list[Array]) -> list[Array]:
+    for at, array in enumerate(arrays):
+        array.job = str(100 + at)
+    return arrays
+
+
+def test_a_chain_of_three_arrays() -> None:
+    records = sweep_of(21)
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
+    assert [(a.stage, len(a.tasks), a.parallelism, a.dependency) for a in arrays] == [
+        ("pretrain", 1, 4, ""),
+        ("prune", 21, 4, "afterok:100"),
+        ("finetune", 21, 4, "aftercorr:101"),
+    ]
+    pairs = zip(arrays[1].tasks, arrays[2].tasks, strict=True)
+    assert all(prune[0][1:] == finetune[0][1:] for prune, finetune in pairs)
+
+
+@given(
+    values=st.integers(1, 12),
+    seeds=st.integers(1, 3),
+    per_task=st.integers(1, 4),
+    size=st.integers(1, 9),
+    parallelism=st.integers(1, 6),
+    done=st.sets(st.integers(0, 40)),
+)
+def test_every_plan_runs_each_missing_point_once_after_its_needs(
+    values: int, seeds: int, per_task: int, size: int, parallelism: int, done: set[int]
+) -> None:
+    records = sweep_of(values, seeds)
+    by_name = {r.run_id: r for r in records}
+    # What is done has its needs done.
+    finished: set[str] = set()
+    for at, one in enumerate(records):
+        if at in done and finished.issuperset(one.needs):
+            finished.add(one.run_id)
+    arrays = plan_arrays(records, by_name, finished, {}, parallelism, per_task, size)
+    placed = [name for array in arrays for task in array.tasks for name in task]
+    assert sorted(placed) == sorted(set(by_name) - finished)
+    before: list[Array] = []
+    for array in arrays:
+        assert len(array.tasks) <= size
+        assert all(len(task) <= per_task for task in array.tasks)
+        for index, task in enumerate(array.tasks):
+            for need in {n for name in task for n in by_name[name].needs} - finished:
+                same_index = array.corr is not None and need in array.corr.tasks[index]
+                whole = any(need in t for a in array.after for t in a.tasks)  # type: ignore[union-attr]
+                assert same_index or whole
+        waits = [array.corr, *array.after, array.throttled_by]
+        assert all(any(w is b for b in before) for w in waits if w is not None)
+        before.append(array)
+    for stage in ("pretrain", "prune", "finetune"):
+        mine = [array for array in arrays if array.stage == stage]
+        free = [array.parallelism for array in mine if array.throttled_by is None]
+        assert sum(free) == (parallelism if mine else 0)
+
+
+def test_points_in_the_queue_are_waited_for_not_submitted_again() -> None:
+    records = sweep_of(2)
+    queued = {"d0": "7_0", "p0.0": "8_0"}
+    arrays = plan_arrays(records, {r.run_id for r in records}, (), queued, 2)
+    assert [a.tasks for a in arrays] == [[["p0.1"]], [["f0.1"]], [["f0.0"]]]
+    assert [a.dependency for a in number(arrays)] == ["afterok:7_0", "aftercorr:100", "afterok:8_0"]
+
+
+def test_a_need_that_nobody_runs_is_an_error() -> None:
+    with pytest.raises(UserError, match="p0.1 needs d0, which is neither done nor submitted"):
+        plan_arrays(sweep_of(2), {"p0.1"}, (), {}, 2)
+
+
+@pytest.mark.parametrize("name", ["dev", "gpu", "preemptible", "container"])
+def test_profiles_load(name: str) -> None:
+    assert isinstance(load_profile(PROFILES / f"{name}.yml"), SlurmProfile)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("time: 12:00:00", "time: more than a week of minutes"),
+        ("time: soon", "time: must be minutes"),
+        ("sbatch: {partition: x}", "sbatch: partition is a key of the profile"),
+        ("sbatch: {array: 0-3}", "sbatch: array is set by the launcher"),
+        ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
+        ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
+        ("retries: {bug: 3}", "unknown key 'retries.bug'"),
+    ],
+)
+def test_profile_errors_name_the_key(text: str, named: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text(f"executor: slurm\n{text}\n")
+    with pytest.raises(UserError) as error:
+        load_profile(path)
+    assert f"{path}: {named}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_time_limits() -> None:
+    def minutes(text: int | str) -> int:
+        return SlurmProfile(executor="slurm", time=text, signal_lead=0).time  # type: ignore[arg-type]
+
+    assert [minutes(t) for t in (90, "90", "1:30:00", "1-00:00:00", "00:00:30")] == [
+        90, 90, 90, 1440, 1,
+    ]  # fmt: skip
+
+
+def test_what_sbatch_is_told(tmp_path: Path) -> None:
+    profile = SlurmProfile(
+        executor="slurm", partition="low", gpus_per_node=2, mem="4G", signal_lead=45,
+        sbatch={"reservation": "r"}, env={"NAME": "two words"}, setup=["module load x"],
+    )  # fmt: skip
+    array = Array("prune", [["a"], ["b"]], parallelism=2, after=["5_0"])
+    told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now")
+    assert told["additional_parameters"] == {
+        "array": "0-1%2", "requeue": True, "open-mode": "append", "reservation": "r", "mem": "4G",
+        "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
+    }  # fmt: skip
+    assert (told["signal_delay_s"], told["gpus_per_node"], told["job_name"]) == (45, 2, "s")
+    assert told["setup"][1:3] == ["export NAME='two words'", "module load x"]
+
+
+def test_the_name_of_a_task_is_never_the_bare_id_of_its_array() -> None:
+    env = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}
+    assert slurm.own_task(env) == "7_0"
+    assert slurm.own_task({"SLURM_JOB_ID": "7"}) == "7"
+    assert slurm.own_task({}) is None
+
+
+def test_answers_of_slurm() -> None:
+    line = "JobId=3 JobState=RUNNING Restarts=2 EndTime=2026-01-02T03:04:05 PreemptTime=None A=b"
+    task = slurm.Task.parse(line)
+    assert (task.state, task.restarts, task.preempted) == ("RUNNING", 2, False)
+    assert slurm.Task.parse(
+        line.replace("PreemptTime=None", "PreemptTime=2026-01-02T03:04:00")
+    ).preempted
+    assert slurm._seconds("1-02:03:04") == 93784
+    assert slurm._seconds("3:04") == 184
+
+
+def test_snapshot_is_kept_once_per_content(tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    (root / "bip").mkdir(parents=True)
+    (root / "slurm").mkdir()
+    (root / "bip" / "a.py").write_text("1")
+    (root / "slurm" / "task.sh").write_text("x")
+    one = snapshot(tmp_path / "code", root)
+    assert (one / "bip" / "a.py").read_text() == "1"
+    assert snapshot(tmp_path / "code", root) == one
+    (root / "bip" / "a.py").write_text("2")
+    other = snapshot(tmp_path / "code", root)
+    assert other != one
+    assert (one / "bip" / "a.py").read_text() == "1"

@@ -1,0 +1,148 @@
+"""The lock on a run folder: one writer, whoever dies and wherever."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from bip import lock as module
+from bip.errors import RankError, UserError
+from bip.lock import Holder, RunLock
+
+
+def hold(folder: Path, taken: object, seconds: float) -> None:
+    """In a process of its own: take the lock, say so, hold it, and let go."""
+    lock = RunLock(folder)
+    lock.acquire()
+    taken.set()  # type: ignore[attr-defined]
+    time.sleep(seconds)
+    lock.release()
+
+
+def write_holder(folder: Path, number: int = 1, **changes: object) -> None:
+    """A lock as another host would have left it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    holder = dataclasses.replace(Holder.self({}), boot="another", host="far", **changes)  # type: ignore[arg-type]
+    (folder / f".lock.{number}").write_text(json.dumps(dataclasses.asdict(holder)))
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
+
+
+def test_second_attempt_is_refused_with_the_holders_name(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert first.acquire()
+    with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
+        second.acquire()
+    first.release()
+    assert second.acquire()
+    second.release()
+
+
+def test_a_killed_holder_is_recognised_at_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, taken, 60))
+    process.start()
+    taken.wait(10)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    began = time.monotonic()
+    lock = RunLock(tmp_path)
+    assert lock.acquire()
+    assert time.monotonic() - began < 1
+    lock.release()
+
+
+def test_of_many_only_one_takes_over(tmp_path: Path) -> None:
+    """Eight processes find the same stale lock; each holds for a moment, none beside another."""
+    write_holder(tmp_path, released=True)
+    context = multiprocessing.get_context("fork")
+    log = tmp_path / "log"
+
+    def work() -> None:
+        lock = RunLock(tmp_path)
+        while True:
+            try:
+                lock.acquire()
+                break
+            except UserError:
+                continue
+        with open(log, "a") as stream:
+            stream.write("in\n")
+            stream.flush()
+            time.sleep(0.05)
+            stream.write("out\n")
+        lock.release()
+
+    processes = [context.Process(target=work) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert log.read_text().split() == ["in", "out"] * 8
+
+
+@pytest.mark.parametrize(("over", "free"), [(True, True), (False, False)])
+def test_on_another_host_slurm_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool, free: bool
+) -> None:
+    monkeypatch.setattr(module, "_attempt_is_over", lambda _holder: over)
+    monkeypatch.setattr(module, "_kill_wait", lambda: 0.0)
+    write_holder(tmp_path, job="7")
+    lock = RunLock(tmp_path)
+    if free:
+        assert lock.acquire()
+        lock.release()
+    else:
+        monkeypatch.setattr(lock, "_patience", lambda _holder: 1.0)
+        with pytest.raises(UserError, match="in use by process .* on far, SLURM job 7"):
+            lock.acquire()
+
+
+@pytest.mark.parametrize(
+    ("answer", "over"),
+    [
+        ("JobState=RUNNING Restarts=0 ", False),
+        ("JobState=RUNNING Restarts=1 ", True),  # the next attempt: our own
+        ("JobState=PENDING Restarts=1 ", True),
+        ("JobState=FAILED Restarts=0 ", True),
+        ("slurm_load_jobs error: Invalid job id specified", True),
+        ("slurm_load_jobs error: Unable to contact slurm controller", None),
+        (None, None),
+    ],
+)
+def test_what_slurm_says_of_an_attempt(
+    monkeypatch: pytest.MonkeyPatch, answer: str | None, over: bool | None
+) -> None:
+    monkeypatch.setattr(module, "_scontrol", lambda *_: answer)
+    holder = dataclasses.replace(Holder.self({}), job="7", restart=0)
+    assert module._attempt_is_over(holder) is over
+
+
+def test_a_holder_that_was_taken_over_stops_writing(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    lock.check()
+    later = RunLock(tmp_path)
+    later._take(later._newest()[0])
+    with pytest.raises(RankError, match="another attempt has taken this run over"):
+        lock.check()
+    lock.release()
+    later.check()
+    later.release()
+
+
+def test_a_told_attempt_gives_up_waiting(tmp_path: Path) -> None:
+    first = RunLock(tmp_path)
+    first.acquire()
+    assert not RunLock(tmp_path).acquire(give_up=lambda: True)
+    first.release()
