@@ -30,7 +30,8 @@ _MARK = object()
 _MAX_INT = 16  # bytes
 
 # opcode: how many bytes its length takes
-_BYTES = {b"C"[0]: 1, b"B"[0]: 4, b"\x8e"[0]: 8}
+_SHORT_BYTES = b"C"[0]
+_BYTES = {b"B"[0]: 4, b"\x8e"[0]: 8}
 _TEXT = {b"\x8c"[0]: 1, b"X"[0]: 4, b"\x8d"[0]: 8}
 _INTS = {b"K"[0]: "<B", b"M"[0]: "<H", b"J"[0]: "<i"}
 _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
@@ -43,17 +44,19 @@ def loads(data: bytes | memoryview) -> Plain:
         ValueError: anything else in it, or it is damaged.
     """
     try:
-        return _loads(memoryview(data))
-    except (IndexError, KeyError, struct.error, UnicodeDecodeError, TypeError) as error:
+        return _loads(bytes(data))
+    except IndexError:
+        raise ValueError("pickle is cut short, or damaged") from None
+    except (KeyError, struct.error, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"damaged pickle ({type(error).__name__})") from error
 
 
-def _loads(data: memoryview) -> Plain:
+def _loads(data: bytes) -> Plain:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     at = 0
 
-    def take(count: int) -> memoryview:
+    def take(count: int) -> bytes:
         nonlocal at
         if count > len(data) - at:
             raise ValueError("pickle is cut short")
@@ -74,11 +77,18 @@ def _loads(data: memoryview) -> Plain:
         return items
 
     while True:
-        code = take(1)[0]
-        if code in _BYTES:
-            stack.append(bytes(take(number(_BYTES[code]))))
+        code = data[at]
+        at += 1
+        if code == _SHORT_BYTES:  # a million of them in __keys__
+            end = at + 1 + data[at]
+            if end > len(data):
+                raise ValueError("pickle is cut short")
+            stack.append(data[at + 1 : end])
+            at = end
         elif code == 0x94:  # MEMOIZE
             memo[len(memo)] = stack[-1]
+        elif code in _BYTES:
+            stack.append(take(number(_BYTES[code])))
         elif code in (b"q"[0], b"r"[0]):  # BINPUT, LONG_BINPUT
             memo[number(1 if code == b"q"[0] else 4)] = stack[-1]
         elif code in (b"h"[0], b"j"[0]):  # BINGET, LONG_BINGET
