@@ -89,7 +89,7 @@ class Attempt:
             self._park()
         name = slurm.own_task() or ""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        cause = self._cause(name, signal_name)
+        cause = self._cause(name, restarts, signal_name)
         used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())
         allowed = self.profile["retries"].get(cause, self.profile["retries"]["preempted"])
         if used >= allowed:
@@ -129,7 +129,8 @@ class Attempt:
         time.sleep(PARK_SECONDS)
         os._exit(os.EX_TEMPFAIL)
 
-    def _cause(self, name: str, signal_name: str) -> str:
+    def _cause(self, name: str, restarts: int, signal_name: str) -> str:
+        """preempted, timed_out, or requeued by somebody."""
         from launch import slurm
 
         try:
@@ -143,7 +144,7 @@ class Attempt:
         lead = self.profile["signal_lead"] + 120  # SLURM signals up to a minute early
         if task.end is not None and task.end - time.time() < lead:
             return "timed_out"
-        return "preempted"
+        return "requeued" if task.restarts > restarts else "preempted"
 
     def _records(self) -> list[dict[str, str]]:
         """What attempts.jsonl tells since the array was submitted."""

@@ -98,7 +98,7 @@ def test_points_in_the_queue_are_waited_for_not_submitted_again() -> None:
 
 
 def test_a_need_that_nobody_runs_is_an_error() -> None:
-    with pytest.raises(UserError, match="p0.1 needs d0, which is neither done nor submitted"):
+    with pytest.raises(UserError, match=r"p0\.1 needs d0, which is neither done nor submitted"):
         plan_arrays(sweep_of(2), {"p0.1"}, (), {}, 2)
 
 

@@ -104,7 +104,7 @@ def test_on_another_host_slurm_decides(
         lock.release()
     else:
         monkeypatch.setattr(lock, "_patience", lambda _holder: 1.0)
-        with pytest.raises(UserError, match="in use by process .* on far, SLURM job 7"):
+        with pytest.raises(UserError, match=r"in use by process .* on far, SLURM job 7"):
             lock.acquire()
 
 

@@ -1,0 +1,189 @@
+"""What a preemption costs: from the signal to a safe checkpoint, steps lost, agreement, submission.
+
+signal_to_saved_s   from SIGTERM to the end of a real run's save: at most a step plus 1.5 times
+                    writing and fsyncing the same bytes
+steps_lost          between the save and where the next attempt begins
+agree_share         the ranks' exchange of each step, over a ResNet-18 BiP step
+submit_1000_s       `launch series` of 1,008 runs to a development cluster, and
+status_1000_s       `launch status` of them, each the whole command (null where there is none)
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bip.distributed.control import Control
+from bip.distributed.group import Group
+from bip.files import read_jsonl
+from tests.benchmarks.common import arguments, finish, machine, take_turns
+from tests.benchmarks.step import make_step
+from tests.distributed.harness import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "configs" / "Digits"
+NETWORKS = {"resnet18": 8, "torchvision/resnet50": 32}  # image side, pixels: sizes are their own
+
+
+class SignalledRun:
+    """Pretrains a network on Digits, stopped by SIGTERM in its third step or later."""
+
+    def __init__(self, folder: Path, arch: str, image_dim: int) -> None:
+        self.folder = folder
+        self.command = [
+            sys.executable, "-m", "bip", "train", "--configs", str(DIGITS / "pretrain.yml"),
+            "--arch", arch, "--image-dim", str(image_dim), "--batch-size", "16",
+            "--result-dir", str(folder), "--exp-name", "run", "--print-freq", "1",
+            "--checkpoint-minutes", "1000",
+        ]  # fmt: skip
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        found = list(self.folder.glob(f"run/pretrain/*/{name}"))
+        return list(read_jsonl(found[0])) if found else []
+
+    def stop(self) -> tuple[float, float]:
+        """Seconds from the signal to the record after the save, and of the steps before."""
+        before = len(self.records("metrics.jsonl"))
+        process = subprocess.Popen(self.command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        began = steps = 0
+        times = []
+        while steps < 5 and process.poll() is None:
+            seen = len(self.records("metrics.jsonl")) - before
+            if seen > steps:
+                steps = seen
+                times.append(time.time())
+            time.sleep(0.002)
+        began = time.time()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == os.EX_TEMPFAIL
+        end = datetime.fromisoformat(self.records("attempts.jsonl")[-1]["time"]).timestamp()
+        step = statistics.median(b - a for a, b in pairwise(times))
+        return end - began, step
+
+    def bytes_saved(self) -> bytes:
+        return next(self.folder.glob("run/pretrain/*/checkpoint/step-*")).read_bytes()
+
+    def steps_lost(self) -> int:
+        attempts = self.records("attempts.jsonl")
+        pairs = pairwise(attempts)
+        return sum(a["step"] - b["step"] for a, b in pairs if b["event"] == "start")
+
+
+def write_and_fsync(folder: Path, data: bytes) -> float:
+    """Median seconds to write these bytes to a new file and fsync it."""
+
+    def write() -> None:
+        with open(folder / "plain", "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        (folder / "plain").unlink()
+
+    return statistics.median(take_turns({"write": write}, 5, 1)["write"])
+
+
+def exchange_seconds(group: Group) -> float:
+    """Median seconds of one exchange in the middle of a step of 20 ms."""
+    control = Control(group)
+    seconds = []
+    for _ in range(60):
+        time.sleep(0.02)
+        began = time.perf_counter()
+        control.post(0, False, torch.tensor([1, 2]))
+        seconds.append(time.perf_counter() - began)
+    control.finish()
+    return statistics.median(seconds)
+
+
+@contextmanager
+def cluster() -> Iterator[dict[str, str] | None]:
+    """The environment of a development cluster; None where none can be started."""
+    script = str(ROOT / "slurm" / "dev" / "cluster.sh")
+    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:
+        Path(parent).chmod(0o755)
+        place = ["--dir", f"{parent}/cluster"]
+        up = subprocess.run([script, "up", *place], capture_output=True, text=True, check=False)
+        if up.returncode:
+            print(f"no cluster: {up.stderr.strip()}", file=sys.stderr)
+            yield None
+            return
+        try:
+            yield os.environ | {"SLURM_CONF": f"{parent}/cluster/etc/slurm.conf"}
+        finally:
+            subprocess.run([script, "down", *place], check=True)
+
+
+def launch(env: dict[str, str], *words: object) -> float:
+    """Seconds of one command, its start included."""
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "launch", *map(str, words)]
+    subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def submission() -> dict[str, float | None]:
+    figures: dict[str, float | None] = {"submit_1000_s": None, "status_1000_s": None}
+    with cluster() as env, tempfile.TemporaryDirectory() as folder:
+        if env is None:
+            return figures
+        profile, source = Path(folder, "profile.yml"), Path(folder, "dense.pth.tar")
+        profile.write_text("executor: slurm\nsbatch: {hold: true}\n")
+        source.touch()
+        figures["submit_1000_s"] = launch(
+            env, "series", "--configs", DIGITS / "bip.yml", "--series", "unstructured", "--seeds",
+            ",".join(map(str, range(48))), "--source-net", source, "--profile", profile,
+            "--result-dir", folder, "--exp-name", "sweep", "--no-wait",
+        )  # fmt: skip
+        sweep = Path(folder, "sweep")
+        figures["status_1000_s"] = min(launch(env, "status", sweep, "--json") for _ in range(3))
+        launch(env, "cancel", sweep)
+    return figures
+
+
+def main() -> None:
+    options = arguments(__doc__ or "", rounds=3)
+    print(machine())
+    figures: dict[str, Any] = {}
+    saved: dict[str, float] = {}
+    lost = 0
+    for arch, image_dim in NETWORKS.items():
+        with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+            run = SignalledRun(Path(folder), arch, image_dim)
+            times = [run.stop() for _ in range(options.rounds)]
+            name = arch.rpartition("/")[2]
+            saved[name] = statistics.median(time for time, _ in times)
+            step = statistics.median(step for _, step in times)
+            data = run.bytes_saved()
+            plain = write_and_fsync(Path(folder), data)
+            lost += run.steps_lost()
+            figures[f"{name}_megabytes"] = len(data) / 1e6
+            figures[f"{name}_step_s"] = step
+            figures[f"{name}_write_fsync_s"] = plain
+            figures[f"{name}_saved_over_write"] = (saved[name] - step) / plain
+    bip_step = make_step("resnet18", 32, "bip")
+    numbers = iter(range(10**6))
+    step_seconds = statistics.median(take_turns({"s": lambda: bip_step(next(numbers))}, 5, 1)["s"])
+    exchange = run_ranks(2, exchange_seconds)[0]
+    figures |= {
+        "signal_to_saved_s": saved,
+        "steps_lost": lost,
+        "agree_share": exchange / step_seconds,
+        **submission(),
+    }
+    finish(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
