@@ -48,7 +48,9 @@ def build_data(folder: Path) -> None:
 def bip(*arguments: str) -> None:
     done = subprocess.run([sys.executable, "-m", "bip", *arguments], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"bip {' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        text = f"bip {' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        print(text, flush=True)  # at once: the other seeds may go on for an hour
+        raise RuntimeError(text)
 
 
 def run(folder: Path, name: str, *flags: str) -> tuple[dict[str, Any], str]:
