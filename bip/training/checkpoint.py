@@ -7,7 +7,9 @@ A save writes a step-named file, then replaces `manifest.json`, the commit point
 import contextlib
 import hashlib
 import io
+import itertools
 import os
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,9 @@ def decode(data: bytes, where: Path) -> State:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the one line of error says it all
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its own text advises to load unsafely
+        reason = "no checkpoint, or more in it than tensors and plain types"
+        raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
     except Exception as error:  # what an unpickler raises on a file that is none is open-ended
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
@@ -176,6 +181,12 @@ def read_checkpoint(path: Path) -> State:
         return decode(path.read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _free_name(step: int, committed: set[str]) -> str:
+    """A file name for this step's checkpoint: what the manifest names is never written over."""
+    names = (f"step-{step:09d}{f'-{n}' if n else ''}.pth.tar" for n in itertools.count())
+    return next(name for name in names if name not in committed)
 
 
 class CheckpointFolder:
@@ -199,16 +210,19 @@ class CheckpointFolder:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         data = encode(state)
-        path = self.folder / f"step-{step:09d}.pth.tar"
+        committed = [old for old in self.entries() if (self.folder / old["name"]).exists()]
+        path = self.folder / _free_name(step, {old["name"] for old in committed})
         atomic_write_bytes(path, data)
         entry = {"name": path.name, "sha256": hashlib.sha256(data).hexdigest(), "step": step}
-        before = [old for old in self.entries() if old["name"] != path.name][:keep_before]
+        before = committed[:keep_before]
         atomic_write_json(self.manifest, {"format": FORMAT, "checkpoints": [entry, *before]})
         self._name_newest(path.name)
         kept = {entry["name"], *(old["name"] for old in before)}
         for other in self.folder.glob("step-*.pth.tar"):
             if other.name not in kept:
                 other.unlink(missing_ok=True)
+        for torn in self.folder.glob(".*.tmp"):  # of attempts that were killed while writing
+            torn.unlink(missing_ok=True)
         return path
 
     def _name_newest(self, name: str) -> None:

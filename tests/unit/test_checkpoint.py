@@ -107,6 +107,49 @@ def test_a_torn_or_missing_newest_checkpoint(damage: str, tmp_path: Path) -> Non
     assert_same(loaded, state(3))
 
 
+def test_a_damaged_checkpoint_does_not_push_out_the_good_one(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        path = folder.save(state(step), step)
+    path.write_bytes(b"?")
+    folder.load()
+    folder.save(state(3), 3).write_bytes(b"?")
+    loaded = folder.load()
+    assert loaded is not None
+    assert_same(loaded, state(1))
+
+
+def test_a_step_saved_again_is_not_lost_before_the_manifest_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As at the end of a run, whose final checkpoint replaces that of its last step."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1), 1)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bip.training.checkpoint.atomic_write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            folder.save(state(2), 1, keep_before=0)
+    loaded = folder.load()
+    assert loaded is not None
+    assert_same(loaded, state(1))
+    for number in (3, 4):
+        folder.save(state(number), 1)
+        assert_same(folder.load() or {}, state(number))
+    folder.save(state(5), 1, keep_before=0)
+    assert len(list(tmp_path.glob("step-*"))) == 1
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    (tmp_path / ".step-000000001.pth.tar.0123.tmp").write_bytes(b"half")
+    folder.save(state(1), 1)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_no_good_checkpoint_left_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoint")
     for step in (1, 2):
