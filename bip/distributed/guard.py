@@ -10,15 +10,14 @@ from bip.errors import RankError
 from bip.pruning.parameters import PrunedParameters
 
 CHUNK = 1 << 22
-MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, so that no single change can cancel
 
 
 @torch.no_grad()
 def hash_tensor(tensor: Tensor) -> Tensor:
     """A 64-bit hash (int64, on the tensor's device) of a tensor's bits and their places.
 
-    sum of bits_i · (2i + 1) · c mod 2^64: integer sums do not depend on the order of addition,
-    and a change of any single element always shows.
+    sum of bits_i · (2i + 1) mod 2^64: integer sums do not depend on the order of addition, and the
+    factors are odd, so that a change of any single element always shows.
     """
     flat = tensor.detach().contiguous().view(-1)
     bits = flat.view(torch.int32 if flat.element_size() % 4 == 0 else torch.uint8)
@@ -26,7 +25,7 @@ def hash_tensor(tensor: Tensor) -> Tensor:
     for start in range(0, len(bits), CHUNK):
         part = bits[start : start + CHUNK].long()
         place = torch.arange(start, start + len(part), device=tensor.device)
-        total += (part * (2 * place + 1)).sum() * MULTIPLIER
+        total += (part * (2 * place + 1)).sum()
     return total
 
 

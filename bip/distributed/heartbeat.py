@@ -71,6 +71,7 @@ class Heartbeat:
     def _run(self) -> None:
         watched = (self.group.rank + 1) % self.group.world
         seen, since = b"", time.monotonic()
+        looked = since
         while not self.ended.wait(self.interval):
             try:
                 name = f"{platform.node()} pid {os.getpid()}"
@@ -81,9 +82,12 @@ class Heartbeat:
                 if not self.ended.is_set():
                     self._end("rank 0, which holds the rendezvous store, does not answer")
                 return
-            if beat != seen:
-                seen, since = beat, time.monotonic()
-            elif time.monotonic() - since > self.timeout and lost is None:
+            now = time.monotonic()
+            # A rank that was itself suspended (with the whole job, mostly) has not watched.
+            slept, looked = now - looked > self.timeout / 2 + self.interval, now
+            if beat != seen or slept:
+                seen, since = beat, now
+            elif now - since > self.timeout and lost is None:
                 _, step, host = beat.decode().split(" ", 2)
                 lost = (
                     f"rank {watched} ({host}) has not answered for {self.timeout:.0f} s; "

@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by the first SIGTERM, SIGUSR1 or SIGUSR2 and never cleared. Handlers do nothing else.
+    """Set by the first SIGTERM or SIGUSR2 and never cleared. Handlers do nothing else.
 
     Saving inside a handler would run on one rank while the others wait in a collective.
     """

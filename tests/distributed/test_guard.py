@@ -16,8 +16,9 @@ from torch.distributed import TCPStore
 
 from bip.config import load_config
 from bip.distributed.control import Control
-from bip.distributed.group import Group
+from bip.distributed.group import Group, Ranks
 from bip.distributed.guard import compare_ranks, hash_tensor, run_state
+from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest
 from bip.errors import RankError, Stopped, UserError
 from bip.files import read_jsonl
@@ -210,6 +211,39 @@ def test_a_signal_before_the_first_step_leaves_nothing(source: Path, tmp_path: P
 
 
 # A rank that is gone
+
+
+@pytest.mark.parametrize(
+    ("pauses", "is_lost"),
+    [([5] * 12, True), ([5, 3600, 5, 5], False), ([5, 3600] + [5] * 12, True)],
+)
+def test_a_suspended_job_is_not_a_lost_rank(
+    pauses: list[int], is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scontrol suspend stops all ranks; the first to wake finds the others' beats old."""
+    now = 0.0
+    said: list[str] = []
+    heartbeat = Heartbeat(Group(Ranks(0, 2, 0, 2), torch.device("cpu")), 30, said.append)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("beat/1", "0 7 host pid 1")  # and never again
+
+    class Ended:
+        def wait(self, _: float) -> bool:
+            nonlocal now
+            if not pauses or said:
+                return True
+            now += pauses.pop(0)
+            return False
+
+        def is_set(self) -> bool:
+            return False
+
+    heartbeat.store, heartbeat.ended = store, Ended()  # type: ignore[assignment]
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("os._exit", lambda _: None)
+    heartbeat._run()
+    assert bool(said) == is_lost
+    assert not said or "rank 1 (host pid 1) has not answered" in said[0]
 
 
 @pytest.mark.parametrize(
