@@ -47,7 +47,7 @@ class PrunedParameters:
         scope: Scope,
         exchange: Exchange | None = None,
     ) -> None:
-        named = dict(network.named_parameters())
+        named = dict(network.named_parameters(remove_duplicate=False))
         self.layout = layout
         self.segments = layout.segments(k, scope)
         self.followers: tuple[Followers, ...] = ()

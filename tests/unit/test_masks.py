@@ -212,6 +212,19 @@ def test_tied_weights_count_once() -> None:
     assert layout.size == 24
 
 
+def test_a_weight_tied_to_an_embedding_is_rewritten_under_both_names() -> None:
+    network = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6))
+    network[1].weight = network[0].weight
+    pruned = PrunedParameters(
+        network, find_prunable(network, "unstructured"), Decimal("0.5"), "global"
+    )
+    with torch.no_grad():
+        pruned.scores.copy_(pruned.weights)
+    pruned.update_mask_and_z()
+    assert int((network[0].weight != 0).sum()) == 12
+    assert network[0].weight is network[1].weight
+
+
 def test_what_is_not_a_module_weight_is_named_as_dense() -> None:
     layout = find_prunable(nn.TransformerEncoderLayer(8, 2, 16), "unstructured")
     assert "self_attn.in_proj_weight" in layout.dense
