@@ -26,7 +26,11 @@ def export(checkpoint: Path, out: Path) -> None:
     weights, _ = split_state(state)
     for name, mask in layer_masks(state).items():
         weights[name] = weights[name] * mask
-    atomic_write_bytes(out, save({n: v.contiguous() for n, v in weights.items()}, metadata))
+    data = save({name: value.contiguous() for name, value in weights.items()}, metadata)
+    try:
+        atomic_write_bytes(out, data)
+    except OSError as error:
+        raise UserError(f"out: {out} cannot be written ({error.strerror})") from None
     print(f"wrote {out}: {len(weights)} tensors")
 
 
@@ -60,4 +64,7 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def _own(state: State, path: Path) -> None:
     if "config" not in state:
-        raise UserError(f"{path}: not written by this project")
+        raise UserError(
+            f"{path}: does not say how it was made; give a checkpoint.pth.tar or "
+            "model_best.pth.tar of this project"
+        )
