@@ -311,7 +311,9 @@ class RunConfig(BaseModel):
 
     def to_yaml(self) -> str:
         """The whole configuration; `load_config` reads it back to an equal one."""
-        return yaml.safe_dump(self.to_plain(), sort_keys=False)
+        # libyaml writes the same ten times faster, which shows in a sweep of a thousand runs.
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
 
 
 def nearest_multiple(value: int, factor: int) -> int:

@@ -20,6 +20,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -205,8 +206,8 @@ class Sweep:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         with Lock.wait(self.jobs / "ledger.lock"):
-            for path, text in changed.items():
-                atomic_write_bytes(path, text)
+            with ThreadPoolExecutor(16) as pool:  # fsync is waiting, and a disk takes many at once
+                list(pool.map(atomic_write_bytes, changed, changed.values()))
             old = self.records() if self.ledger.exists() else []
             merged = {record.run_id: record for record in [*old, *records]}
             ordered = sorted(merged.values(), key=lambda record: STAGES.index(record.stage))
