@@ -24,7 +24,7 @@ from tests.data.conftest import imagenet  # noqa: F401
 
 pytestmark = pytest.mark.cluster
 ROOT = CONFIGS.parent
-LONG = ("--epochs", 40, "--print-freq", 1, "--eval-every", 20)  # some 10 s on one core
+LONG = ("--epochs", 25, "--print-freq", 2, "--eval-every", 25)  # some 10 s on one core
 
 
 @pytest.fixture(scope="module")

@@ -36,10 +36,11 @@ class Storm:
         self.cluster, self.sweep = cluster, sweep
         self.random = random.Random(4)
         self.blows = itertools.chain(
-            [self.preempt, self.requeue, self.fail_node, self.preempt, self.time_limit],
+            [self.preempt, self.time_limit, self.requeue, self.fail_node],
             [self.restart_controller],
             itertools.repeat(self.preempt),
         )
+        self.dealt: list[str] = []
 
     def preempt(self) -> None:
         high(self.cluster, 1, self.random.choice([1, None]))
@@ -77,12 +78,14 @@ class Storm:
             self.sweep.wait(lambda: True, "no failure")
             counts = {name: interrupted(self.sweep.attempts(name)) for name in self.sweep.points()}
             twice = sum(count >= 2 for count in counts.values()) >= len(counts) // 3
-            over = twice and min(counts.values()) >= 1
+            over = twice and min(counts.values()) >= 1 and len(self.dealt) >= 5
             passed = not self.cluster.run("squeue", "-h", "-p", "high")
             if not over and passed and self.sweep.training():
                 time.sleep(self.random.uniform(0, 1.5))
                 if self.sweep.training():
-                    next(self.blows)()
+                    blow = next(self.blows)
+                    blow()
+                    self.dealt.append(blow.__name__)
             time.sleep(0.3)
 
 
@@ -90,7 +93,7 @@ def storm(
     cluster: Cluster, tmp_path: Path, source: Path, series: tuple[str, ...], seconds: float
 ) -> None:
     sweep = ClusterSweep(cluster, tmp_path / "out", partition="low", parallelism=2)
-    settings = ["--epochs", 40, "--print-freq", 1, "--eval-every", 10]
+    settings = ["--epochs", 30, "--print-freq", 4, "--eval-every", 10]
     settings += ["--checkpoint-minutes", 0.02, "--source-net", source]
     assert sweep.series("Digits/bip.yml", "--series", ",".join(series), *settings) == 0
     began = time.monotonic()
@@ -106,9 +109,10 @@ def storm(
         counts[config.k_text] = interrupted(attempts)
         assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
     causes = [r["cause"] for run_id in sweep.points() for r in sweep.attempts(run_id, "requeue")]
-    print(f"interruptions {counts} in {took:.0f} s; requeued: {causes}")
+    print(f"{weather.dealt}: interruptions {counts} in {took:.0f} s; requeued: {causes}")
     assert min(counts.values()) >= 1
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
+    assert len(weather.dealt) >= 5
     assert "preempted" in causes
     assert "timed_out" in causes
 
