@@ -95,6 +95,25 @@ def test_no_grace_and_a_finished_run_that_is_requeued(
     assert {p: p.stat().st_mtime for p in config.run_folder.rglob("*") if p.is_file()} == written
 
 
+def test_time_limit_is_a_save_and_a_requeue_until_the_budget_is_spent(
+    cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
+) -> None:
+    """A minute's limit, told 20 to 50 s before; once is allowed, twice is not."""
+    on(cluster)
+    facts = {"time": 1, "signal_lead": 20, "retries": {"timed_out": 1}}
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, **facts)
+    line = ("--series", "0.2", "--source-net", source, "--epochs", 5000, "--print-freq", 100)
+    assert sweep.series("Digits/bip.yml", *line) == 0
+    (run_id,) = sweep.points()
+    note = sweep.folder / "jobs" / f"{run_id}.failed"
+    cluster.wait(note.exists, "the second time-out", 240)
+    assert "timed_out 2 times; the profile's retries.timed_out is 1" in note.read_text()
+    ends, starts = sweep.attempts(run_id, "end"), sweep.attempts(run_id, "start")
+    assert [end["cause"] for end in ends] == ["SIGUSR2", "SIGUSR2"]
+    assert [r["cause"] for r in sweep.attempts(run_id, "requeue")] == ["timed_out"]
+    assert 0 < ends[0]["step"] == starts[1]["step"] < ends[1]["step"]
+
+
 def test_failure_is_not_requeued_blocks_its_stage_and_is_resumed(
     cluster: Cluster,
     on: Callable[[Cluster], Cluster],

