@@ -268,8 +268,7 @@ class RunConfig(BaseModel):
         elif self.accelerate:
             idle["--accelerate leaves the implicit term out"] = {"lr2"}
         if self.exp_mode == "pretrain":
-            idle["a dense network is trained"] = {"source_net", "layer_type", "scope"}
-            idle["a dense network is trained"] |= {"recalibrate_bn"}
+            idle["a dense network is trained"] = {"layer_type", "scope", "recalibrate_bn"}
             if not self.scale_rand_init and self.k != 1:
                 idle["a dense network is trained"] |= {"k"}
         else:

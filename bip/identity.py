@@ -31,16 +31,31 @@ def check_source(config: RunConfig, state: State) -> None:
     if isinstance(arch, str) and arch != config.arch:
         raise UserError(f"source_net: holds the network {arch}, but arch is {config.arch}")
     before = state.get("config")
-    if before is None or (config.exp_mode != "finetune" and not config.evaluate):
+    if before is None:
         return
     if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
         raise UserError("source_net: holds a dense network; finetune starts from a pruned one")
+    if before["exp_mode"] != "pretrain":
+        made = f"holds a network pruned with layer_type {before['layer_type']}, k {before['k']}"
+        if config.evaluate and config.exp_mode == "pretrain":
+            raise UserError(f"source_net: {made}; evaluate it with these and --exp-mode prune")
+        if config.exp_mode != "finetune" and not config.evaluate:
+            raise UserError(f"source_net: {made}; {config.exp_mode} starts from a dense one")
     for key, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
         if before["exp_mode"] != "pretrain" and before[key] != mine:
             raise UserError(
                 f"source_net: was pruned with {key} {before[key]}, but {key} is {mine}; "
                 "they must be the same"
             )
+
+
+def check_same_source(config: RunConfig, before: str | None, now: str | None) -> None:
+    """A run has one source: not even another file under the same name. SHA-256s; None: unknown."""
+    if None not in (before, now) and before != now:
+        raise UserError(
+            f"source_net: {config.source_net} is not the file that {config.run_folder} started "
+            "from; give another --exp-name, or remove the run folder"
+        )
 
 
 def difference(config: RunConfig, before: dict[str, Any]) -> str:

@@ -29,7 +29,14 @@ from bip.files import (
     read_jsonl,
     sha256_file,
 )
-from bip.identity import check_source, code_version, difference, surroundings, with_source_of_resume
+from bip.identity import (
+    check_same_source,
+    check_source,
+    code_version,
+    difference,
+    surroundings,
+    with_source_of_resume,
+)
 from bip.lock import RunLock
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
@@ -65,7 +72,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     config = with_source_of_resume(config)
     group = join(config.result_dir / ".rendezvous")
     # Rank 0 looks for all: an attempt that is just ending may write the result between two looks.
-    finished = group.from_first(read_result(config) if group.is_first else None)
+    finished = group.ask_first(lambda: read_result(config))
     if finished is not None and not config.evaluate:
         group.close()
         return dict(finished)
@@ -76,10 +83,17 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
 
 
 def read_result(config: RunConfig) -> dict[str, Any] | None:
-    """The result of a finished run, and say so; else None."""
+    """The result of a finished run, and say so; else None.
+
+    Raises UserError if it began from another file than the one that `source_net` is now.
+    """
     finished = read_json(config.run_folder / "result.json")
-    if finished is not None and not config.evaluate:
-        print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)", flush=True)
+    if finished is None or config.evaluate:
+        return finished  # type: ignore[no-any-return]
+    source = config.source_net
+    if source is not None and source.is_file():
+        check_same_source(config, finished.get("source_sha256"), sha256_file(source))
+    print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)", flush=True)
     return finished  # type: ignore[no-any-return]
 
 
@@ -166,6 +180,7 @@ class Run:
         config = self.config
         torch.manual_seed(config.seed)
         network = models.build(config.arch, self._num_classes, self.data.channels)
+        models.check_image_size(network, config.arch, self.data.channels, self.data.image_dim)
         if config.exp_mode == "pretrain" and config.scale_rand_init:
             models.scale_initial_weights(network, float(config.k))
         if self.source is not None:
@@ -206,7 +221,8 @@ class Run:
     def evaluate(self) -> dict[str, Any]:
         """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""
         if self.config.resume is not None:
-            state = self.group.from_first(read_checkpoint(self.config.resume))
+            resume = self.config.resume
+            state = self.group.ask_first(lambda: read_checkpoint(resume))
             check_source(self.config, state)
             restore_model(self.network, self.pruned, state, str(self.config.resume))
         loop = self._loop(Progress(), RunLog(self.folder, active=False, step=0))
@@ -220,7 +236,8 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or the newest checkpoint to the end; write and return the result."""
-        elsewhere = self._resume_elsewhere()  # checked before the folder is made
+        # Checked before the folder is made.
+        elsewhere = self.group.ask_first(self._resume_elsewhere)
         try:
             finished = self._take_folder()
             return finished if finished is not None else self._train(elsewhere)
@@ -239,29 +256,24 @@ class Run:
 
         Raises Stopped if this attempt is told to stop while it waits.
         """
-        found: tuple[str | None, Any] = (None, None)
-        if self.group.is_first:
-            try:
-                taken = self.lock.acquire(give_up=lambda: self.stop.signal != 0)
-                found = (None, read_result(self.config)) if taken else ("stop", self.stop.signal)
-            except UserError as error:
-                found = ("error", str(error))
-        problem, value = self.group.from_first(found)
-        if problem == "error":
-            raise UserError(value)
-        if problem == "stop":
-            raise Stopped(signal_name(value), 0)
-        return value  # type: ignore[no-any-return]
+
+        def take() -> tuple[int, dict[str, Any] | None]:
+            if not self.lock.acquire(give_up=lambda: self.stop.signal != 0):
+                return self.stop.signal, None
+            return 0, read_result(self.config)
+
+        signal, finished = self.group.ask_first(take)
+        if signal:
+            raise Stopped(signal_name(signal), 0)
+        return finished
 
     def _train(self, elsewhere: State | None) -> dict[str, Any]:
-        state = self.group.from_first(elsewhere or self._newest_checkpoint())
+        state = elsewhere or self.group.ask_first(self._newest_checkpoint)
         del elsewhere
         progress = Progress(**state["progress"]) if state else Progress()
         if state is not None:
             restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
-        if self.group.is_first:
-            self._open_folder(progress)
-        self.group.barrier()
+        self.group.ask_first(lambda: self._open_folder(progress))
         log = RunLog(self.folder, self.group.is_first, progress.iteration)
         loop = self._loop(progress, log)
         if state is not None and progress.iteration < loop.clock.iterations:
@@ -304,17 +316,15 @@ class Run:
             self._record_attempt("end", cause=f"rank lost: {message}")
 
     def _resume_elsewhere(self) -> State | None:
-        """On rank 0 what --resume holds, if that lies outside the run folder."""
+        """What --resume holds, if that lies outside the run folder."""
         resume = self.config.resume
-        if not self.group.is_first or resume is None:
-            return None
-        if resume.resolve().parent == self.checkpoints.folder.resolve():
+        if resume is None or resume.resolve().parent == self.checkpoints.folder.resolve():
             return None
         return self._own_state(read_checkpoint(resume), resume)
 
     def _newest_checkpoint(self) -> State | None:
-        """On rank 0 the run folder's newest checkpoint."""
-        state = self.checkpoints.load() if self.group.is_first else None
+        """The run folder's newest checkpoint."""
+        state = self.checkpoints.load()
         return state and self._own_state(state, self.config.resume or self.checkpoints.folder)
 
     def _own_state(self, state: State, where: Path) -> State:
@@ -326,11 +336,7 @@ class Run:
                 f"resume: {where} was written by a run with other settings: "
                 f"{difference(self.config, state['config'])}"
             )
-        if self.source_sha256 not in (None, state["source_sha256"]):
-            raise UserError(
-                f"source_net: {self.config.source_net} is not the file that {self.folder} "
-                "started from; give another --exp-name, or remove the run folder"
-            )
+        check_same_source(self.config, state["source_sha256"], self.source_sha256)
         self.source_sha256 = state["source_sha256"]
         return state
 
@@ -394,6 +400,7 @@ class Run:
 
     def _save_best(self, progress: Progress) -> None:
         if self.group.is_first:
+            self.lock.check()
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(self.checkpoints.best, encode(self._state(progress)))
 
@@ -408,7 +415,7 @@ class Run:
         best = None
         if progress.best_epoch is not None:
             final_state = self._state(progress)
-            best_state = self.group.from_first(self._read_best())
+            best_state = self.group.ask_first(lambda: read_checkpoint(self.checkpoints.best))
             restore_model(self.network, self.pruned, best_state, str(self.checkpoints.best))
             best = self._finalise(loop)
             self._save_best(progress)
@@ -433,15 +440,12 @@ class Run:
         self.group.barrier()
         return result
 
-    def _read_best(self) -> State | None:
-        return read_checkpoint(self.checkpoints.best) if self.group.is_first else None
-
     def _finalise(self, loop: Loop) -> Accuracy:
         """The mask is final now: what follows pruned filters becomes zero; test accuracy."""
         if self.pruned is not None:
             self.pruned.write_followers()
-        if self.config.recalibrate_bn:
-            loop.recalibrate(self.config.recalibrate_bn)
+            if self.config.recalibrate_bn:
+                loop.recalibrate(self.config.recalibrate_bn)
         return loop.evaluate("test")
 
     def _result(self, final: Accuracy, best: Accuracy | None, progress: Progress) -> dict[str, Any]:
@@ -468,6 +472,7 @@ class Run:
             "layer_type": config.layer_type,
             "mask_sha256": hash_tensors({"mask": mask}) if mask is not None else None,
             "weights_sha256": hash_tensors(weights),
+            "source_sha256": self.source_sha256,
             "seconds": progress.seconds,
             "attempts": len(starts),
         }

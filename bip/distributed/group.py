@@ -4,11 +4,11 @@ import inspect
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bip.errors import UserError
 from bip.files import atomic_write_bytes
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -91,6 +92,19 @@ class Group:
         box = [value]
         dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
         return box[0]
+
+    def ask_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank. Its UserError is raised on every rank."""
+        answer: tuple[Any, str | None] = (None, None)
+        if self.is_first:
+            try:
+                answer = (call(), None)
+            except UserError as error:
+                answer = (None, str(error))
+        value, problem = self.from_first(answer)
+        if problem is not None:
+            raise UserError(problem)
+        return value  # type: ignore[no-any-return]
 
     def all_objects(self, value: Any) -> list[Any]:
         """Every rank's object, in rank order."""
@@ -171,8 +185,11 @@ def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> TCPSt
         store = TCPStore(
             host, 0, ranks.world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
         )
-        rendezvous.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(path, f"{host} {store.port}".encode())
+        try:
+            rendezvous.mkdir(parents=True, exist_ok=True)
+            atomic_write_bytes(path, f"{host} {store.port}".encode())
+        except OSError as error:
+            raise UserError(f"result_dir: {rendezvous}: {error.strerror}") from None
         return store
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while not path.exists():

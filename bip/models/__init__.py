@@ -78,6 +78,22 @@ def _nearest(arch: str, classifiers: list[str]) -> str:
 
 
 @torch.no_grad()
+def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: int) -> None:
+    """Raise UserError if the network cannot take images of (channels, image_dim, image_dim)."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()(torch.zeros(1, channels, image_dim, image_dim))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"image_dim: '{arch}' cannot take {image_dim}x{image_dim} images ({reason})"
+        ) from None
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@torch.no_grad()
 def scale_initial_weights(network: nn.Module, k: float) -> None:
     """Draw conv and linear weights anew, normal with deviation sqrt(2 / (k · fan_in)).
 

@@ -173,7 +173,7 @@ class Loop:
 
     def recalibrate(self, batches: int) -> None:
         """Estimate batch-norm statistics anew, on this many training batches past the last."""
-        stream = self.data.train("lower", self.clock.iterations * self.config.lower_steps)
+        stream = self.data.train("lower", self.clock.iterations * self.config.lower_batches)
         torch.optim.swa_utils.update_bn(
             (images for images, _ in itertools.islice(stream, batches)), self.network
         )

@@ -71,6 +71,28 @@ def problem_on_last(group: Group) -> str:
     return "none"
 
 
+def problem_on_first(group: Group) -> str:
+    def call() -> int:
+        if group.rank:
+            raise AssertionError("only rank 0 is asked")
+        if not answers:
+            raise UserError("result.json: damaged")
+        return answers.pop()
+
+    answers = [7]
+    assert group.ask_first(call) == 7
+    answers.clear()
+    try:
+        group.ask_first(call)
+    except UserError as error:
+        return str(error)
+    return "none"
+
+
+def test_what_only_rank_0_finds_out_is_every_ranks() -> None:
+    assert run_ranks(2, problem_on_first) == ["result.json: damaged"] * 2
+
+
 def test_one_ranks_problem_is_every_ranks() -> None:
     results = run_ranks(3, problem_on_last)
     assert results == ["data_dir: not here (rank 2)"] * 3

@@ -207,6 +207,11 @@ def test_commands(refuse: Refuse) -> None:
     refuse(["compare", "nowhere", "elsewhere"], "nowhere")
 
 
+def test_export_to_what_is_no_file(refuse: Refuse, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    refuse(["export", str(source), str(tmp_path / "folder")], "out", "folder")
+
+
 # --source-net
 
 
@@ -244,6 +249,29 @@ def test_finetune_of_a_dense_network(refuse: Refuse, source: Path, tmp_path: Pat
     refuse(argv, "source_net", "dense")
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra"])
+def test_training_from_a_pruned_network(
+    kind: str, refuse: Refuse, pruned_runs: dict[str, Finished], tmp_path: Path
+) -> None:
+    settings = {"source_net": pruned_runs["filter"].newest, "k": 0.3}
+    argv = ["train", *arguments(kind, tmp_path / "out", **settings)]
+    refuse(argv, "source_net", "layer_type filter", "0.3", "dense")
+
+
+def test_a_pruned_network_is_not_evaluated_as_a_dense_one(
+    refuse: Refuse, pruned_runs: dict[str, Finished], tmp_path: Path
+) -> None:
+    path = pruned_runs["unstructured"].newest
+    settings = {"source_net": path, "k": 0.3, "layer_type": "unstructured"}
+    refuse(
+        ["evaluate", *arguments("pretrain", tmp_path / "out", **settings)], "source_net", "prune"
+    )
+
+
+def test_images_that_the_network_cannot_take(refuse: Refuse, tmp_path: Path) -> None:
+    refuse(pretrain(tmp_path, image_dim=1), "image_dim", "1x1", "digits_net")
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"text", None])
 def test_a_source_that_is_no_checkpoint(
     content: bytes | None, refuse: Refuse, source: Path, tmp_path: Path
@@ -251,7 +279,7 @@ def test_a_source_that_is_no_checkpoint(
     path = tmp_path / "bad.pth.tar"
     path.write_bytes(source.read_bytes()[:-500] if content is None else content)
     argv = ["train", *arguments("bip", tmp_path / "out", source_net=path)]
-    refuse(argv, str(path))
+    assert "weights_only" not in refuse(argv, str(path))
 
 
 def test_a_source_that_is_a_folder(refuse: Refuse, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from tests.unit.test_checkpoint import Stopped, stop_after
 RESULT_KEYS = {
     "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "seed",
     "arch", "dataset", "trainer", "layer_type", "mask_sha256", "weights_sha256", "seconds",
-    "attempts",
+    "attempts", "source_sha256",
 }  # fmt: skip
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -244,6 +244,23 @@ def test_another_file_under_the_same_name_is_an_error(
     assert error.count("\n") == 1
 
 
+def test_a_finished_run_is_not_the_result_of_another_source(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = tmp_path / "one.pth.tar", tmp_path / "two.pth.tar"
+    paths[0].write_bytes(source.read_bytes())
+    paths[1].write_bytes(train("pretrain", tmp_path, seed=5, max_steps=1).newest.read_bytes())
+    settings = {"max_steps": 1, "source_net": paths[0]}
+    finished = train("bip", tmp_path, **settings)
+    capsys.readouterr()
+    assert main(["train", *arguments("bip", tmp_path, **settings)]) == 0
+    assert "already finished" in capsys.readouterr().out
+    assert main(["train", *arguments("bip", tmp_path, **settings | {"source_net": paths[1]})]) == 2
+    error = capsys.readouterr().err
+    assert str(paths[1]) in error
+    assert str(finished.folder) in error
+
+
 # Holdout
 
 
@@ -437,6 +454,19 @@ def test_recalibrate_bn_re_estimates_the_statistics_alone(source: Path, tmp_path
     network.load_state_dict({n: w * masks.get(n, 1) for n, w in fresh.weights.items()})
     assert accuracy(network) == pytest.approx(fresh.result["top1"], abs=1e-4)
     assert fresh.weights["bn1.num_batches_tracked"] == 4
+
+
+def test_a_dense_network_is_not_recalibrated(dense: Finished, tmp_path: Path) -> None:
+    """As the warning says."""
+    told = train("pretrain", tmp_path, epochs=2, recalibrate_bn=2)
+    assert told.result["weights_sha256"] == dense.result["weights_sha256"]
+
+
+def test_pretraining_may_start_from_a_network(
+    source: Path, dense: Finished, tmp_path: Path
+) -> None:
+    again = train("pretrain", tmp_path, source_net=source, lr=0, wd=0, max_steps=1, freeze_bn=True)
+    assert again.result["weights_sha256"] == dense.result["weights_sha256"]
 
 
 def test_divergence_stops_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
