@@ -170,26 +170,28 @@ def join(rendezvous: Path, env: Mapping[str, str] = os.environ) -> Group:
         if "MASTER_ADDR" in env and "RANK" in env:
             dist.init_process_group(backend, timeout=TIMEOUT)
         else:
-            store = _srun_store(ranks, rendezvous, env)
+            names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+            address = rendezvous / ".".join(env.get(name, "0") for name in names)
+            store = _srun_store(ranks, address, env)
             dist.init_process_group(
                 backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
             )
+            if ranks.rank == 0:  # all have read it; a cluster may count its jobs from 1 again
+                address.unlink(missing_ok=True)
     return Group(ranks, device)
 
 
-def _srun_store(ranks: Ranks, rendezvous: Path, env: Mapping[str, str]) -> TCPStore:
-    key = [env.get(name, "0") for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")]
-    path = rendezvous / ".".join(key)
+def _srun_store(ranks: Ranks, path: Path, env: Mapping[str, str]) -> TCPStore:
     if ranks.rank == 0:
         host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
         store = TCPStore(
             host, 0, ranks.world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
         )
         try:
-            rendezvous.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(path, f"{host} {store.port}".encode())
         except OSError as error:
-            raise UserError(f"result_dir: {rendezvous}: {error.strerror}") from None
+            raise UserError(f"result_dir: {path.parent}: {error.strerror}") from None
         return store
     deadline = time.monotonic() + TIMEOUT.total_seconds()
     while not path.exists():

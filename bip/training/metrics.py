@@ -50,7 +50,7 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import: rank 0 only
 
         self.path = folder / "metrics.jsonl"
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step or None)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, event: str, step: int, text: str, **values: Any) -> None:
         """One record in metrics.jsonl, its numbers in TensorBoard, one line on the terminal."""

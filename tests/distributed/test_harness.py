@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bip.distributed.group import Group
+from bip.distributed.group import Group, join
 from bip.errors import UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
 
@@ -60,6 +60,25 @@ def test_a_failing_rank_fails_the_test(body, what) -> None:  # type: ignore[no-u
     with pytest.raises(RankError, match=what):
         run_ranks(2, body, timeout=3)
     assert time.monotonic() - began < 20
+
+
+def meet_as_under_srun(folder: Path) -> tuple[int, list[Path]]:
+    env = {
+        "SLURM_PROCID": os.environ["RANK"], "SLURM_LOCALID": os.environ["RANK"],
+        "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "3",
+        "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    group = join(folder, env)
+    total = int(group.sum_(torch.tensor([group.rank + 1])))
+    left = list(folder.iterdir())
+    group.close()
+    return total, left
+
+
+def test_ranks_of_an_srun_step_meet_and_leave_nothing(tmp_path: Path) -> None:
+    """Twice under the same numbers, as after a cluster's restart."""
+    for _ in range(2):
+        assert run_ranks(3, meet_as_under_srun, tmp_path, join=False) == [(6, [])] * 3
 
 
 def problem_on_last(group: Group) -> str:
