@@ -20,7 +20,7 @@ from tests.cluster.sweeps import (
     undisturbed,
 )
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.storm]
 
 
 @pytest.fixture(scope="module")
