@@ -34,6 +34,7 @@ def cifar(small_cifar: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.unsteady  # under load torch's SIGCHLD handler can raise outside of our reach
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGBUS])
 def test_a_dead_worker_is_told_within_seconds(cifar: Path, number: int) -> None:
     data = opened(**CIFAR, data_dir=cifar, num_workers=2)
@@ -115,6 +116,7 @@ def damage(path: Path, *indices: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.unsteady  # once a forked worker of a long test process ended by SIGSEGV
 @pytest.mark.parametrize("loader", LOADERS)
 def test_skip_bad_replaces_within_the_batch_and_counts(
     cifar: Path, workers: int, loader: str, capsys: pytest.CaptureFixture[str]
