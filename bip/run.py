@@ -2,7 +2,6 @@
 
 import errno
 import os
-import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -104,7 +103,6 @@ class Run:
         self.config, self.group, self.stop = config, group, stop or StopRequest()
         self.folder = config.run_folder
         self.checkpoints = CheckpointFolder(self.folder / "checkpoint")
-        self.began = time.monotonic()
         config.batch_per_rank(group.world)
         if config.sync_bn and group.device.type != "cuda":
             raise UserError("sync_bn: needs GPUs; leave --sync-bn out on the CPU")

@@ -58,7 +58,6 @@ class Group:
 
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self.rank, self.world = ranks.rank, ranks.world
-        self.local_rank = ranks.local_rank
         self.device = device
 
     @property

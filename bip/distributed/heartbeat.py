@@ -76,7 +76,9 @@ class Heartbeat:
             try:
                 name = f"{platform.node()} pid {os.getpid()}"
                 self.store.set(f"beat/{self.group.rank}", f"{time.time()} {self.step} {name}")
-                beat = self.store.get(f"beat/{watched}")
+                # Reading a beat that is not there yet would wait, and blame the store.
+                there = self.store.check([f"beat/{watched}"])
+                beat = self.store.get(f"beat/{watched}") if there else b""
                 lost = self.store.get(LOST).decode() if self.store.check([LOST]) else None
             except RuntimeError:
                 if not self.ended.is_set():
@@ -88,7 +90,7 @@ class Heartbeat:
             if beat != seen or slept:
                 seen, since = beat, now
             elif now - since > self.timeout and lost is None:
-                _, step, host = beat.decode().split(" ", 2)
+                _, step, host = (beat.decode() or "0 0 never heard of").split(" ", 2)
                 lost = (
                     f"rank {watched} ({host}) has not answered for {self.timeout:.0f} s; "
                     f"its last step was {step}"

@@ -92,10 +92,6 @@ class Layout:
             for t in self.tensors
         )
 
-    def kept_weights(self, mask: Tensor) -> int:
-        """Weights whose mask is 1. Waits for the device."""
-        return int(torch.count_nonzero(mask))
-
 
 def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
     """The weights of conv and linear modules, tied weights once.
