@@ -231,6 +231,11 @@ class Sweep:
                 self.failure_path(run_id).unlink(missing_ok=True)
             atomic_write_json(path, asdict(queue) | {"points": points})
 
+    def unfinished(self) -> int:
+        """How many of the queued points may still change their state."""
+        states = self.states(self.records())
+        return sum(states[run_id].name not in FINAL for run_id in self.queue().points)
+
     def live_workers(self) -> int:
         return sum(map(Lock.is_held, self.jobs.glob("worker-*.lock")))
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from bip.errors import UserError
-from launch.ledger import FINAL, Queue, Sweep
+from launch.ledger import Queue, Sweep
 from launch.profile import Profile
 from launch.task import TRAIN, VISIBLE_GPUS, without_job, work
 
@@ -21,9 +21,7 @@ def submit(sweep: Sweep, profile: Profile, run_ids: list[str], command: list[str
     """
     profile_values = profile.model_dump(exclude={"executor"})
     sweep.set_queue(Queue(points=run_ids, command=command, **profile_values))
-    states = sweep.states(sweep.records())
-    unfinished = sum(states[run_id].name not in FINAL for run_id in sweep.queue().points)
-    count = min(profile.parallelism, unfinished) - sweep.live_workers()
+    count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()
     if count > 0:
         _start_apart(sweep, count)
     return max(count, 0)

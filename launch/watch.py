@@ -17,6 +17,8 @@ POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 5.0
 # Workers need a moment to start; after this long without one, nothing more will happen.
 DEAD_SECONDS = 30.0
+# Workers look around every quarter of a second.
+LEAVING_SECONDS = 5.0
 
 
 def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
@@ -43,7 +45,19 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
                 running = [_running(row) for row in rows if row.state == "running"]
                 live.update(Group(progress, *running), refresh=True)
         live.update(Text(""))
+    _let_workers_leave(sweep)
     return rows
+
+
+def _let_workers_leave(sweep: Sweep) -> None:
+    """Wait a moment for workers that found nothing left to do.
+
+    They have the environment of the command that started them; the next command, given right
+    after this one, would else find them alive and leave its points to them.
+    """
+    end = time.monotonic() + LEAVING_SECONDS
+    while sweep.live_workers() and not sweep.unfinished() and time.monotonic() < end:
+        time.sleep(POLL_SECONDS / 10)
 
 
 def _polls(sweep: Sweep, run_ids: Collection[str]) -> Iterator[list[Row]]:
