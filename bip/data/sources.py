@@ -1,7 +1,11 @@
 """Sources: fetch uint8 images for requests, from memory or through worker processes."""
 
 import contextlib
+import gc
+import multiprocessing.connection
 import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -179,9 +183,10 @@ class WorkerSource:
         return _to_device(self._fetch(requests), self.device)
 
     def _fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        pending: deque[Request] = deque()  # handed out, and their batches not received yet
         loader = DataLoader(
             _Work(self.reader),
-            sampler=requests,
+            sampler=_remember(requests, pending),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -190,16 +195,18 @@ class WorkerSource:
             multiprocessing_context="fork" if self.num_workers else None,
             generator=torch.Generator(),  # else the DataLoader would draw from the global one
         )
-        batches = iter(loader)
+        with _forking():
+            batches = iter(loader)
         skips = Skips()
         try:
             while True:
                 try:
                     batch = next(batches, None)
                 except (RuntimeError, OSError, EOFError) as error:
-                    raise self._explain(error) from error
+                    raise self._explain(error, batches, pending) from error
                 if batch is None:
                     return
+                pending.popleft()
                 if isinstance(batch, str):
                     raise UserError(batch)
                 images, labels, skipped = batch
@@ -208,23 +215,69 @@ class WorkerSource:
         finally:
             _end_workers(batches)
 
-    def _explain(self, error: Exception) -> Exception:
-        """torch tells of a dead worker within five seconds, or its pipe does."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        if self.num_workers == 0 or (
-            isinstance(error, RuntimeError) and "DataLoader worker" not in text
-        ):
+    def _explain(self, error: Exception, batches: object, pending: Iterable[Request]) -> Exception:
+        """What to tell the user; torch tells of a dead worker within five seconds."""
+        if not isinstance(batches, _MultiProcessingDataLoaderIter):
             return error
-        with contextlib.suppress(UserError):
+        # Its pipe may break a moment before the process is gone.
+        for gone in multiprocessing.connection.wait([w.sentinel for w in batches._workers], 1):
+            next(w for w in batches._workers if w.sentinel == gone).join(1)
+        dead = {number for number, w in enumerate(batches._workers) if not w.is_alive()}
+        if not dead:
+            return error
+        path = self.reader.store.path
+        codes = sorted({batches._workers[number].exitcode or 0 for number in dead})
+        how = ", ".join(_ending(code) for code in codes)
+        try:
             self.reader.store.check_unchanged()
+        except UserError:
             return UserError(
-                f"{self.reader.store.path}: a loader process died ({text}); mostly for want of "
-                "memory or of space in /dev/shm: use fewer --num-workers, or ask for more"
+                f"{path}: replaced or cut short during the run, and a loader process died of it "
+                f"({how}); put the store back and start again"
             )
+        # Batches are received in order, so the first one that a dead worker owes is at fault.
+        first = batches._rcvd_idx
+        owed = [r for n, r in enumerate(pending, first) if batches._task_info[n][0] in dead]
+        where = f" over the batch {_some(owed[0].indices.tolist())}" if owed else ""
         return UserError(
-            f"{self.reader.store.path}: replaced or cut short during the run, and a loader process "
-            f"died of it ({text}); put the store back and start again"
+            f"{path}: a loader process died{where} ({how}); mostly for want of memory or of space "
+            "in /dev/shm: use fewer --num-workers, or ask for more"
         )
+
+
+def _ending(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _some(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:3]))
+    return f"of records {shown}" + (f" and {len(indices) - 3} more" if len(indices) > 3 else "")
+
+
+def _remember(requests: Iterable[Request], pending: deque[Request]) -> Iterator[Request]:
+    for request in requests:
+        pending.append(request)
+        yield request
+
+
+@contextlib.contextmanager
+def _forking() -> Iterator[None]:
+    """Around the start of forked workers.
+
+    Frozen, what this process holds is never collected in a worker: DALI's pipelines cannot be
+    destroyed there (SIGSEGV), and the collector's marks would copy shared pages. And torch's
+    handler of SIGCHLD is taken away again, which raises wherever the main thread is when a worker
+    dies; the batch that the worker owes tells of it in a place made for it.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGCHLD)
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if main:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 class Skips:
