@@ -40,7 +40,6 @@ from bip.lock import RunLock
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.scores import initialise_scores
-from bip.pruning.steps import ForwardBackward, TrainingStep, build_step
 from bip.training.checkpoint import (
     CheckpointFolder,
     State,
@@ -55,6 +54,7 @@ from bip.training.evaluate import Accuracy
 from bip.training.loop import Loop, Progress
 from bip.training.metrics import RunLog
 from bip.training.optim import Clock
+from bip.training.steps import ForwardBackward, TrainingStep, build_step
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

@@ -1,13 +1,15 @@
 """Compiled CPU passes over scores. All read |x| as its key.
 
-The key of a float32 is its bits without the sign; as an integer it orders as |x| does. Every
-kernel releases the interpreter lock, so that threads share a pass.
+The key of a float32 is its bits without the sign; as an integer it orders as |x| does. Large
+arrays are shared among the threads by OpenMP, whose threads are at work at once; a thread pool's
+would first have to be woken, on cores where torch's own threads still spin.
 """
 
 from typing import Any
 
 import numba
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 MAGNITUDE = np.int32(0x7FFFFFFF)
@@ -17,6 +19,18 @@ BLOCK = 64  # counted without branches, then searched only if it holds a candida
 Bits = NDArray[np.int32]
 i32 = numba.int32
 compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
+parallel: Any = numba.njit(cache=True, nogil=True, boundscheck=False, parallel=True)
+numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
+THREAD_WORTH = 1 << 18  # elements that repay a thread
+
+
+def use_threads(size: int) -> int:
+    """How many threads are to share an array of this size; the parallel kernels then take them."""
+    most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    count = min(torch.get_num_threads(), most, size // THREAD_WORTH)
+    if count > 1:
+        numba.set_num_threads(count)
+    return max(1, count)
 
 
 @compiled
@@ -74,11 +88,42 @@ def count_digits(bits: Bits, low: np.int32, high: np.int32, shift: np.int32, cou
             counts[digit] += tables[lane, digit]
 
 
+@parallel
+def sweep_parts(
+    bits: Bits, low: np.int32, high: np.int32, found: Bits, heads: NDArray[np.int64]
+) -> None:
+    """`sweep` of equal parts of `bits`, one for each row of `heads` (parts, 3) and of `found`."""
+    parts = heads.shape[0]
+    for part in numba.prange(parts):
+        piece = bits[part * bits.size // parts : (part + 1) * bits.size // parts]
+        heads[part, 0], heads[part, 1], heads[part, 2] = sweep(piece, low, high, found[part])
+
+
+@parallel
+def count_digits_parts(
+    bits: Bits, low: np.int32, high: np.int32, shift: np.int32, counts: NDArray[np.int32]
+) -> None:
+    """`count_digits` of equal parts of `bits`, one for each row of `counts` (parts, digits)."""
+    parts = counts.shape[0]
+    for part in numba.prange(parts):
+        piece = bits[part * bits.size // parts : (part + 1) * bits.size // parts]
+        count_digits(piece, low, high, shift, counts[part])
+
+
 @compiled
 def find_tie(bits: Bits, key: np.int32, which: int) -> int:
     """Index of the `which`-th (from 1) element whose key is `key`; −1 if there are fewer."""
-    for i in range(bits.size):
-        if bits[i] & MAGNITUDE == key:
+    start = 0
+    while start + BLOCK <= bits.size:
+        equal = i32(0)
+        for j in range(BLOCK):
+            equal += i32((bits[start + j] & MAGNITUDE) == key)
+        if equal >= which:
+            break
+        which -= int(equal)
+        start += BLOCK
+    for i in range(start, bits.size):
+        if (bits[i] & MAGNITUDE) == key:
             which -= 1
             if which == 0:
                 return i
@@ -124,3 +169,23 @@ def write_mask_and_z(
         mask[i] = np.float32(keep)
         z[i] = np.float32(keep) * weights[i]
     return kept, checksum
+
+
+@parallel
+def write_mask_and_z_parts(
+    bits: Bits,
+    key: np.int32,
+    last: int,
+    first: int,
+    weights: NDArray[np.float32],
+    mask: NDArray[np.float32],
+    z: NDArray[np.float32],
+    proofs: NDArray[np.int64],
+) -> None:
+    """`write_mask_and_z` of equal parts, one for each row of `proofs` (parts, 2)."""
+    parts = proofs.shape[0]
+    for part in numba.prange(parts):
+        a, b = part * bits.size // parts, (part + 1) * bits.size // parts
+        proofs[part, 0], proofs[part, 1] = write_mask_and_z(
+            bits[a:b], key, last - a, first + a, weights[a:b], mask[a:b], z[a:b]
+        )

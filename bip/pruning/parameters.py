@@ -8,6 +8,7 @@ rewritten in place and never reassigned; `requires_grad` is never toggled; every
 own autocast context; g is complete (accumulated, unscaled, all-reduced) before it is used.
 """
 
+from collections.abc import Iterator
 from decimal import Decimal
 
 import torch
@@ -35,8 +36,8 @@ class PrunedParameters:
 
     weights (θ), scores (s): leaf tensors (n,), in logical order whatever the network's memory
     format; torch.optim owns them. mask (m): (n,) of 0.0 and 1.0, float32 because a float
-    product is several times faster than a bool one. `gradient` (n,) holds g, then the gradient
-    of the level whose step is being taken: the two levels never need theirs at once.
+    product is several times faster than a bool one. `gradient` (n,) holds the gradient of the
+    level whose step is being taken: the two levels never need theirs at once.
     """
 
     def __init__(
@@ -84,10 +85,6 @@ class PrunedParameters:
         """Every prunable tensor's part of a flat buffer."""
         return [self.view(flat, tensor) for tensor in self.layout.tensors]
 
-    def _blocks(self) -> list[slice]:
-        step = self._scratch.numel()
-        return [slice(i, min(i + step, self.layout.size)) for i in range(0, self.layout.size, step)]
-
     @torch.no_grad()
     def write_z(self) -> None:
         """z = m ⊙ θ, in place in the network's own parameters."""
@@ -100,40 +97,56 @@ class PrunedParameters:
     def take_gradient(self) -> None:
         """g = ∇_z l from the network's .grad fields into `gradient`, in logical order."""
         for flat, z in zip(self.views(self.gradient), self.z, strict=True):
-            assert z.grad is not None, "take_gradient needs a backward pass first"
-            flat.copy_(z.grad)
+            flat.copy_(_grad(z))
+
+    def _gradients(self) -> Iterator[tuple[slice, Tensor]]:
+        """g in parts: (place in the flat buffers, that part of g). Only to be read.
+
+        On a GPU one part, for few kernels. On the CPU a part fits into the cache and is the
+        network's own .grad, so that g is not moved through memory once more.
+        """
+        if self.gradient.device.type != "cpu":
+            self.take_gradient()
+            yield slice(0, self.layout.size), self.gradient
+            return
+        for tensor, z in zip(self.layout.tensors, self.z, strict=True):
+            g = _grad(z).reshape(-1)  # a copy where the memory format is another
+            for start in range(0, g.numel(), CPU_BLOCK):
+                part = g[start : start + CPU_BLOCK]
+                first = tensor.start + start
+                yield slice(first, first + part.numel()), part
 
     @torch.no_grad()
     def set_lower_gradient(self) -> None:
-        """θ.grad = m ⊙ g. `gradient` must hold g; it is overwritten."""
-        self.gradient.mul_(self.mask)
+        """θ.grad = m ⊙ g, in `gradient`."""
+        for part, g in self._gradients():
+            torch.mul(g, self.mask[part], out=self.gradient[part])
         self.weights.grad = self.gradient
 
     @torch.no_grad()
     def set_upper_gradient(self, inv_gamma: float) -> None:
-        """s.grad = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g. `gradient` must hold g; it is overwritten.
+        """s.grad = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, in `gradient`.
 
         The ranking is by |s|, whose slope is sign(s); +1 is taken at s = 0, where it is free,
         so that a score of exactly zero can move. inv_gamma = 0 gives HYDRA's θ ⊙ g.
         """
-        for part in self._blocks():
-            g, score = self.gradient[part], self.scores[part]
+        for part, g in self._gradients():
+            weights, out = self.weights[part], self.gradient[part]
             factor = self._scratch[: g.numel()]
             if inv_gamma:
-                torch.addcmul(self.weights[part], self.mask[part], g, value=-inv_gamma, out=factor)
-                g.mul_(factor)
+                torch.addcmul(weights, self.mask[part], g, value=-inv_gamma, out=factor)
+                torch.mul(g, factor, out=out)
             else:
-                g.mul_(self.weights[part])
-            factor.fill_(1).copysign_(score + 0.0)  # -0.0 + 0.0 = +0.0
-            g.mul_(factor)
+                torch.mul(g, weights, out=out)
+            factor.fill_(1).copysign_(self.scores[part] + 0.0)  # -0.0 + 0.0 = +0.0
+            out.mul_(factor)
         self.scores.grad = self.gradient
 
     @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:
-        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term. Needs g."""
+        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
-        for part in self._blocks():
-            g = self.gradient[part]
+        for part, g in self._gradients():
             factor = self._scratch[: g.numel()]
             for i, left in enumerate((self.mask, self.weights)):
                 torch.mul(left[part], g, out=factor)
@@ -236,3 +249,8 @@ class PrunedParameters:
     def kept(self) -> int:
         """Weights kept. Waits for the device."""
         return int(torch.count_nonzero(self.mask))
+
+
+def _grad(z: Tensor) -> Tensor:
+    assert z.grad is not None, "a backward pass comes first"
+    return z.grad

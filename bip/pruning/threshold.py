@@ -13,10 +13,8 @@ the same on every rank, and independent of W:
 """
 
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -27,12 +25,10 @@ from bip.pruning import kernels
 from bip.pruning.kernels import Bits
 from bip.pruning.mask import Segment
 
-T = TypeVar("T")
 LARGEST = int(kernels.MAGNITUDE)
 ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut
 SAMPLE = 1 << 14  # keys that the first bracket is estimated from, over all ranks
 FIRST_SPREAD = 1 << 16  # half-width of the second bracket, in keys: 0.5 to 1% of the threshold
-THREAD_WORTH = 1 << 18  # elements that repay a thread
 
 
 class Alone:
@@ -80,7 +76,7 @@ class _Search:
     low: int = 0
     high: int = LARGEST
     above: int = 0  # keys above `high`, over all ranks
-    source: list[Bits] | None = None  # where the keys in [low, high] can be found
+    source: Bits | None = None  # where the keys in [low, high] can be found
     ties: NDArray[np.int64] | None = None  # keys equal to the threshold, by rank
 
     def shift(self, digit_bits: int) -> int:
@@ -113,9 +109,8 @@ class Threshold:
         self.exchange = exchange
         self.begin = exchange.rank * size // exchange.world
         self.end = (exchange.rank + 1) * size // exchange.world
-        self.digit_bits = 10 if len(segments) == 1 else 8
+        self.digit_bits = 11 if len(segments) == 1 else 8
         self.hints: list[tuple[int, int] | None] = [None] * len(segments)
-        self.pool = ThreadPoolExecutor(torch.get_num_threads())
 
     def select(self, values: Tensor) -> list[Cut]:
         """The cut of every segment of the flat float32 `values`.
@@ -168,14 +163,7 @@ class Threshold:
         """
         counts = np.zeros((len(searches), 3), np.int64)
         for row, search in zip(counts, searches, strict=True):
-            pieces = self._sweep(search)
-            row[:] = (
-                sum(piece[0] for piece in pieces),
-                sum(piece[1] for piece in pieces),
-                max((piece[2] for piece in pieces), default=0),
-            )
-            if all(inside <= found.size for _, inside, _, found in pieces):
-                search.source = [found[:inside] for _, inside, _, found in pieces]
+            row[:] = self._sweep(search)
         tables = [self._digits(search) for search in searches]
         gathered = self._gather(np.concatenate([counts.view(np.int32).ravel(), *tables]))
         heads = np.ascontiguousarray(gathered[:, : counts.size * 2]).view(np.int64)
@@ -200,15 +188,21 @@ class Threshold:
             rest.append(search)
         return rest
 
-    def _sweep(self, search: _Search) -> list[tuple[int, int, int, Bits]]:
+    def _sweep(self, search: _Search) -> tuple[int, int, int]:
+        """(keys above the bracket, keys in it, the largest key) here; `source` if all were kept."""
+        bits, parts = search.bits, kernels.use_threads(search.bits.size)
+        found = np.empty((parts, min(bits.size, max(4096, bits.size // (16 * parts)))), np.int32)
+        heads = np.empty((parts, 3), np.int64)
         low, high = np.int32(search.low), np.int32(search.high)
-
-        def one(bits: Bits) -> tuple[int, int, int, Bits]:
-            found = np.empty(min(bits.size, max(4096, bits.size // 16)), np.int32)
-            above, inside, top = kernels.sweep(bits, low, high, found)
-            return above, inside, top, found
-
-        return self._in_threads(one, _pieces(search.bits))
+        if parts > 1:
+            kernels.sweep_parts(bits, low, high, found, heads)
+        else:
+            heads[0] = kernels.sweep(bits, low, high, found[0])
+        inside = heads[:, 1]
+        if inside.max() <= found.shape[1]:
+            kept = [row[:count] for row, count in zip(found, inside, strict=True)]
+            search.source = np.concatenate(kept)
+        return int(heads[:, 0].sum()), int(inside.sum()), int(heads[:, 2].max())
 
     def _refuse_nan(self, tops: NDArray[np.int64]) -> None:
         bad = tops > kernels.INFINITY
@@ -229,17 +223,17 @@ class Threshold:
 
     def _digits(self, search: _Search) -> Bits:
         """How often each next digit occurs on this rank among the keys still in the search."""
+        source = search.bits if search.source is None else search.source
         low, high = np.int32(search.low), np.int32(search.high)
         shift = search.shift(self.digit_bits)
-
-        def one(bits: Bits) -> Bits:
-            counts = np.zeros(((search.high - search.low) >> shift) + 1, np.int32)
-            kernels.count_digits(bits, low, high, np.int32(shift), counts)
-            return counts
-
-        sources = _pieces(search.bits) if search.source is None else search.source
-        counts: Bits = np.sum(self._in_threads(one, sources), axis=0, dtype=np.int32)
-        return counts
+        parts = kernels.use_threads(source.size)
+        counts = np.zeros((parts, ((search.high - search.low) >> shift) + 1), np.int32)
+        if parts > 1:
+            kernels.count_digits_parts(source, low, high, np.int32(shift), counts)
+        else:
+            kernels.count_digits(source, low, high, np.int32(shift), counts[0])
+        total: Bits = counts.sum(0, dtype=np.int32)
+        return total
 
     def _cut_ties(self, searches: list[_Search]) -> list[Cut]:
         cuts = []
@@ -274,19 +268,10 @@ class Threshold:
         gathered: NDArray[Any] = self.exchange.gather(flat).numpy()
         return gathered.reshape(self.exchange.world, *values.shape)
 
-    def _in_threads(self, call: Callable[[Bits], T], items: list[Bits]) -> list[T]:
-        return [call(items[0])] if len(items) == 1 else list(self.pool.map(call, items))
-
 
 def _split(gathered: Bits, like: list[Bits]) -> list[Bits]:
     """Columns of (W, m) in parts as long as the arrays of `like`."""
     return np.split(gathered, np.cumsum([len(part) for part in like])[:-1], axis=1)
-
-
-def _pieces(bits: Bits) -> list[Bits]:
-    """`bits` in as many parts as there are threads to repay them."""
-    count = min(torch.get_num_threads(), max(1, bits.size // THREAD_WORTH))
-    return np.array_split(bits, count)
 
 
 def write_mask(values: Tensor, cut: Cut, first: int, mask: Tensor) -> tuple[int, int]:
@@ -303,8 +288,12 @@ def write_mask_and_z(
     values: Tensor, cut: Cut, first: int, weights: Tensor, mask: Tensor, z: Tensor
 ) -> tuple[int, int]:
     """`write_mask`, and z = mask · weights in the same pass; all flat float32 on the CPU."""
-    kept, checksum = kernels.write_mask_and_z(
-        values.view(torch.int32).numpy(), np.int32(cut.key), cut.last, first,
-        weights.numpy(), mask.numpy(), z.numpy(),
-    )  # fmt: skip
-    return int(kept), int(checksum)
+    bits, parts = values.view(torch.int32).numpy(), kernels.use_threads(values.numel())
+    out = weights.numpy(), mask.numpy(), z.numpy()
+    proofs = np.empty((parts, 2), np.int64)
+    if parts > 1:
+        kernels.write_mask_and_z_parts(bits, np.int32(cut.key), cut.last, first, *out, proofs)
+    else:
+        proofs[0] = kernels.write_mask_and_z(bits, np.int32(cut.key), cut.last, first, *out)
+    kept, checksum = proofs.sum(0).tolist()
+    return kept, checksum

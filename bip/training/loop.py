@@ -18,10 +18,10 @@ from bip.distributed.guard import compare_ranks, run_state
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import Stopped, UserError
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import BilevelStep, TrainingStep
 from bip.training.evaluate import Accuracy, evaluate, share_statistics
 from bip.training.metrics import RunLog, RunningMean
 from bip.training.optim import Clock
+from bip.training.steps import BilevelStep, TrainingStep
 
 
 @dataclass

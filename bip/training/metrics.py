@@ -8,7 +8,7 @@ import torch
 
 from bip.distributed.group import Group
 from bip.files import append_jsonl
-from bip.pruning.steps import Report
+from bip.training.steps import Report
 
 
 class RunningMean:

@@ -18,8 +18,8 @@ from bip import models
 from bip.config import RunConfig, build_config
 from bip.pruning.mask import find_prunable
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import Batch, ForwardBackward, TrainingStep, build_step
 from bip.training.optim import Clock
+from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 
 CASES = {"resnet18_b32": ("resnet18", 32), "resnet20s_b128": ("resnet20s", 128)}

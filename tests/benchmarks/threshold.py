@@ -22,8 +22,8 @@ from torch.distributed import TCPStore
 from bip.distributed.group import join
 from bip.pruning import kernels
 from bip.pruning.mask import Segment
-from bip.pruning.steps import BilevelStep
 from bip.pruning.threshold import SAMPLE, Alone, Cut, Threshold, write_mask_and_z
+from bip.training.steps import BilevelStep
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 from tests.benchmarks.step import make_step
 from tests.unit.ranks_in_threads import ThreadRank, on_threads

@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import load_config
 from bip.distributed.group import Group
-from bip.pruning.steps import ForwardBackward
 from bip.run import Run
+from bip.training.steps import ForwardBackward
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.networks import make_config, prune, random_batch, small_net

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from bip.distributed.group import Group, wrap
-from bip.pruning.steps import ForwardBackward, build_step
 from bip.training.optim import Clock
+from bip.training.steps import ForwardBackward, build_step
 from tests.distributed.harness import run_ranks
 from tests.unit.networks import make_config, prune, random_batch, small_net
 

@@ -10,11 +10,11 @@ from bip import models
 from bip.config import load_config
 from bip.pruning.mask import Segment, find_prunable
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import Batch, ForwardBackward, build_step
 from bip.pruning.threshold import Alone
 from bip.pruning.threshold_device import DeviceThreshold, write_mask
 from bip.run import train as train_run
 from bip.training.optim import Clock
+from bip.training.steps import Batch, ForwardBackward, build_step
 from tests.runs import arguments, train
 from tests.unit.networks import make_config
 from tests.unit.scores_for_ranking import KINDS, make_scores, sorted_mask

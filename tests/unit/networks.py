@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from bip.config import RunConfig
 from bip.pruning.mask import LayerType, Scope, find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import ForwardBackward, TrainingStep, build_step
 from bip.pruning.threshold import Exchange
 from bip.training.loop import train_mode
 from bip.training.optim import Clock
+from bip.training.steps import ForwardBackward, TrainingStep, build_step
 
 Batch = tuple[Tensor, Tensor]
 CLASSES = 5

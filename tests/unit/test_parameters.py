@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from bip.config import load_config
 from bip.pruning.mask import find_followers, find_prunable
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import ForwardBackward, build_step
 from bip.training.optim import Clock
+from bip.training.steps import ForwardBackward, build_step
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.networks import (
     METHODS,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bip.pruning.mask import find_prunable
 from bip.pruning.parameters import PrunedParameters
-from bip.pruning.steps import BilevelStep, ForwardBackward
+from bip.training.steps import BilevelStep, ForwardBackward
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import (
     METHODS,

@@ -127,7 +127,6 @@ class LowerStep(PretrainStep):
         reports = []
         for draw in range(iteration * self.repeats, (iteration + 1) * self.repeats):
             reports.append(self.run(next(self.batches), "lower", draw))
-            self.pruned.take_gradient()
             self.pruned.set_lower_gradient()
             self.optimizer.step()
             self.pruned.write_z()
@@ -152,7 +151,6 @@ class UpperStep(PretrainStep):
     def __call__(self, iteration: int) -> list[Report]:
         set_rate(self.optimizer, self.rate(iteration))
         report = self.run(next(self.batches), "upper", iteration)
-        self.pruned.take_gradient()
         if self.measure_every and iteration % self.measure_every == 0:
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
