@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 
 from bip.errors import RankError, Stopped, UserError
-from bip.flags import call
 
 
 def _train(argv: list[str]) -> None:
@@ -27,18 +26,21 @@ def _evaluate(argv: list[str]) -> None:
 
 def _export(argv: list[str]) -> None:
     from bip.export import export
+    from bip.flags import call
 
     call({"export": export}, ["export", *argv], "python -m bip")
 
 
 def _compare(argv: list[str]) -> None:
     from bip.export import compare
+    from bip.flags import call
 
     call({"compare": compare}, ["compare", *argv], "python -m bip")
 
 
 def _data(argv: list[str]) -> None:
     from bip.data import build, inspect, prepare
+    from bip.flags import call
 
     commands: dict[str, Callable[..., None]] = {
         "build-lmdb": build.build_lmdb,

@@ -168,6 +168,8 @@ class RunConfig(BaseModel):
     def _k_is_a_ratio(cls, k: Decimal) -> Decimal:
         if not (k.is_finite() and 0 < k <= 1):
             raise ValueError("the keep ratio must lie in (0, 1]")
+        if int(k.normalize().as_tuple().exponent) < -12:  # it is part of the run folder's name
+            raise ValueError("the keep ratio may have at most 12 decimal places")
         return k
 
     @field_validator("exp_name")
@@ -199,6 +201,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide by --accumulate "
                 f"{self.accumulate}; nearest: {nearest_multiple(self.batch_size, self.accumulate)}"
+            )
+        if self.freeze_bn and self.recalibrate_bn:
+            raise ValueError(
+                f"recalibrate_bn: {self.recalibrate_bn} would re-estimate the statistics that "
+                "--freeze-bn keeps; leave one of them out"
             )
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise ValueError(

@@ -22,29 +22,29 @@ def with_source_of_resume(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"source_net": Path(before)}) if before else config
 
 
-def check_source(config: RunConfig, state: State) -> None:
+def check_source(config: RunConfig, state: State, key: str = "source_net") -> None:
     """The source's network, and in fine-tuning its k and layer type, must be the run's own.
 
     A published checkpoint does not say its k; it is then taken at the run's word.
     """
     arch = state.get("arch")
     if isinstance(arch, str) and arch != config.arch:
-        raise UserError(f"source_net: holds the network {arch}, but arch is {config.arch}")
+        raise UserError(f"{key}: holds the network {arch}, but arch is {config.arch}")
     before = state.get("config")
     if before is None:
         return
     if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
-        raise UserError("source_net: holds a dense network; finetune starts from a pruned one")
+        raise UserError(f"{key}: holds a dense network; finetune starts from a pruned one")
     if before["exp_mode"] != "pretrain":
         made = f"holds a network pruned with layer_type {before['layer_type']}, k {before['k']}"
         if config.evaluate and config.exp_mode == "pretrain":
-            raise UserError(f"source_net: {made}; evaluate it with these and --exp-mode prune")
+            raise UserError(f"{key}: {made}; evaluate it with these and --exp-mode prune")
         if config.exp_mode != "finetune" and not config.evaluate:
-            raise UserError(f"source_net: {made}; {config.exp_mode} starts from a dense one")
-    for key, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
-        if before["exp_mode"] != "pretrain" and before[key] != mine:
+            raise UserError(f"{key}: {made}; {config.exp_mode} starts from a dense one")
+    for name, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
+        if before["exp_mode"] != "pretrain" and before[name] != mine:
             raise UserError(
-                f"source_net: was pruned with {key} {before[key]}, but {key} is {mine}; "
+                f"{key}: was pruned with {name} {before[name]}, but {name} is {mine}; "
                 "they must be the same"
             )
 
@@ -73,6 +73,20 @@ def code_version() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
+    """What must be the same on all ranks of one attempt, by name: all but the node's own paths."""
+    of_a_node = {"configs", "data_dir", "result_dir", "source_net", "resume", "stage_to"}
+    plain = config.to_plain()
+    return {
+        "code of bip": code_version()[:16],
+        "torch": torch.__version__,
+        "number of ranks": str(group.world),
+        "kind of device": group.device.type,
+        **{name: str(plain[name]) for name in plain if name not in of_a_node},
+        "settings": config.fingerprint()[:16],
+    }
 
 
 def surroundings(config: RunConfig, group: Group) -> dict[str, Any]:

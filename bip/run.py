@@ -3,6 +3,7 @@
 import errno
 import os
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,8 @@ from bip.files import (
 from bip.identity import (
     check_same_source,
     check_source,
-    code_version,
     difference,
+    start_facts,
     surroundings,
     with_source_of_resume,
 )
@@ -108,14 +109,10 @@ class Run:
             raise UserError("sync_bn: needs GPUs; leave --sync-bn out on the CPU")
         _set_backends(config)
         self._compare_start()
-        problem = None
-        try:
+        self.source, self.source_sha256 = group.ask_first(self._read_source)
+        with group.together():
             self.data = self._open_data()
-            self.source, self.source_sha256 = self._read_source()
             self.network = self._build_network()
-        except UserError as error:
-            problem = str(error)
-        group.agree(problem)
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
@@ -125,18 +122,15 @@ class Run:
 
     def _compare_start(self) -> None:
         """All ranks must run the same settings with the same code and the same torch."""
-        own = {
-            "settings": self.config.fingerprint(),
-            "code of bip": code_version(),
-            "torch": torch.__version__,
-            "ranks": str(self.group.world),
-        }
-        for rank, other in enumerate(self.group.all_objects(own)):
-            for name, value in own.items():
-                if other[name] != value:
+        own = start_facts(self.config, self.group)
+        first, *others = self.group.all_objects(own)
+        for rank, other in enumerate(others, 1):
+            for name in first | other:
+                here, there = first.get(name, "not given"), other.get(name, "not given")
+                if here != there:
                     raise UserError(
-                        f"ranks start differently: {name} {other[name][:16]} on rank {rank}, "
-                        f"{value[:16]} on rank {self.group.rank}"
+                        f"ranks start differently: {name} is {here} on rank 0, {there} on rank "
+                        f"{rank}; start all of them with one command and one installation"
                     )
 
     def _open_data(self) -> Data:
@@ -218,13 +212,16 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""
-        if self.config.resume is not None:
-            resume = self.config.resume
-            state = self.group.ask_first(lambda: read_checkpoint(resume))
-            check_source(self.config, state)
-            restore_model(self.network, self.pruned, state, str(self.config.resume))
-        loop = self._loop(Progress(), RunLog(self.folder, active=False, step=0))
-        accuracy = loop.evaluate("test")
+        self.heartbeat.start()
+        try:
+            if (resume := self.config.resume) is not None:
+                state = self.group.ask_first(lambda: read_checkpoint(resume))
+                check_source(self.config, state, "resume")
+                restore_model(self.network, self.pruned, state, str(resume))
+            loop = self._loop(Progress(), RunLog(self.folder, active=False))
+            accuracy = loop.evaluate("test")
+        finally:
+            self.heartbeat.stop()
         if self.group.is_first:
             print(
                 f"top1 {accuracy.top1:.2f}% top5 {accuracy.top5:.2f}% loss {accuracy.loss:.4f} "
@@ -234,9 +231,10 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or the newest checkpoint to the end; write and return the result."""
-        # Checked before the folder is made.
-        elsewhere = self.group.ask_first(self._resume_elsewhere)
+        self.heartbeat.start()
         try:
+            # Checked before the folder is made.
+            elsewhere = self.group.ask_first(self._resume_elsewhere)
             finished = self._take_folder()
             return finished if finished is not None else self._train(elsewhere)
         except OSError as error:
@@ -247,6 +245,7 @@ class Run:
                 "the same command goes on from it"
             ) from None
         finally:
+            self.heartbeat.stop()
             self.lock.release()
 
     def _take_folder(self) -> dict[str, Any] | None:
@@ -272,13 +271,13 @@ class Run:
         if state is not None:
             restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
         self.group.ask_first(lambda: self._open_folder(progress))
-        log = RunLog(self.folder, self.group.is_first, progress.iteration)
+        with self.group.together():
+            log = RunLog(self.folder, self.group.is_first, progress.iteration, progress.evaluated)
         loop = self._loop(progress, log)
         if state is not None and progress.iteration < loop.clock.iterations:
             for name, optimizer in loop.step.optimizers.items():
                 optimizer.load_state_dict(state["optimizer"][name])
         del state
-        self.heartbeat.start()
         cause = "finished"
         try:
             loop.run()
@@ -294,7 +293,6 @@ class Run:
             self._explain(error)
             raise
         finally:
-            self.heartbeat.stop()
             log.close()
             self.data.close()
             if self.group.is_first:
@@ -310,7 +308,7 @@ class Run:
             raise RankError(message) from error
 
     def _record_loss(self, message: str) -> None:
-        if self.group.is_first:
+        if self.group.is_first and self.folder.is_dir():
             self._record_attempt("end", cause=f"rank lost: {message}")
 
     def _resume_elsewhere(self) -> State | None:
@@ -384,7 +382,7 @@ class Run:
 
     def _state(self, progress: Progress) -> State:
         return model_state(self.config, self.network, self.pruned) | {
-            "progress": progress.to_state(),
+            "progress": asdict(progress),
             "source_sha256": self.source_sha256,
         }
 
@@ -414,13 +412,15 @@ class Run:
         if progress.best_epoch is not None:
             final_state = self._state(progress)
             best_state = self.group.ask_first(lambda: read_checkpoint(self.checkpoints.best))
+            # On a GPU a repeated epoch may differ from what it was when it was the best.
+            progress.best_epoch = best_state["progress"]["best_epoch"]
             restore_model(self.network, self.pruned, best_state, str(self.checkpoints.best))
             best = self._finalise(loop)
             self._save_best(progress)
             restore_model(self.network, self.pruned, final_state, "final model")
         else:
             self._save_best(progress)
-        result = self._result(final, best, progress)
+        result = self._result(final, best, progress, loop.epochs)
         if progress.top1_before_bn_mask is not None:
             result["top1_before_bn_mask"] = progress.top1_before_bn_mask
         if self.group.is_first:
@@ -446,7 +446,9 @@ class Run:
                 loop.recalibrate(self.config.recalibrate_bn)
         return loop.evaluate("test")
 
-    def _result(self, final: Accuracy, best: Accuracy | None, progress: Progress) -> dict[str, Any]:
+    def _result(
+        self, final: Accuracy, best: Accuracy | None, progress: Progress, epochs: int
+    ) -> dict[str, Any]:
         config, pruned = self.config, self.pruned
         state = model_state(config, self.network, pruned)
         total = pruned.layout.size if pruned else sum(p.numel() for p in self.network.parameters())
@@ -462,7 +464,7 @@ class Run:
             "top5": final.top5,
             "best_top1": best.top1 if best else None,
             "best_epoch": progress.best_epoch,
-            "epochs": config.epochs,
+            "epochs": epochs,
             "seed": config.seed,
             "arch": config.arch,
             "dataset": config.dataset,

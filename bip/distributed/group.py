@@ -1,10 +1,11 @@
 """The ranks of one run: found in the environment of plain python, torchrun or srun."""
 
+import contextlib
 import inspect
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
-from bip.errors import UserError
+from bip.errors import RankError, UserError
 from bip.files import atomic_write_bytes
 
 T = TypeVar("T")
@@ -112,11 +113,26 @@ class Group:
             dist.all_gather_object(values, value)
         return values
 
-    def agree(self, problem: str | None) -> None:
-        """Raise UserError on every rank, with the first rank's `problem`, if any rank has one."""
-        for rank, text in enumerate(self.all_objects(problem)):
-            if text is not None:
-                raise UserError(text if self.world == 1 else f"{text} (rank {rank})")
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without collectives that may fail on one rank: then every rank raises.
+
+        A UserError of any rank becomes every rank's; any other exception is the rank's own, and
+        a RankError that tells of it on the others.
+        """
+        problem: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            problem = error
+        known = isinstance(problem, UserError)
+        text = str(problem) if known else problem and f"{type(problem).__name__}: {problem}"
+        for rank, (is_known, told) in enumerate(self.all_objects((known, text))):
+            if told is not None:
+                if problem is not None and not known:
+                    raise problem
+                message = told if self.world == 1 else f"{told} (rank {rank})"
+                raise UserError(message) if is_known else RankError(message)
 
     def barrier(self) -> None:
         if self.world > 1:

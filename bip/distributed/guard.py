@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bip.distributed.group import Group
-from bip.errors import RankError
+from bip.errors import RankError, UserError
 from bip.pruning.parameters import PrunedParameters
 
 CHUNK = 1 << 22
@@ -63,7 +63,21 @@ def compare_ranks(state: Iterable[tuple[str, Tensor]], group: Group) -> None:
     for column, name in enumerate(names):
         odd = (rows[:, column] != usual[column]).nonzero().flatten().tolist()
         if odd:
+            # Of two nobody can say which one is right.
+            others = "the others" if group.world > 2 else "rank 0"
+            who = f"rank {', '.join(map(str, odd))} against {others}"
             raise RankError(
-                f"{name}: differs between ranks (rank {', '.join(map(str, odd))} against the "
-                "others); the run stops before it is saved, the last checkpoint is good"
+                f"{name}: differs between ranks ({who}); the run stops before it is saved, the "
+                "last checkpoint is good"
+            )
+
+
+def check_finite(state: Iterable[tuple[str, Tensor]], step: int) -> None:
+    """Raise UserError naming the first tensor that holds a NaN or an infinity."""
+    for name, tensor in state:
+        # A sum keeps them, in a single read pass.
+        if tensor.is_floating_point() and not bool(tensor.detach().sum().isfinite()):
+            raise UserError(
+                f"{name}: not finite at step {step}; training diverged, lower lr or mask_lr (this "
+                "step is not saved, the checkpoint before it is kept)"
             )

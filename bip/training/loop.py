@@ -3,18 +3,18 @@
 import itertools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.data.loaders import Data
 from bip.distributed.control import Control
 from bip.distributed.group import Group
-from bip.distributed.guard import compare_ranks, run_state
+from bip.distributed.guard import check_finite, compare_ranks, run_state
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import Stopped, UserError
 from bip.pruning.parameters import PrunedParameters
@@ -34,9 +34,6 @@ class Progress:
     best_holdout: float | None = None
     best_epoch: int | None = None
     top1_before_bn_mask: float | None = None
-
-    def to_state(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -114,14 +111,15 @@ class Loop:
             implicit, direct = self.step.upper.term_norms.tolist()
             values["implicit_over_direct"] = implicit / direct if direct else float("nan")
         text = (
-            f"epoch {values['epoch']}/{self._epochs} step {done}/{self.clock.iterations} "
+            f"epoch {values['epoch']}/{self.epochs} step {done}/{self.clock.iterations} "
             f"loss {means['loss']:.4f} top1 {means['top1']:.2f}% "
             f"{means['images_per_second']:.0f} images/s"
         )
-        self.log.record("step", done, text, epochs=self._epochs, **values)
+        self.log.record("step", done, text, epochs=self.epochs, **values)
 
     @property
-    def _epochs(self) -> int:
+    def epochs(self) -> int:
+        """Epochs of training, begun ones counted."""
         return -(-self.clock.iterations // self.clock.per_epoch)
 
     def _end_epoch_if_due(self) -> None:
@@ -141,7 +139,7 @@ class Loop:
     def _end_epoch(self, epoch: int) -> None:
         test = self.evaluate("test")
         values: dict[str, Any] = {"top1": test.top1, "top5": test.top5, "loss": test.loss}
-        text = f"epoch {epoch}/{self._epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
+        text = f"epoch {epoch}/{self.epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
         if self.config.holdout:
             held = self.evaluate("holdout")
             values["holdout_top1"] = held.top1
@@ -150,7 +148,7 @@ class Loop:
                 self.progress.best_holdout, self.progress.best_epoch = held.top1, epoch
                 self.save_best()
         self.log.record(
-            "epoch", self.progress.iteration, text, epoch=epoch, epochs=self._epochs, **values
+            "epoch", self.progress.iteration, text, epoch=epoch, epochs=self.epochs, **values
         )
 
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
@@ -183,13 +181,15 @@ class Loop:
         self.control.finish()
         share_statistics(self.network, self.group)
         self._compare_ranks(buffers=True)
+        check_finite(self._state(buffers=True), self.progress.iteration)
         self.save()
         self.saved_at = self.progress.iteration
 
     def _compare_ranks(self, buffers: bool) -> None:
-        compare_ranks(
-            run_state(self.network, self.pruned, self.step.optimizers, buffers), self.group
-        )
+        compare_ranks(self._state(buffers), self.group)
+
+    def _state(self, buffers: bool) -> Iterator[tuple[str, Tensor]]:
+        return run_state(self.network, self.pruned, self.step.optimizers, buffers)
 
 
 def train_mode(network: nn.Module, freeze_bn: bool) -> None:

@@ -1,5 +1,6 @@
 """What a run reports while it goes: lines on the terminal, metrics.jsonl, TensorBoard."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 
 from bip.distributed.group import Group
-from bip.files import append_jsonl
+from bip.files import append_jsonl, atomic_write_bytes, read_jsonl
 from bip.training.steps import Report
 
 
@@ -43,13 +44,22 @@ class RunningMean:
 class RunLog:
     """Rank 0's log of one attempt; on the other ranks it does nothing."""
 
-    def __init__(self, folder: Path, active: bool, step: int) -> None:
+    def __init__(self, folder: Path, active: bool, step: int = 0, evaluated: int = 0) -> None:
+        """Go on after `step`, and after the evaluation at step `evaluated`; what a killed attempt
+        has reported past them will be reported again, and is dropped.
+        """
         self.active = active
         if not active:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow to import: rank 0 only
 
         self.path = folder / "metrics.jsonl"
+        last = {"step": step, "epoch": evaluated}
+        records = list(read_jsonl(self.path))
+        kept = [record for record in records if record["step"] <= last.get(record["event"], step)]
+        if len(kept) < len(records):
+            lines = "".join(json.dumps(record) + "\n" for record in kept)
+            atomic_write_bytes(self.path, lines.encode())
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def record(self, event: str, step: int, text: str, **values: Any) -> None:

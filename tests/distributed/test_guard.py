@@ -151,8 +151,8 @@ def test_a_signal_on_one_rank_reaches_all_in_the_same_iteration(group: Group) ->
 
 def start_differently(group: Group, result_dir: str, what: str) -> str:
     settings: dict[str, Any] = {"max_steps": 1}
-    if what == "settings" and group.rank == 1:
-        settings["lr"] = 0.123
+    if what != "torch" and group.rank == 1:
+        settings[what] = 77
     if what == "torch" and group.rank == 1:
         torch.__version__ = "1.0"  # type: ignore[assignment]
     config = load_config(arguments("pretrain", Path(result_dir), **settings))
@@ -161,7 +161,7 @@ def start_differently(group: Group, result_dir: str, what: str) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("what", ["settings", "torch"])
+@pytest.mark.parametrize("what", ["lr", "print_freq", "test_batch_size", "torch"])
 def test_ranks_that_start_differently_are_refused(what: str, tmp_path: Path) -> None:
     for message in run_ranks(2, start_differently, str(tmp_path), what):
         assert message.startswith(f"ranks start differently: {what} ")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bip import errors
 from bip.distributed.group import Group, join
 from bip.errors import UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
@@ -19,7 +20,8 @@ def test_collectives(group: Group, tmp_path: Path) -> None:
     assert total.item() == group.world * (group.world + 1) / 2
     assert group.broadcast_(torch.tensor([group.rank])).item() == 0
     assert group.from_first({"rank": group.rank}) == {"rank": 0}
-    group.agree(None)
+    with group.together():
+        pass
 
 
 def ranks(group: Group) -> tuple[int, int]:
@@ -82,11 +84,22 @@ def test_ranks_of_an_srun_step_meet_and_leave_nothing(tmp_path: Path) -> None:
 
 
 def problem_on_last(group: Group) -> str:
-    problem = "data_dir: not here" if group.rank == group.world - 1 else None
     try:
-        group.agree(problem)
+        with group.together():
+            if group.rank == group.world - 1:
+                raise UserError("data_dir: not here")
     except UserError as error:
         return str(error)
+    return "none"
+
+
+def bug_on_last(group: Group) -> str:
+    try:
+        with group.together():
+            if group.rank == group.world - 1:
+                raise KeyError("a bug")
+    except (KeyError, errors.RankError) as error:
+        return f"{type(error).__name__}: {error}"
     return "none"
 
 
@@ -110,6 +123,12 @@ def problem_on_first(group: Group) -> str:
 
 def test_what_only_rank_0_finds_out_is_every_ranks() -> None:
     assert run_ranks(2, problem_on_first) == ["result.json: damaged"] * 2
+
+
+def test_one_ranks_bug_is_told_to_the_others() -> None:
+    told, other, own = run_ranks(3, bug_on_last)
+    assert told == other == "RankError: KeyError: 'a bug' (rank 2)"
+    assert own == "KeyError: 'a bug'"
 
 
 def test_one_ranks_problem_is_every_ranks() -> None:

@@ -49,7 +49,7 @@ def pretrain(tmp_path: Path, **settings: Any) -> list[str]:
 
 INVALID: dict[str, list[Any]] = {
     "seed": [-1, 1.5, "x", 2**64],
-    "k": [0, -0.1, 1.0001, "nan", "inf", "half", ""],
+    "k": [0, -0.1, 1.0001, "nan", "inf", "half", "", "1e-3000"],
     "epochs": [0, -1, 1.5, "ten", "inf", "nan"],
     "check_ranks": [-1, 1.5, "x"],
     "rank_timeout": [0, -1, "nan", "x"],
@@ -101,6 +101,11 @@ def test_every_setting_with_a_range_is_in_the_table() -> None:
     free = {"configs", "result_dir", "data_dir", "stage_to"}  # paths, in tests of their own
     flags_only = {n for n, f in RunConfig.model_fields.items() if f.annotation is bool}
     assert set(RunConfig.model_fields) - free - flags_only == set(INVALID)
+
+
+def test_frozen_statistics_cannot_be_re_estimated(refuse: Refuse, tmp_path: Path) -> None:
+    error = refuse(pretrain(tmp_path, freeze_bn=True, recalibrate_bn=3))
+    assert "recalibrate_bn: 3 would re-estimate the statistics that --freeze-bn keeps" in error
 
 
 @pytest.mark.parametrize(("name", "value"), CASES, ids=lambda v: str(v))

@@ -154,6 +154,9 @@ def compare(killer: Killer, calm: Finished) -> None:
         assert finished.result[name] == calm.result[name]
     for name, value in calm.weights.items():
         assert value.numpy().tobytes() == finished.weights[name].numpy().tobytes(), name
+    told = [record["step"] for record in finished.records()]
+    assert told == sorted(set(told)), "no step is reported twice"
+    assert [record["step"] for record in finished.records("epoch")] == [STEPS]
     starts = [r for r in read_jsonl(finished.folder / "attempts.jsonl") if r["event"] == "start"]
     assert finished.result["attempts"] == len(starts)
 

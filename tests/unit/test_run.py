@@ -18,10 +18,12 @@ from bip.__main__ import main
 from bip.config import load_config
 from bip.data.loaders import Data
 from bip.distributed.group import Group, Ranks
+from bip.errors import UserError
 from bip.pruning.mask import keep_count
 from bip.run import Run
 from bip.run import train as train_run
 from bip.training import loop
+from bip.training.checkpoint import read_checkpoint
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.test_checkpoint import Stopped, stop_after
 
@@ -127,6 +129,26 @@ def test_metrics_and_attempts(pruned_runs: dict[str, Finished]) -> None:
     assert {"host", "device", "num_workers", "loader", "data_dir", "source_net"} <= set(start)
     assert end["cause"] == "finished"
     assert end["step"] == 6
+
+
+def test_a_step_that_is_not_finite_is_not_saved(source: Path, tmp_path: Path) -> None:
+    """Even between two reports, where nobody looks at the loss."""
+    line = arguments("bip", tmp_path, source_net=source, max_steps=6, print_freq=100)
+    config = load_config([*line, "--checkpoint-minutes", "1e-9"])
+    whole = Run(config, Group(Ranks(0, 1, 0, 1), torch.device("cpu")))
+    assert whole.pruned is not None
+    pruned = whole.pruned
+    note = whole.heartbeat.note_step
+
+    def spoil(step: int) -> None:
+        note(step)
+        if step == 4:
+            pruned.z[0].data.view(-1)[3] = float("nan")
+
+    whole.heartbeat.note_step = spoil  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"conv1\.weight: not finite at step 4; .*not saved"):
+        whole.train()
+    assert 0 < read_checkpoint(whole.checkpoints.newest)["progress"]["iteration"] < 4
 
 
 def test_config_yml_is_the_run(pruned_runs: dict[str, Finished]) -> None:
