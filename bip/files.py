@@ -6,8 +6,9 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 from bip.errors import UserError
 
@@ -21,8 +22,9 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` under a unique temporary name, fsync, then rename over `path`.
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
+    """A stream to a unique temporary name; at the end fsync, then rename over `path`.
 
     A reader sees the old file or the new one, never a part. Raises OSError (disk full,
     read-only folder) and leaves the old file as it was.
@@ -30,7 +32,7 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -39,6 +41,44 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             temporary.unlink()
         raise
     fsync_folder(path.parent)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` through `atomic_open`."""
+    with atomic_open(path) as stream:
+        stream.write(data)
+
+
+class DigestWriter:
+    """Writes to `stream` and computes the SHA-256 of it beside the writing, in a thread."""
+
+    LARGE = 1 << 20  # bytes that repay a thread
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.stream = stream
+        self.sha256 = hashlib.sha256()
+        self.pool = ThreadPoolExecutor(1)
+
+    def write(self, data: bytes) -> int:
+        if len(data) < self.LARGE:
+            self.sha256.update(data)
+            return self.stream.write(data)
+        hashing = self.pool.submit(self.sha256.update, data)
+        written = self.stream.write(data)
+        hashing.result()  # the caller may change `data` after this call
+        return written
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def hexdigest(self) -> str:
+        return self.sha256.hexdigest()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown()
 
 
 def atomic_write_json(path: Path, value: Any) -> None:

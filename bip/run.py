@@ -1,5 +1,6 @@
 """One run, composed: the only file that knows every part."""
 
+import copy
 import errno
 import os
 from contextlib import suppress
@@ -44,12 +45,12 @@ from bip.pruning.scores import initialise_scores
 from bip.training.checkpoint import (
     CheckpointFolder,
     State,
-    encode,
     hash_tensors,
     model_state,
     read_checkpoint,
     restore_model,
     split_state,
+    write_checkpoint,
 )
 from bip.training.evaluate import Accuracy
 from bip.training.loop import Loop, Progress
@@ -398,7 +399,7 @@ class Run:
         if self.group.is_first:
             self.lock.check()
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            atomic_write_bytes(self.checkpoints.best, encode(self._state(progress)))
+            write_checkpoint(self.checkpoints.best, self._state(progress))
 
     def _finish(self, loop: Loop) -> dict[str, Any]:
         """Final mask, final accuracy, the models and, last, result.json."""
@@ -410,7 +411,7 @@ class Run:
         final = self._finalise(loop)
         best = None
         if progress.best_epoch is not None:
-            final_state = self._state(progress)
+            final_state = copy.deepcopy(self._state(progress))
             best_state = self.group.ask_first(lambda: read_checkpoint(self.checkpoints.best))
             # On a GPU a repeated epoch may differ from what it was when it was the best.
             progress.best_epoch = best_state["progress"]["best_epoch"]
@@ -428,7 +429,7 @@ class Run:
             if self.config.save_dense:
                 plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}
                 path = self.checkpoints.folder / "model_dense.pth.tar"
-                atomic_write_bytes(path, encode(plain))
+                write_checkpoint(path, plain)
             # Nothing is left to resume: the optimizers' state would only take space.
             self.checkpoints.save(
                 self._state(progress) | {"optimizer": {}}, progress.iteration, keep_before=0

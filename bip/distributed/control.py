@@ -34,7 +34,7 @@ class Control:
         self.copied: torch.cuda.Event | None = None
 
     def post(self, stop: int, save: bool, proof: Tensor | None) -> News:
-        """Post this iteration's numbers; return the news of the iteration before.
+        """Post this iteration's numbers; return the news of the iteration before (alone: now).
 
         `proof` (2,) is the mask's count and checksum, perhaps still on the GPU: then it travels
         one iteration later. Raises RankError if two ranks' masks differed.
@@ -53,7 +53,7 @@ class Control:
                 async_op=True,
             )
         self.pending = (rows, work)
-        return news
+        return news if self.channel is not None else self._collect()
 
     def ask(self, stop: int) -> int:
         """The strongest stop signal of all ranks, now. Waits for them; nothing may be pending."""

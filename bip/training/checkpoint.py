@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.errors import UserError
-from bip.files import atomic_write_bytes, atomic_write_json, read_json
+from bip.files import DigestWriter, atomic_open, atomic_write_json, read_json
 from bip.pruning.parameters import PrunedParameters
 
 FORMAT = 1
@@ -39,18 +39,17 @@ def unpack_mask(bits: Tensor, size: int) -> Tensor:
 
 
 def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[str, Tensor]:
-    """A copy: state_dict with θ in z's place, the scores as `LAYER.popup_scores`; on the CPU."""
-    state = {
-        name: value.detach().to("cpu", copy=True) for name, value in network.state_dict().items()
-    }
+    """state_dict with θ in z's place, the scores as `LAYER.popup_scores`; on the CPU.
+
+    What lies there already is shared, not copied, and changes with the next step.
+    """
+    state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
     if pruned is None:
         return state
-    tensors = pruned.layout.tensors
-    for tensor, weight, score in zip(
-        tensors, pruned.views(pruned.weights), pruned.views(pruned.scores), strict=True
-    ):
-        state[tensor.name].copy_(weight.detach())
-        state[tensor.name.removesuffix("weight") + SCORES] = score.detach().to("cpu", copy=True)
+    weights, scores = pruned.weights.detach().cpu(), pruned.scores.detach().cpu()
+    for tensor in pruned.layout.tensors:
+        state[tensor.name] = pruned.view(weights, tensor)
+        state[tensor.name.removesuffix("weight") + SCORES] = pruned.view(scores, tensor)
     return state
 
 
@@ -145,10 +144,14 @@ def hash_tensors(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def encode(state: State) -> bytes:
-    stream = io.BytesIO()
-    torch.save(state, stream)
-    return stream.getvalue()
+def write_checkpoint(path: Path, state: State) -> str:
+    """Write a checkpoint file, whole or not at all, and return its SHA-256 (hex)."""
+    with atomic_open(path) as stream, DigestWriter(stream) as writer:
+        try:
+            torch.save(state, writer)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch's, as it closes its archive after the stream's own
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    return writer.hexdigest()
 
 
 def decode(data: bytes, where: Path) -> State:
@@ -209,11 +212,10 @@ class CheckpointFolder:
         Raises OSError (disk full, read-only) with every earlier checkpoint intact.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        data = encode(state)
         committed = [old for old in self.entries() if (self.folder / old["name"]).exists()]
         path = self.folder / _free_name(step, {old["name"] for old in committed})
-        atomic_write_bytes(path, data)
-        entry = {"name": path.name, "sha256": hashlib.sha256(data).hexdigest(), "step": step}
+        digest = write_checkpoint(path, state)
+        entry = {"name": path.name, "sha256": digest, "step": step}
         before = committed[:keep_before]
         atomic_write_json(self.manifest, {"format": FORMAT, "checkpoints": [entry, *before]})
         self._name_newest(path.name)

@@ -370,7 +370,7 @@ def test_a_resumed_run_does_not_repeat_steps(
 ) -> None:
     settings = {"source_net": source, "max_steps": 5, "checkpoint_minutes": 1e-9}
     with monkeypatch.context() as patch:
-        stop_after(1, patch)  # asked for after step 1, agreed on and done after step 2
+        stop_after(2, patch)
         with pytest.raises(Stopped):
             train("bip", tmp_path, **settings)
     capsys.readouterr()
@@ -393,7 +393,7 @@ def test_resume_path_goes_on_elsewhere(
     settings = settings_of(kind, source, pruned_runs)
     whole = train(name, tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
-        stop_after(1, patch)
+        stop_after(2, patch)
         with pytest.raises(Stopped):
             train(name, tmp_path / "parts", **settings, checkpoint_minutes=1e-9)
     (checkpoint,) = (tmp_path / "parts").glob("*/*/*/checkpoint/checkpoint.pth.tar")

@@ -27,13 +27,14 @@ OPERATIONS = ("fsync", "replace", "link", "symlink", "unlink")
 
 
 class _HalfWriting:
-    """A file whose first write stops half-way when its turn has come."""
+    """A file whose `last` write stops half-way."""
 
-    def __init__(self, stream: Any, is_due: Callable[[], bool]) -> None:
-        self.stream, self.is_due = stream, is_due
+    def __init__(self, stream: Any, last: int) -> None:
+        self.stream, self.left = stream, last
 
     def write(self, data: bytes) -> int:
-        if self.is_due():
+        self.left -= 1
+        if self.left == 0:
             self.stream.write(data[: len(data) // 2])
             self.stream.flush()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -50,9 +51,10 @@ class _HalfWriting:
 
 
 def _train(text: str, kill_at: int, answers: Any) -> None:
-    """In a process of its own: train, killed before the `kill_at`-th operation on files (0: not).
+    """In a process of its own: train, killed at the `kill_at`-th operation on files (0: not).
 
-    A write is killed half-way. Answers with how many operations there were.
+    Writing a file is one; it is killed in the middle of its first or a later write, or, where
+    there are fewer, not at all. Answers with how many operations there were.
     """
     import bip.files
 
@@ -73,7 +75,9 @@ def _train(text: str, kill_at: int, answers: Any) -> None:
 
     def opened(path: Any, mode: str = "r", *more: Any) -> Any:
         stream = builtins.open(path, mode, *more)  # noqa: SIM115
-        return _HalfWriting(stream, is_due) if "x" in mode else stream
+        if "x" not in mode or not is_due():
+            return stream
+        return _HalfWriting(stream, last=1 if kill_at % 2 else 40)
 
     for name in OPERATIONS:
         setattr(os, name, faulty(getattr(os, name)))
