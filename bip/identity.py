@@ -100,7 +100,7 @@ def surroundings(config: RunConfig, group: Group) -> dict[str, Any]:
         "torch": torch.__version__,
         "code": code_version(),
         "threads": torch.get_num_threads(),
-        **{key: getattr(config, key) for key in ("loader", "num_workers", "test_batch_size")},
+        **{key: getattr(config, key) for key in ("num_workers", "test_batch_size")},
         "data_dir": str(config.data_dir),
         "source_net": str(config.source_net) if config.source_net else None,
         **{key.lower(): os.environ[key] for key in slurm if key in os.environ},

@@ -344,7 +344,10 @@ class Run:
             if not settings.exists():
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
             self._record_attempt(
-                "start", step=progress.iteration, **surroundings(self.config, self.group)
+                "start",
+                step=progress.iteration,
+                loader=self.data.loader,
+                **surroundings(self.config, self.group),
             )
         except OSError as error:
             raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
@@ -354,7 +357,9 @@ class Run:
             print(f"kept dense: {', '.join(self.pruned.layout.dense)}")
         begun = f"going on from step {progress.iteration}" if progress.iteration else "starting"
         print(
-            f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}", flush=True
+            f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}, "
+            f"loader {self.data.loader}",
+            flush=True,
         )
 
     def _record_attempt(self, event: str, **facts: Any) -> None:

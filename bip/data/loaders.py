@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from bip.data import augment, decode
-from bip.data.dali import DaliSource
+from bip.data.dali import DaliSource, is_installed
 from bip.data.datasets import ArraySplit, DatasetSpec, Layout, dataset_spec, open_split
 from bip.data.order import Order, holdout_split, rank_slice
 from bip.data.published import open_store
@@ -39,11 +39,13 @@ class Data:
         batches_per_epoch: global batches of an epoch.
         channels, image_dim: shape of an image, (channels, image_dim, image_dim).
         eval_batch: images of one evaluation batch on this rank.
+        loader: which one it is, where "auto" was asked for.
     """
 
     def __init__(
         self,
         *,
+        loader: Loader,
         spec: DatasetSpec,
         image_dim: int,
         train: Source,
@@ -59,6 +61,7 @@ class Data:
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide by world size {world}")
+        self.loader = loader
         self.channels = spec.channels
         self.image_dim = image_dim
         self._spec = spec
@@ -142,7 +145,8 @@ class Data:
                     self._spec.flip,
                 )
                 images = augment.pad_crop(images, crops, self._spec.padding)
-            yield images.float().mul_(self._scale).add_(self._shift), labels
+            # uint8 times float32 in one pass, not two
+            yield torch.mul(images, self._scale).add_(self._shift), labels
 
 
 def _close_all(live: weakref.WeakSet[Generator[Batch, None, None]]) -> None:
@@ -181,8 +185,8 @@ def open_data(
         num_classes: the network's; must be the set's.
         holdout: training images to hold out, the same ones for every seed.
         loader: "memory" decodes a small set once, onto the device; "lmdb" and "folder" read
-            through worker processes; "auto" takes memory for small sets, else the LMDB, else the
-            folder. "dali" decodes the LMDB's or the folder's images with NVIDIA DALI.
+            through worker processes; "dali" decodes the LMDB's or the folder's images with NVIDIA
+            DALI. "auto" is `choose_loader`'s, of an LMDB before a folder.
         num_workers: processes of each iterator of "lmdb" and "folder" (so twice as many in BiP,
             with its two levels); 0 reads in this process. Of "dali", threads.
         stage_to: a folder on the node's own disk; LMDB stores are copied there first, once for
@@ -195,12 +199,14 @@ def open_data(
     """
     spec = dataset_spec(dataset)
     dim = image_dim or spec.image_dim
-    in_memory = loader == "memory" or (loader == "auto" and spec.small)
-    if in_memory and not spec.small:
+    if loader == "memory" and not spec.small:
         raise UserError(f"loader: memory is for small sets, not {spec.name}; use lmdb or folder")
-    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
     if loader not in ("auto", "memory") and spec.name == "Digits":
         raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
+    if loader == "auto":
+        loader = choose_loader(spec, device)
+    in_memory = loader == "memory"
+    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
     splits = [open_split(dataset, data_dir, part, layout) for part in (True, False)]
     train, test = (_stage(split, stage_to, in_memory, rank) for split in splits)
     _check_classes(dataset, data_dir, train.classes, test.classes, num_classes)
@@ -215,7 +221,10 @@ def open_data(
             return DaliSource(reader, num_workers, device)
         return WorkerSource(reader, num_workers, device)
 
+    if loader == "auto":  # whichever is there
+        loader = "folder" if isinstance(train, FolderStore) else "lmdb"
     return Data(
+        loader=loader,
         spec=spec,
         image_dim=dim,
         train=source(train),
@@ -229,6 +238,15 @@ def open_data(
         world=world,
         device=device,
     )
+
+
+def choose_loader(spec: DatasetSpec, device: torch.device) -> Loader:
+    """What `auto` takes: memory for small sets; for the others DALI where a GPU can decode and it
+    is installed, else "auto" still: worker processes over what is there.
+    """
+    if spec.small:
+        return "memory"
+    return "dali" if device.type == "cuda" and is_installed() else "auto"
 
 
 def _stage(

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import multiprocessing.connection
 import signal
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bip.data import decode
@@ -85,26 +86,35 @@ class Reader:
     image_dim: int
     skip_bad: bool = False
 
-    def read(self, request: Request) -> tuple[list[Tensor], NDArray[np.int64], list[str]]:
-        """uint8 images, each (C, H, W), labels (n,), and one line on each image replaced.
+    def read(self, request: Request, shared: bool = False) -> tuple[Tensor, Tensor, list[str]]:
+        """uint8 images (n, C, H, W), labels (n,), and one line on each image replaced.
+
+        Args:
+            shared: decode into memory that other processes can map, so that nothing is copied on
+                the way to them.
 
         Raises:
             UserError: a bad record, unless `skip_bad` and the request is for training.
         """
         random = request.uniforms is not None and self.spec.augment == "resized_crop"
+        shape = (len(request.indices), self.spec.channels, self.image_dim, self.image_dim)
+        images = _shared_bytes(shape) if shared else torch.empty(shape, dtype=torch.uint8)
 
-        def read_one(row: int) -> tuple[Tensor, int]:
+        def read_one(row: int) -> tuple[int, int]:
             index = int(request.indices[row])
             data, label = self.store.read(index)
             draws = request.uniforms[row] if request.uniforms is not None and random else None
             try:
-                return torch.from_numpy(self._view(data, draws)), label
+                images[row] = torch.from_numpy(self._view(data, draws))
             except decode.DECODE_ERRORS as error:
                 raise self.damaged(index, label, error) from error
+            return row, label
 
         pairs, skipped = self.each(request, read_one)
-        labels = np.array([label for _, label in pairs], np.int64)
-        return [image for image, _ in pairs], labels, skipped
+        for row, (origin, _) in enumerate(pairs):
+            if origin != row:
+                images[row] = images[origin]
+        return images, torch.tensor([label for _, label in pairs]), skipped
 
     def each(self, request: Request, read_one: Callable[[int], _T]) -> tuple[list[_T], list[str]]:
         """`read_one` of every row; with `skip_bad` a bad row becomes the nearest good one after it.
@@ -144,6 +154,12 @@ class Reader:
         return decode.resized_crop(data, draws, spec.channels, dim, spec.flip)
 
 
+def _shared_bytes(shape: tuple[int, ...]) -> Tensor:
+    # What DataLoader's own collation does in a worker; torch has no public call without a copy.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
 _Item = tuple[Tensor, Tensor, list[str]]
 
 
@@ -155,11 +171,9 @@ class _Work(Dataset[_Item | str]):
 
     def __getitem__(self, request: Request) -> _Item | str:
         try:
-            images, labels, skipped = self.reader.read(request)
+            return self.reader.read(request, shared=get_worker_info() is not None)
         except UserError as error:
             return str(error)
-        # In a worker this stacks straight into shared memory.
-        return default_collate(images), torch.from_numpy(labels), skipped
 
 
 def _shield_worker(_: int) -> None:

@@ -22,7 +22,7 @@ from tests.cluster.sweeps import (
 )
 from tests.data.conftest import imagenet  # noqa: F401
 
-pytestmark = [pytest.mark.cluster, pytest.mark.storm]
+pytestmark = pytest.mark.cluster
 ROOT = CONFIGS.parent
 LONG = ("--epochs", 25, "--print-freq", 2, "--eval-every", 25)  # some 10 s on one core
 

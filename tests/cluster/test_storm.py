@@ -20,7 +20,7 @@ from tests.cluster.sweeps import (
     undisturbed,
 )
 
-pytestmark = [pytest.mark.cluster, pytest.mark.storm]
+pytestmark = pytest.mark.cluster
 
 
 @pytest.fixture(scope="module")

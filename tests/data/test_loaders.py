@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bip.data import decode
+from bip.data import decode, loaders
 from bip.data.augment import pad_crop_params
 from bip.data.datasets import ArraySplit, dataset_spec, open_split
 from bip.data.loaders import Batch
@@ -362,8 +362,18 @@ def test_auto_takes_the_lmdb_and_else_the_folder(imagenet: Path, tmp_path: Path)
     kinds = []
     for folder in (imagenet, tmp_path):
         data = opened(**IMAGENET, data_dir=folder)
-        kinds.append(type(data._train.reader.store))  # type: ignore[attr-defined]
-    assert kinds == [LmdbStore, FolderStore]
+        kinds.append((data.loader, type(data._train.reader.store)))  # type: ignore[attr-defined]
+    assert kinds == [("lmdb", LmdbStore), ("folder", FolderStore)]
+
+
+def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    small, large = dataset_spec("CIFAR10"), dataset_spec("ImageNet")
+    for there, on_gpu in ((True, "dali"), (False, "auto")):
+        monkeypatch.setattr(loaders, "is_installed", lambda there=there: there)
+        assert loaders.choose_loader(large, cuda) == on_gpu
+        assert loaders.choose_loader(large, cpu) == "auto"
+        assert loaders.choose_loader(small, cuda) == "memory"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
