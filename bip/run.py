@@ -340,6 +340,7 @@ class Run:
     def _open_folder(self, progress: Progress) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._tell_of_other_ranks()
             settings = self.folder / "config.yml"
             if not settings.exists():
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
@@ -360,6 +361,19 @@ class Run:
             f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}, "
             f"loader {self.data.loader}",
             flush=True,
+        )
+
+    def _tell_of_other_ranks(self) -> None:
+        """The bits of a run depend on how many ranks it has; say what a change means."""
+        worlds = [r["world"] for r in read_jsonl(self.folder / "attempts.jsonl") if "world" in r]
+        if not worlds or worlds[-1] == self.group.world:
+            return
+        local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
+        local = local and not (self.config.sync_bn or self.config.freeze_bn)
+        print(
+            f"warning: {worlds[-1]} ranks before, {self.group.world} now: the same images in the "
+            "same order, and sums that differ in their last bits"
+            + ("; batch-norm averages over other parts of a batch (--sync-bn does not)" * local)
         )
 
     def _record_attempt(self, event: str, **facts: Any) -> None:

@@ -1,5 +1,6 @@
 """python -m launch series | status | resume | cancel | doctor"""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ USAGE = """usage: python -m launch COMMAND ...
   status    FOLDER [--json]: how far a sweep is
   resume    FOLDER: submit what is missing or failed
   cancel    FOLDER: end the sweep's SLURM tasks
-  doctor    --profile FILE: what the cluster will do to a sweep
+  doctor    PROFILE: what the cluster will do to a sweep
 
 python -m launch COMMAND --help tells more.
 """
@@ -53,6 +54,9 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # as in `status FOLDER | head`; nothing may be written at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # what a shell says of a program that SIGPIPE ended
 
 
 def series(argv: list[str], command: list[str]) -> int:

@@ -279,7 +279,7 @@ class _Planner:
         values = values | {name: value for name, value in axes.items() if value is not None}
         if source is not None:
             values["source_net"] = source.config.run_folder / BEST
-        config = build_config(values, str(path or ""))
+        config = build_config(values, str(path or ""), {*self.flags, *axes})
         if source is None:
             if stage != "pretrain" and config.source_net is None:
                 before = STAGES[: STAGES.index(stage)]

@@ -78,10 +78,10 @@ class Loop:
             due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             proof = self.pruned.proof if self.pruned is not None else None
             news = self.control.post(self.stop.signal, due, proof)
-            if news.stop:
-                self._stop(news.stop)
             if done % self.config.print_freq == 0 or done == self.clock.iterations:
                 self._report(done, means.take(self.group))
+            if news.stop:
+                self._stop(news.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=False)
             if news.save or done == self.clock.iterations:

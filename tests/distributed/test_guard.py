@@ -24,6 +24,7 @@ from bip.errors import RankError, Stopped, UserError
 from bip.files import read_jsonl
 from bip.run import Run
 from bip.run import train as train_run
+from bip.training.checkpoint import layer_masks, read_checkpoint
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import arguments
 
@@ -198,6 +199,54 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(source: Path, tmp_path: 
     (attempts,) = (tmp_path / "parts").glob("*/*/*/attempts.jsonl")
     causes = [record.get("cause") for record in read_jsonl(attempts)]
     assert causes == [None, "SIGUSR2", None, "finished"]
+
+
+def stop_at_four(group: Group, result_dir: str, source: str) -> None:
+    config = load_config(other_ranks(result_dir, source))
+    run = Run(config, group, StopRequest())
+    note = run.heartbeat.note_step
+
+    def note_and_stop(step: int) -> None:
+        note(step)
+        if step == 4:
+            run.stop.signal = signal.SIGTERM
+
+    run.heartbeat.note_step = note_and_stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped):
+        run.train()
+
+
+def other_ranks(result_dir: str, source: str) -> list[str]:
+    """Frozen batch-norm, so that a step does not depend on how a batch is divided."""
+    facts = {"source_net": source, "max_steps": 9, "freeze_bn": True, "batch_size": 48}
+    return arguments("bip", Path(result_dir), **facts)
+
+
+def go_on(group: Group, result_dir: str, source: str) -> None:
+    Run(load_config(other_ranks(result_dir, source)), group).train()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
+def test_other_ranks_go_on_with_the_same_images(
+    before: int, after: int, source: Path, tmp_path: Path
+) -> None:
+    """Equal to the run that nobody stopped, up to the order of summation."""
+    run_ranks(before, stop_at_four, str(tmp_path / "parts"), str(source))
+    run_ranks(after, go_on, str(tmp_path / "parts"), str(source))
+    run_ranks(before, go_on, str(tmp_path / "whole"), str(source))
+    losses, masks = [], []
+    for name in ("parts", "whole"):
+        (folder,) = (tmp_path / name).glob("*/*/*")
+        steps = [r for r in read_jsonl(folder / "metrics.jsonl") if r["event"] == "step"]
+        losses.append([record["loss"] for record in steps])
+        (parts,) = [layer_masks(read_checkpoint(folder / "checkpoint" / "checkpoint.pth.tar"))]
+        masks.append(torch.cat([mask.flatten() for mask in parts.values()]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 9
+    assert (masks[0] != masks[1]).float().mean() < 1e-3
+    (attempts,) = (tmp_path / "parts").glob("*/*/*/attempts.jsonl")
+    worlds = [r["world"] for r in read_jsonl(attempts) if r["event"] == "start"]
+    assert worlds == [before, after]
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(source: Path, tmp_path: Path) -> None:
