@@ -5,9 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bip.config import RunConfig, load_config
+from bip.data.dali import is_installed
+from bip.files import read_jsonl
 from launch.__main__ import main
 from tests.cluster.conftest import Cluster
 from tests.cluster.sweeps import (
@@ -213,7 +217,47 @@ for number in range(20):
     assert len(list(tmp_path.glob("met-*"))) == 4, logs
 
 
+def test_the_template_without_the_launcher(
+    cluster: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """series.sbatch as a user gives it to sbatch; both tasks are preempted and go on."""
+    on(cluster)
+    monkeypatch.setenv("SERIES", "0.5 0.2")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    node = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=10", "--time=10"]
+    facts = [*node, "--gpus-per-node=0", "--array=0-1", f"--output={tmp_path}/%a.log"]
+    flags = ["--configs", CONFIGS / "Digits/bip.yml", "--exp-name", "sweep", "--source-net", source,
+             "--result-dir", tmp_path / "out", "--checkpoint-minutes", 0.01, *LONG]  # fmt: skip
+    words = ["sbatch", *facts, ROOT / "slurm/templates/series.sbatch", *flags]
+    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+    runs = [load_config([*map(str, flags), "--k", k]) for k in ("0.5", "0.2")]
+
+    def attempts(config: RunConfig) -> list[dict[str, Any]]:
+        return list(read_jsonl(config.run_folder / "attempts.jsonl"))
+
+    def log() -> str:
+        return "".join(path.read_text() for path in tmp_path.glob("*.log"))
+
+    cluster.wait(lambda: all(map(attempts, runs)), "both have begun", 60)
+    high(cluster, 1)
+    done = [config.run_folder / "result.json" for config in runs]
+    cluster.wait(lambda: all(path.exists() for path in done), log(), 150)
+    for config in runs:
+        assert interrupted(attempts(config)) >= 1
+        assert_story(attempts(config))
+        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+
+
+@pytest.mark.parametrize(
+    "loader",
+    ["lmdb", pytest.param("dali", marks=pytest.mark.skipif(not is_installed(), reason="no DALI"))],
+)
 def test_the_whole_path(
+    loader: str,
     patient: Cluster,
     on: Callable[[Cluster], Cluster],
     tmp_path: Path,
@@ -223,7 +267,7 @@ def test_the_whole_path(
     cluster = on(patient)
     sweep = ClusterSweep(cluster, tmp_path / "out")
     flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 16,
-             "--test-batch-size", 64, "--num-workers", 1, "--loader", "lmdb", "--print-freq", 1,
+             "--test-batch-size", 64, "--num-workers", 1, "--loader", loader, "--print-freq", 1,
              "--epochs", 2, "--stages", "pretrain,prune", "--series", "0.1")  # fmt: skip
     assert sweep.series("ImageNet/bip.yml", *flags) == 0
     prune = next(name for name, c in sweep.points().items() if c.exp_mode == "prune")
