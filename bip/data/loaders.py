@@ -90,7 +90,8 @@ class Data:
     def train(self, level: str = "lower", start: int = 0) -> Iterator[Batch]:
         """This rank's share of global batches start, start + 1, ... of a level, without end.
 
-        Yields float32 images (batch_size / world, C, H, W) and int64 labels, on the device.
+        Yields float32 images (batch_size / world, C, H, W) and int64 labels, on the device. The
+        images are valid until the iterator's next batch is taken.
         Raises UserError for a damaged record.
         """
         order = Order(self.train_size, self._batch_size, self._seed, level)
@@ -135,6 +136,7 @@ class Data:
 
     def _finish(self, source: Source, requests: Iterator[Request]) -> Generator[Batch, None, None]:
         ahead, current = itertools.tee(requests)
+        buffer = torch.empty(0)
         for request, (images, labels) in zip(current, source.fetch(ahead), strict=False):
             if request.uniforms is not None and self._spec.augment == "pad_crop":
                 crops = augment.pad_crop_params(
@@ -145,8 +147,15 @@ class Data:
                     self._spec.flip,
                 )
                 images = augment.pad_crop(images, crops, self._spec.padding)
-            # uint8 times float32 in one pass, not two
-            yield torch.mul(images, self._scale).add_(self._shift), labels
+            if images.is_cuda:
+                yield images.float().mul_(self._scale).add_(self._shift), labels
+                continue
+            # New memory for each batch would cost five times as much as the arithmetic.
+            if buffer.numel() < images.numel():
+                buffer = torch.empty(images.numel())
+            out = buffer[: images.numel()].view(images.shape)
+            augment.normalise(images, self._scale, self._shift, out)
+            yield out, labels
 
 
 def _close_all(live: weakref.WeakSet[Generator[Batch, None, None]]) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from bip.data.stores import ImageStore
 from bip.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+_Item = tuple[Tensor, NDArray[np.int64], list[str]]
 _T = TypeVar("_T")
 
 
@@ -86,8 +87,10 @@ class Reader:
     image_dim: int
     skip_bad: bool = False
 
-    def read(self, request: Request, shared: bool = False) -> tuple[Tensor, Tensor, list[str]]:
+    def read(self, request: Request, shared: bool = False) -> _Item:
         """uint8 images (n, C, H, W), labels (n,), and one line on each image replaced.
+
+        Labels are no tensor: every tensor from a worker costs a connection to it.
 
         Args:
             shared: decode into memory that other processes can map, so that nothing is copied on
@@ -114,7 +117,7 @@ class Reader:
         for row, (origin, _) in enumerate(pairs):
             if origin != row:
                 images[row] = images[origin]
-        return images, torch.tensor([label for _, label in pairs]), skipped
+        return images, np.array([label for _, label in pairs], np.int64), skipped
 
     def each(self, request: Request, read_one: Callable[[int], _T]) -> tuple[list[_T], list[str]]:
         """`read_one` of every row; with `skip_bad` a bad row becomes the nearest good one after it.
@@ -160,9 +163,6 @@ def _shared_bytes(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-_Item = tuple[Tensor, Tensor, list[str]]
-
-
 class _Work(Dataset[_Item | str]):
     """Requests as the DataLoader's items. An error travels as its one line of text."""
 
@@ -174,6 +174,10 @@ class _Work(Dataset[_Item | str]):
             return self.reader.read(request, shared=get_worker_info() is not None)
         except UserError as error:
             return str(error)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 def _shield_worker(_: int) -> None:
@@ -202,6 +206,7 @@ class WorkerSource:
             _Work(self.reader),
             sampler=_remember(requests, pending),
             batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_shield_worker if self.num_workers else None,
@@ -225,7 +230,7 @@ class WorkerSource:
                     raise UserError(batch)
                 images, labels, skipped = batch
                 skips.tell(skipped)
-                yield images, labels
+                yield images, torch.from_numpy(labels)
         finally:
             _end_workers(batches)
 

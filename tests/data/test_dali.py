@@ -1,8 +1,6 @@
 """The `dali` loader on the CPU: DALI itself, real JPEGs, the other loaders as oracle."""
 
-import itertools
 import sys
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from bip.data import dali
 from bip.data.loaders import Batch
 from bip.errors import UserError
 from tests.data.conftest import open_with_defaults as opened
+from tests.data.test_loaders import same, take
 
 pytestmark = pytest.mark.skipif(
     not dali.is_installed(), reason="DALI is missing: pip install 'bip-hpc[dali]'"
@@ -29,23 +28,12 @@ CASE: dict[str, Any] = {
 }
 
 
-def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    return [(x.clone(), y.clone()) for x, y in itertools.islice(batches, count)]
-
-
-def same(first: list[Batch], second: list[Batch]) -> bool:
-    return len(first) == len(second) and all(
-        torch.equal(x, u) and torch.equal(y, v)
-        for (x, y), (u, v) in zip(first, second, strict=True)
-    )
-
-
 @pytest.mark.parametrize("test_batch_size", [1, 50, 171])
 def test_evaluation_is_that_of_lmdb_and_folder(imagenet: Path, test_batch_size: int) -> None:
     """Tolerance on the CPU: none."""
     case = {**CASE, "data_dir": imagenet, "test_batch_size": test_batch_size}
     results = [
-        list(opened(**case, loader=loader, num_workers=1).evaluate("test"))
+        take(opened(**case, loader=loader, num_workers=1).evaluate("test"))
         for loader in ("lmdb", "folder", "dali")
     ]
     assert sum(len(y) for _, y in results[0]) == 171
@@ -122,7 +110,7 @@ def test_small_sets_too(small_cifar: Path, image_dim: int) -> None:
     mine, others = (opened(**case, loader=loader) for loader in ("dali", "lmdb"))
     pairs = [
         *zip(take(mine.train(), 5), take(others.train(), 5), strict=True),
-        *zip(mine.evaluate("holdout"), others.evaluate("holdout"), strict=True),
+        *zip(take(mine.evaluate("holdout")), take(others.evaluate("holdout")), strict=True),
     ]
     for (images, labels), (x, y) in pairs:
         assert torch.equal(labels, y)

@@ -36,8 +36,9 @@ IMAGENET: dict[str, Any] = {
 }
 
 
-def take(batches: Iterator[Batch], count: int) -> list[Batch]:
-    return list(itertools.islice(batches, count))
+def take(batches: Iterator[Batch], count: int | None = None) -> list[Batch]:
+    """Copies: an iterator's images are valid until its next batch."""
+    return [(images.clone(), labels) for images, labels in itertools.islice(batches, count)]
 
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
@@ -128,7 +129,7 @@ def test_resumed_training_draws_the_remaining_batches(
         rest: dict[str, list[Batch]] = {level: [] for level in whole}
         for _ in range(start, 9):  # as BiP draws them: in turn
             for level, stream in streams.items():
-                rest[level].append(next(stream))
+                rest[level] += take(stream, 1)
         data.close()
         assert all(same(rest[level], whole[level][start:]) for level in whole)
 
@@ -146,7 +147,7 @@ def test_lmdb_folder_and_worker_counts_give_identical_batches(imagenet: Path) ->
     batches = []
     for loader, workers in (("lmdb", 0), ("folder", 0), ("lmdb", 1), ("folder", 3)):
         data = opened(**IMAGENET, data_dir=imagenet, loader=loader, num_workers=workers, holdout=9)
-        batches.append(take(data.train(), 8) + list(data.evaluate("test")))
+        batches.append(take(data.train(), 8) + take(data.evaluate("test")))
         data.close()
     assert all(same(batches[0], other) for other in batches[1:])
 
@@ -156,7 +157,7 @@ def test_memory_and_lmdb_give_identical_batches(small_cifar: Path) -> None:
         opened(**CIFAR, data_dir=small_cifar, loader=loader) for loader in ("memory", "lmdb")
     )
     assert same(take(memory.train(), 6), take(lmdb.train(), 6))
-    assert same(list(memory.evaluate("test")), list(lmdb.evaluate("test")))
+    assert same(take(memory.evaluate("test")), take(lmdb.evaluate("test")))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -178,7 +179,7 @@ def test_evaluation_shows_every_image_once(world: int, test_batch_size: int) -> 
                 rank=rank, world=world, test_batch_size=test_batch_size, holdout=59, batch_size=60
             )
             assert data.eval_size(split) == len(labels)
-            shard = list(data.evaluate(split))
+            shard = take(data.evaluate(split))
             assert all(len(y) <= max(1, test_batch_size // world) for _, y in shard)
             shown += shard
         assert torch.cat([y for _, y in shown]).tolist() == labels.tolist()
@@ -237,7 +238,7 @@ def test_global_random_state_is_left_alone(small_cifar: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     data = opened(**CIFAR, data_dir=small_cifar, loader="lmdb", num_workers=1)
     take(data.train(), 2)
-    list(data.evaluate("test"))
+    take(data.evaluate("test"))
     data.close()
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all()
