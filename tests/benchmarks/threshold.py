@@ -3,13 +3,13 @@
 At each size the candidates take turns. Selection and writing are timed apart; "warm" selects on
 scores that moved by a small step since the last selection, as in training. `warm_over_read`,
 `sort_over_ours` and `two_ranks_over_one` speak of selection at 11.2 M scores; `growth` is
-`warm_over_read` at 138 M over that at 11.2 M (1: as linear as reading). `outside_share` is the share of a ResNet-18
-batch 32 BiP iteration spent outside its two forward-backwards, and `outside_over_least` sets that
-time against moving the least bytes it could: with everything fused that can be, the lower step
-reads g, m, θ and its momentum and writes θ, momentum and z; the upper one reads g, m, θ, s and its
-momentum and writes s and momentum; then s and θ are read, m and z written: 72 bytes a weight, at
-the speed of a fused pass over tensors of that size. (Ours move 104: m ⊙ g 12, SGD 20, z 12, the
-upper gradient 20, SGD 20, selection 4, m and z 16.)
+`warm_over_read` at 138 M over that at 11.2 M (1: as linear as reading). `outside_share` is the
+share of a ResNet-18 batch 32 BiP iteration spent outside its two forward-backwards, and
+`outside_over_least` sets that time against moving the least bytes it could: with everything fused
+that can be, the lower step reads g, m, θ and its momentum and writes θ, momentum and z; the upper
+one reads g, m, θ, s and its momentum and writes s and momentum; then s and θ are read, m and z
+written: 72 bytes a weight, at the speed of a fused pass over tensors of that size. (Ours move 104:
+m ⊙ g 12, SGD 20, z 12, the upper gradient 20, SGD 20, selection 4, m and z 16.)
 """
 
 import multiprocessing
