@@ -3,7 +3,7 @@
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ class Storm:
     def __init__(self, cluster: Cluster, sweep: ClusterSweep) -> None:
         self.cluster, self.sweep = cluster, sweep
         self.random = random.Random(4)
-        self.blows = itertools.chain(
+        self.blows: Iterator[Callable[[], None]] = itertools.chain(
             [self.preempt, self.time_limit, self.requeue, self.fail_node],
             [self.restart_controller],
             itertools.repeat(self.preempt),
@@ -66,6 +66,7 @@ class Storm:
         self.cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
 
     def victim(self) -> str:
+        """The task of a run that trains. Raises LookupError if the last one has just ended."""
         names = self.sweep.training()
         untouched = [name for name in names if not interrupted(self.sweep.attempts(name))]
         return self.sweep.task(self.random.choice(untouched or names))
@@ -84,8 +85,11 @@ class Storm:
                 time.sleep(self.random.uniform(0, 1.5))
                 if self.sweep.training():
                     blow = next(self.blows)
-                    blow()
-                    self.dealt.append(blow.__name__)
+                    try:
+                        blow()
+                        self.dealt.append(blow.__name__)
+                    except LookupError:
+                        self.blows = itertools.chain([blow], self.blows)
             time.sleep(0.3)
 
 
