@@ -22,6 +22,8 @@ _MODES = {1: "L", 3: "RGB"}
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
 _JPEG_START = b"\xff\xd8\xff"
 _MAX_SCALE = 8  # libjpeg's
+# No others: Pillow hands PostScript, for one, to Ghostscript, which runs what stands in it.
+_FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP")
 
 # What damaged images raise in the functions below.
 DECODE_ERRORS = (
@@ -48,7 +50,7 @@ def open_image(data: bytes) -> Image.Image:
     Raises:
         DECODE_ERRORS: not an image.
     """
-    return Image.open(BytesIO(data))
+    return Image.open(BytesIO(data), formats=_FORMATS)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:

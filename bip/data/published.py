@@ -28,6 +28,7 @@ Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
 
 _MARK = object()
 _MAX_INT = 16  # bytes
+_MAX_KEY = 511  # bytes, LMDB's
 
 # opcode: how many bytes its length takes
 _SHORT_BYTES = b"C"[0]
@@ -157,11 +158,16 @@ class PublishedStore:
         self.classes = classes or []
         self._any_label = classes is None
         self._opened: Environment | None = None
-        self._identity = file_identity(path)
         keys = self._load(b"__keys__", list)
+        self._identity = file_identity(path)
         count = self._load(b"__len__", int)
         if count != len(keys) or not all(type(key) is bytes for key in keys):
             raise UserError(f"{path}: __len__ is {count}, but there are {len(keys)} __keys__")
+        if max(map(len, keys), default=0) > _MAX_KEY or len(set(keys)) != count:
+            raise UserError(
+                f"{path}: __keys__ holds a key twice or one over {_MAX_KEY} bytes; "
+                "build the store again"
+            )
         # One block of bytes, not a million objects, so that forked workers share it.
         self._keys = b"".join(keys)
         self._ends = np.cumsum([len(key) for key in keys], dtype=np.int64)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
 import time
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import lmdb
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bip.data import dali, decode
 from bip.data.published import open_store
@@ -289,6 +290,21 @@ def test_2_500_mutated_images_decode_or_raise_what_is_caught() -> None:
         except decode.DECODE_ERRORS:
             outcomes[False] += 1
     assert min(outcomes.values()) > 200
+
+
+def test_postscript_is_refused_and_never_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for start in (subprocess, os):
+        for name in ("Popen", "check_call", "system", "posix_spawn"):
+            if hasattr(start, name):
+                monkeypatch.setattr(start, name, lambda *_, **__: pytest.fail("ran a program"))
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    stream = BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "TIFF")
+    for data in (script, stream.getvalue()):
+        with pytest.raises(UnidentifiedImageError):
+            decode.decode(data, 3)
+        with pytest.raises(UnidentifiedImageError):
+            decode.image_size(data)
 
 
 @pytest.mark.parametrize("side", [30_000, 65_500])

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,8 @@ def test_a_bad_record_is_named(tmp_path: Path, record: Any, message: str) -> Non
         (b"__len__", pickle.dumps(Evil())),
         (b"__keys__", pickle.dumps([b"0", 1])),
         (b"__keys__", pickle.dumps(Evil())),
+        (b"__keys__", pickle.dumps([b"0", b"0"])),
+        (b"__keys__", pickle.dumps([b"0", bytes(512)])),
         (b"__keys__", b""),
         (b"__keys__", None),
     ],
@@ -237,6 +240,51 @@ def test_bad_totals_are_refused(tmp_path: Path, key: bytes, value: bytes | None)
         open_store(path)
     assert "\n" not in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_keys_that_swell_are_refused(tmp_path: Path) -> None:
+    """160 KB of pickle that name one key of 100 KB 30,000 times: 3 GB, were they joined."""
+    path = write(tmp_path / "train.lmdb", [(photo(), 0)])
+    keys = b"\x80\x04](B" + (100_000).to_bytes(4, "little") + bytes(100_000) + b"q\x00"
+    with lmdb.open(str(path), subdir=False) as env, env.begin(write=True) as txn:
+        txn.put(b"__keys__", keys + 29_999 * b"h\x00" + b"e.")
+        txn.put(b"__len__", pickle.dumps(30_000))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="a key twice or one over 511 bytes") as error:
+        open_store(path)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20e6
+    assert "\n" not in str(error.value)
+
+
+def test_2_000_mutated_stores_are_read_or_refused(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    path = write(tmp_path / "train.lmdb", [(photo(), label) for label in range(10)])
+    with lmdb.open(str(path), subdir=False) as env, env.begin() as txn:
+        good = dict(txn.cursor())
+    refused = []
+    for number in range(2000):
+        data = bytearray(good[key := (b"__keys__", b"__len__", b"3")[number % 3]])
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(data))
+            data[at : at + rng.randrange(2)] = rng.choice(
+                [b"", rng.randbytes(1), b"h\x00" * 500, b"\x94", b"\x8e", b"\xff\xff\xff\x7f"]
+            )
+        with lmdb.open(str(path), subdir=False, sync=False) as env, env.begin(write=True) as txn:
+            for name, value in good.items():
+                txn.put(name, bytes(data) if name == key else value)
+        try:
+            store = open_store(path)
+            pairs = [store.read(index) for index in range(len(store))]
+            assert len(pairs) == 10
+            if key == b"__keys__":  # whole records, though of other keys there are none
+                assert sorted(label for _, label in pairs) == list(range(10))
+        except UserError as error:
+            refused.append(str(error))
+        store = None
+    assert 1000 < len(refused) < 2000
+    assert all(str(path) in text and "\n" not in text for text in refused)
 
 
 def test_the_reader_knows_every_opcode_that_pickle_writes_for_plain_data() -> None:
