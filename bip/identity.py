@@ -89,6 +89,19 @@ def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
     }
 
 
+def compare_starts(own: dict[str, str], group: Group) -> None:
+    """Raise UserError on every rank, naming the first fact in which a rank differs from rank 0."""
+    first, *others = group.all_objects(own)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            here, there = first.get(name, "not given"), other.get(name, "not given")
+            if here != there:
+                raise UserError(
+                    f"ranks start differently: {name} is {here} on rank 0, {there} on rank {rank}; "
+                    "start all of them with one command, one installation and one copy of the data"
+                )
+
+
 def surroundings(config: RunConfig, group: Group) -> dict[str, Any]:
     """What may differ between two attempts of one run."""
     slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")

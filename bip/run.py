@@ -5,7 +5,7 @@ import errno
 import os
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import nn
 from bip import models
 from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
-from bip.data.loaders import Data, open_data
+from bip.data.loaders import Data, open_data, stage_data
 from bip.distributed.control import Control
-from bip.distributed.group import Group, join, wrap
+from bip.distributed.group import TIMEOUT, Group, join, wrap
 from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
@@ -33,6 +33,7 @@ from bip.files import (
 from bip.identity import (
     check_same_source,
     check_source,
+    compare_starts,
     difference,
     start_facts,
     surroundings,
@@ -58,6 +59,7 @@ from bip.training.metrics import RunLog
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, TrainingStep, build_step
 
+STAGING = timedelta(hours=12)  # how long nodes wait for one that copies its data
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -71,7 +73,13 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     """
     check_inputs(config)
     config = with_source_of_resume(config)
-    group = join(config.result_dir / ".rendezvous")
+    stop = stop or StopRequest()
+    if config.stage_to is not None:
+        stage_data(
+            config.dataset, config.data_dir, config.stage_to, config.loader, stop.raise_if_set
+        )
+    patience = STAGING if config.stage_to is not None else TIMEOUT
+    group = join(config.result_dir / ".rendezvous", patience=patience, stop=stop)
     # Rank 0 looks for all: an attempt that is just ending may write the result between two looks.
     finished = group.ask_first(lambda: read_result(config))
     if finished is not None and not config.evaluate:
@@ -109,30 +117,18 @@ class Run:
         if config.sync_bn and group.device.type != "cuda":
             raise UserError("sync_bn: needs GPUs; leave --sync-bn out on the CPU")
         _set_backends(config)
-        self._compare_start()
+        compare_starts(start_facts(config, group), group)
         self.source, self.source_sha256 = group.ask_first(self._read_source)
         with group.together():
             self.data = self._open_data()
             self.network = self._build_network()
+        compare_starts({"data": self.data.identity, "loader": self.data.loader}, group)
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
         self.control = Control(group)
         self.heartbeat = Heartbeat(group, config.rank_timeout, self._record_loss)
         self.lock = RunLock(self.folder)
-
-    def _compare_start(self) -> None:
-        """All ranks must run the same settings with the same code and the same torch."""
-        own = start_facts(self.config, self.group)
-        first, *others = self.group.all_objects(own)
-        for rank, other in enumerate(others, 1):
-            for name in first | other:
-                here, there = first.get(name, "not given"), other.get(name, "not given")
-                if here != there:
-                    raise UserError(
-                        f"ranks start differently: {name} is {here} on rank 0, {there} on rank "
-                        f"{rank}; start all of them with one command and one installation"
-                    )
 
     def _open_data(self) -> Data:
         config = self.config
@@ -333,6 +329,11 @@ class Run:
                 f"resume: {where} was written by a run with other settings: "
                 f"{difference(self.config, state['config'])}"
             )
+        if state.get("data", self.data.identity) != self.data.identity:
+            raise UserError(
+                f"data_dir: the run was trained on {state['data']}; {self.config.data_dir} holds "
+                f"{self.data.identity}; put the data back, or give another --exp-name"
+            )
         check_same_source(self.config, state["source_sha256"], self.source_sha256)
         self.source_sha256 = state["source_sha256"]
         return state
@@ -340,7 +341,7 @@ class Run:
     def _open_folder(self, progress: Progress) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tell_of_other_ranks()
+            self._tell_of_other_surroundings()
             settings = self.folder / "config.yml"
             if not settings.exists():
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
@@ -363,16 +364,24 @@ class Run:
             flush=True,
         )
 
-    def _tell_of_other_ranks(self) -> None:
+    def _tell_of_other_surroundings(self) -> None:
         """The bits of a run depend on how many ranks it has; say what a change means."""
-        worlds = [r["world"] for r in read_jsonl(self.folder / "attempts.jsonl") if "world" in r]
-        if not worlds or worlds[-1] == self.group.world:
+        before = [r for r in read_jsonl(self.folder / "attempts.jsonl") if r["event"] == "start"]
+        if not before:
+            return
+        loader, world = before[-1].get("loader"), before[-1]["world"]
+        if loader not in (None, self.data.loader) and "dali" in (loader, self.data.loader):
+            print(
+                f"warning: loader {loader} before, {self.data.loader} now: the same images and "
+                "crops, decoded by other arithmetic"
+            )
+        if world == self.group.world:
             return
         local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
         local = local and not (self.config.sync_bn or self.config.freeze_bn)
         print(
-            f"warning: {worlds[-1]} ranks before, {self.group.world} now: the same images in the "
-            "same order, and sums that differ in their last bits"
+            f"warning: {world} ranks before, {self.group.world} now: the same images in the same "
+            "order, and sums that differ in their last bits"
             + ("; batch-norm averages over other parts of a batch (--sync-bn does not)" * local)
         )
 
@@ -403,6 +412,7 @@ class Run:
     def _state(self, progress: Progress) -> State:
         return model_state(self.config, self.network, self.pruned) | {
             "progress": asdict(progress),
+            "data": self.data.identity,
             "source_sha256": self.source_sha256,
         }
 

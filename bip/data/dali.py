@@ -10,6 +10,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -217,7 +218,7 @@ class _Inputs:
         """The image that DALI failed on, if the other decoder fails on it too."""
         try:
             for batch in self.in_flight:
-                self.reader.read(batch.request)
+                replace(self.reader, skip_bad=False).read(batch.request)
         except UserError as named:
             return named
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -6,10 +6,12 @@ requests; `Data` applies the batched crop, scales to float and normalises. What 
 function of the request, so neither worker count nor prefetch depth nor the past can change it.
 """
 
+import hashlib
 import itertools
+import json
 import os
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ from bip.data.order import Order, holdout_split, rank_slice
 from bip.data.published import open_store
 from bip.data.sources import Batch, MemorySource, Reader, Request, Source, WorkerSource
 from bip.data.staging import network_filesystem, stage
-from bip.data.stores import FolderStore, ImageStore
+from bip.data.stores import FolderStore, ImageStore, LmdbStore
 from bip.errors import UserError
 
 Loader = Literal["auto", "memory", "lmdb", "folder", "dali"]
@@ -40,11 +42,14 @@ class Data:
         channels, image_dim: shape of an image, (channels, image_dim, image_dim).
         eval_batch: images of one evaluation batch on this rank.
         loader: which one it is, where "auto" was asked for.
+        identity: what tells these images from others: their number, classes, and digest of what
+            the stores say of themselves.
     """
 
     def __init__(
         self,
         *,
+        identity: str,
         loader: Loader,
         spec: DatasetSpec,
         image_dim: int,
@@ -61,6 +66,7 @@ class Data:
     ) -> None:
         if batch_size % world:
             raise ValueError(f"batch_size {batch_size} does not divide by world size {world}")
+        self.identity = identity
         self.loader = loader
         self.channels = spec.channels
         self.image_dim = image_dim
@@ -233,6 +239,7 @@ def open_data(
     if loader == "auto":  # whichever is there
         loader = "folder" if isinstance(train, FolderStore) else "lmdb"
     return Data(
+        identity=f"train {_identity(train)}, test {_identity(test)}",
         loader=loader,
         spec=spec,
         image_dim=dim,
@@ -256,6 +263,30 @@ def choose_loader(spec: DatasetSpec, device: torch.device) -> Loader:
     if spec.small:
         return "memory"
     return "dali" if device.type == "cuda" and is_installed() else "auto"
+
+
+def _identity(split: ImageStore | ArraySplit) -> str:
+    """'50000 images of 10 classes (1f6e0c2a)', whatever the loader and wherever it lies."""
+    count = len(split.labels if isinstance(split, ArraySplit) else split)
+    digest = hashlib.sha256("\n".join(split.classes).encode())
+    if isinstance(split, LmdbStore):
+        totals = split.header["class_counts"], split.header["image_bytes"]
+        digest.update(json.dumps(totals).encode())
+    return f"{count} images of {len(split.classes)} classes ({digest.hexdigest()[:8]})"
+
+
+def stage_data(
+    dataset: str, data_dir: Path, folder: Path, loader: Loader, give_up: Callable[[], None]
+) -> None:
+    """Copy a data set's stores to the node's disk, where `open_data` with `stage_to` finds them.
+
+    Before the ranks meet, because one node may copy for as long as others would not wait.
+    """
+    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
+    for train in (True, False):
+        split = open_split(dataset, data_dir, train, layout)
+        if not isinstance(split, ArraySplit | FolderStore):
+            stage(split.path, folder, give_up)
 
 
 def _stage(

@@ -174,6 +174,14 @@ class _Work(Dataset[_Item | str]):
             return self.reader.read(request, shared=get_worker_info() is not None)
         except UserError as error:
             return str(error)
+        except (RuntimeError, MemoryError) as error:  # mostly a full /dev/shm
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            if isinstance(error, RuntimeError) and "memory" not in reason:
+                raise
+            return (
+                f"{self.reader.store.path}: a loader process gets no memory ({reason}); use fewer "
+                "--num-workers, or ask for more memory or space in /dev/shm"
+            )
 
 
 def _as_it_is(item: Any) -> Any:
@@ -260,7 +268,7 @@ class WorkerSource:
         where = f" over the batch {_some(owed[0].indices.tolist())}" if owed else ""
         return UserError(
             f"{path}: a loader process died{where} ({how}); mostly for want of memory or of space "
-            "in /dev/shm: use fewer --num-workers, or ask for more"
+            "in /dev/shm: use fewer --num-workers, or ask for more (SIGBUS: or a disk that fails)"
         )
 
 

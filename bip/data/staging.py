@@ -3,10 +3,11 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bip.data.stores import data_file
@@ -64,13 +65,14 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
     return kind if kind in _NETWORK or kind.startswith("fuse.") else None
 
 
-def stage(store: Path, folder: Path) -> Path:
+def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None) -> Path:
     """A copy of an LMDB store in `folder`, made once, however many processes ask for it.
 
     One process copies while the others wait; the lock goes with its holder, so a killed copy is
     begun again. The copy gets its name when it is on disk and its SHA-256, read back, is that of
     the bytes read from `store`. Its name tells the store's path, size and time of change: a store
-    built anew is copied anew.
+    built anew is copied anew. `give_up` is called often; what it raises ends the copying or the
+    waiting.
 
     Returns:
         Path of the copy, a single file that ends in .lmdb.
@@ -87,9 +89,9 @@ def stage(store: Path, folder: Path) -> Path:
         if target.exists():
             return target
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{name}.lock"):
+        with _locked(folder / f".{name}.lock", give_up, f"another process makes {target}"):
             if not target.exists():
-                _copy(source, target, status)
+                _copy(source, target, status, give_up)
     except OSError as error:
         raise UserError(
             f"stage_to: {store} cannot be copied to {folder} ({error.strerror}); "
@@ -98,19 +100,24 @@ def stage(store: Path, folder: Path) -> Path:
     return target
 
 
-def _copy(source: Path, target: Path, status: os.stat_result) -> None:
+def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[[], None]) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    partial.unlink(missing_ok=True)  # a killed copy's; it may fill the disk
     free = shutil.disk_usage(target.parent).free
     if free < status.st_size:
         raise UserError(
             f"stage_to: {source} takes {status.st_size / 1e9:.2f} GB, {target.parent} has "
             f"{free / 1e9:.2f} GB free; choose another folder or leave --stage-to out"
         )
-    partial = target.with_name(f".{target.name}.partial")
+    if (kind := network_filesystem(target.parent)) is not None:
+        print(f"warning: stage_to: {target.parent} lies on {kind}, not on the node's own disk")
+    print(f"staging {source} to {target.parent}: {status.st_size / 1e6:.0f} MB", flush=True)
     began = time.monotonic()
     digest = hashlib.sha256()
     try:
         with open(source, "rb") as reader, open(partial, "wb") as writer:
             while chunk := reader.read(_CHUNK):
+                give_up()
                 digest.update(chunk)
                 writer.write(chunk)
             writer.flush()
@@ -120,6 +127,7 @@ def _copy(source: Path, target: Path, status: os.stat_result) -> None:
         after = source.stat()
         if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
             raise UserError(f"stage_to: {source} changed while it was copied; start again")
+        give_up()
         if sha256_file(partial) != digest.hexdigest():
             raise UserError(
                 f"stage_to: the copy of {source} in {target.parent} differs from it (SHA-256); "
@@ -139,7 +147,15 @@ def _copy(source: Path, target: Path, status: os.stat_result) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, give_up: Callable[[], None], waiting: str) -> Iterator[None]:
     with open(path, "w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        for turn in itertools.count():
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if turn == 10:
+                    print(f"waiting: {waiting}", flush=True)
+            give_up()
+            time.sleep(0.1)
         yield

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous as rendezvous_of
 from torch.nn.parallel import DistributedDataParallel
 
+from bip.distributed.preemption import StopRequest
 from bip.errors import RankError, UserError
 from bip.files import atomic_write_bytes
 
@@ -171,32 +173,61 @@ def pick_device(ranks: Ranks) -> torch.device:
     return device
 
 
-def join(rendezvous: Path, env: Mapping[str, str] = os.environ) -> Group:
-    """Find this process's rank and join the others.
+def join(
+    rendezvous: Path,
+    env: Mapping[str, str] = os.environ,
+    patience: timedelta = TIMEOUT,
+    stop: StopRequest | None = None,
+) -> Group:
+    """Find this process's rank and join the others, who may come later by up to `patience`.
 
     Under torchrun the store is torch's own. Under srun rank 0 binds a free port itself and
     publishes it in the shared folder `rendezvous`, keyed by job, restart and step, so that
-    neither two tasks on a node nor two attempts of one job can meet.
+    neither two tasks on a node nor two attempts of one job can meet. Raises Stopped when `stop` is
+    set while this rank waits for others.
     """
     ranks = find_ranks(env)
     device = pick_device(ranks)
     if ranks.world > 1:
+        deadline = time.monotonic() + patience.total_seconds()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        address = None
         if "MASTER_ADDR" in env and "RANK" in env:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, _, _ = next(rendezvous_of("env://", timeout=patience))
         else:
             names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
             address = rendezvous / ".".join(env.get(name, "0") for name in names)
-            store = _srun_store(ranks, address, env)
-            dist.init_process_group(
-                backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
-            )
-            if ranks.rank == 0:  # all have read it; a cluster may count its jobs from 1 again
-                address.unlink(missing_ok=True)
+            store = _srun_store(ranks, address, env, deadline, stop)
+        # All are here before the first collective, whose time-out is for ranks that are lost.
+        everyone = "everyone is here"
+        if store.add("here", 1) == ranks.world:
+            store.set(everyone, "")
+        _wait(lambda: store.check([everyone]), deadline, stop, "the other ranks did not come")
+        store.set_timeout(TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
+        )
+        if ranks.rank == 0 and address is not None:
+            # All have read it; a cluster may count its jobs from 1 again.
+            address.unlink(missing_ok=True)
     return Group(ranks, device)
 
 
-def _srun_store(ranks: Ranks, path: Path, env: Mapping[str, str]) -> TCPStore:
+def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest | None, problem: str) -> None:
+    """Poll, ever more seldom. Raises Stopped when told to stop, UserError at the deadline."""
+    pause = 0.01
+    while not met():
+        if stop is not None:
+            stop.raise_if_set()
+        if time.monotonic() > deadline:
+            raise UserError(f"ranks: {problem} in time")
+        time.sleep(pause)
+        pause = min(1.0, 1.2 * pause)
+
+
+def _srun_store(
+    ranks: Ranks, path: Path, env: Mapping[str, str], deadline: float, stop: StopRequest | None
+) -> TCPStore:
     if ranks.rank == 0:
         host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
         store = TCPStore(
@@ -208,10 +239,6 @@ def _srun_store(ranks: Ranks, path: Path, env: Mapping[str, str]) -> TCPStore:
         except OSError as error:
             raise UserError(f"result_dir: {path.parent}: {error.strerror}") from None
         return store
-    deadline = time.monotonic() + TIMEOUT.total_seconds()
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise UserError(f"rank {ranks.rank}: rank 0 did not publish {path}; is it shared?")
-        time.sleep(0.1)
+    _wait(path.exists, deadline, stop, f"rank 0 did not publish {path} (is it shared?)")
     host, port = path.read_text().split()
     return TCPStore(host, int(port), ranks.world, is_master=False, timeout=TIMEOUT)

@@ -6,6 +6,8 @@ Imports no torch, so that a launcher can install the handlers before its slow im
 import signal
 from types import FrameType
 
+from bip.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 
@@ -23,6 +25,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self
+
+    def raise_if_set(self) -> None:
+        """Raises Stopped at step 0: nothing has begun yet."""
+        if self.signal:
+            raise Stopped(signal_name(self.signal), 0)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = self.signal or number

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ class Storm:
         self.cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
 
     def victim(self) -> str:
-        """The task of a run that trains. Raises LookupError if the last one has just ended."""
+        """The task of a run that trains. Raises LookupError if there is none any more."""
         names = self.sweep.training()
         untouched = [name for name in names if not interrupted(self.sweep.attempts(name))]
         return self.sweep.task(self.random.choice(untouched or names))
@@ -88,7 +89,7 @@ class Storm:
                     try:
                         blow()
                         self.dealt.append(blow.__name__)
-                    except LookupError:
+                    except (LookupError, subprocess.CalledProcessError):  # it has just ended
                         self.blows = itertools.chain([blow], self.blows)
             time.sleep(0.3)
 

@@ -1,5 +1,6 @@
 """Copies of stores on local disk: made once, confirmed, safe under concurrent tasks."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +92,7 @@ def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
 CODE = """
     import sys
     from pathlib import Path
+from types import SimpleNamespace
     from bip.data import staging
     from bip.data.stores import LmdbStore
 
@@ -120,7 +123,8 @@ def test_four_processes_stage_one_copy(tmp_path: Path) -> None:
         assert task.returncode == 0
     (copy,) = (tmp_path / "local").glob("*.lmdb")
     assert [lines[-1] for lines in outputs] == [f"{copy} 60"] * 4
-    assert sorted(len(lines) for lines in outputs) == [1, 1, 1, 2]  # one of them told of its copy
+    told = [line for lines in outputs for line in lines]
+    assert sum("SHA-256 confirmed" in line for line in told) == 1, "one of them copied"
     assert copy.read_bytes() == store.read_bytes()
     assert not list((tmp_path / "local").glob(".*.partial"))
 
@@ -143,6 +147,41 @@ def test_a_killed_copy_is_begun_again(store: Path, tmp_path: Path) -> None:
     first.wait()
     assert not list((tmp_path / "local").glob("*.lmdb"))
     assert LmdbStore(stage(store, tmp_path / "local")).read(7) == images()[7][:2]
+
+
+def test_a_killed_copy_s_bytes_are_free_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = tmp_path / "local"
+    size = store.stat().st_size
+    name = stage(store, local).name
+    (local / name).rename(local / f".{name}.partial")
+
+    def usage(folder: Path) -> SimpleNamespace:  # a disk with room for one and a half
+        used = sum(p.stat().st_size for p in folder.iterdir())
+        return SimpleNamespace(free=size * 3 // 2 - used)
+
+    monkeypatch.setattr(staging.shutil, "disk_usage", usage)
+    assert stage(store, local).name == name
+
+
+class ToldToStop(Exception):
+    pass
+
+
+def test_copying_and_waiting_end_when_told(store: Path, tmp_path: Path) -> None:
+    def give_up() -> None:
+        raise ToldToStop
+
+    with pytest.raises(ToldToStop):
+        stage(store, tmp_path, give_up)
+    assert not list(tmp_path.glob("*lmdb"))
+    assert not list(tmp_path.glob(".*.partial"))
+    (lock,) = tmp_path.glob(".*.lock")
+    with open(lock) as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(ToldToStop):
+            stage(store, tmp_path, give_up)
 
 
 def test_a_copy_that_differs_is_refused(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from torch import nn
 from torch.distributed import TCPStore
 
 from bip.config import load_config
+from bip.data.stores import LmdbStore
+from bip.data.writer import LmdbWriter
 from bip.distributed.control import Control
 from bip.distributed.group import Group, Ranks
 from bip.distributed.guard import compare_ranks, hash_tensor, run_state
@@ -25,6 +28,7 @@ from bip.files import read_jsonl
 from bip.run import Run
 from bip.run import train as train_run
 from bip.training.checkpoint import layer_masks, read_checkpoint
+from tests.data.conftest import small_cifar  # noqa: F401
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import arguments
 
@@ -167,6 +171,34 @@ def test_ranks_that_start_differently_are_refused(what: str, tmp_path: Path) -> 
     for message in run_ranks(2, start_differently, str(tmp_path), what):
         assert message.startswith(f"ranks start differently: {what} ")
     assert not list(tmp_path.iterdir())
+
+
+def start_on_other_data(group: Group, result_dir: str, folders: list[str]) -> str:
+    settings = {"dataset": "CIFAR10", "arch": "resnet20s", "data_dir": folders[group.rank]}
+    config = load_config(arguments("pretrain", Path(result_dir), **settings, max_steps=1))
+    with pytest.raises(UserError) as raised:
+        Run(config, group)
+    return str(raised.value)
+
+
+def test_ranks_with_other_data_are_refused(
+    small_cifar: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """As when a node's own copy was built with --skip-bad."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(small_cifar / "test.lmdb", other)
+    store = LmdbStore(small_cifar / "train.lmdb")
+    with LmdbWriter(other / "train.lmdb", store.classes) as writer:
+        for index in range(len(store) - 1):
+            data, label = store.read(index)
+            writer.add(data, label, 32, 32)
+    folders = [str(small_cifar), str(other)]
+    for message in run_ranks(2, start_on_other_data, str(tmp_path / "out"), folders):
+        assert message.startswith("ranks start differently: data is train 310 images of 10 classes")
+        assert "train 309 images" in message
+    assert not (tmp_path / "out").exists()
 
 
 def stop_and_resume(group: Group, result_dir: str, source: str) -> tuple[int, str]:
