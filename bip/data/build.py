@@ -8,7 +8,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TypeVar
 
@@ -98,7 +98,7 @@ def build_lmdb(
         for name, split in splits.items():
             path = out / f"{name}.lmdb"
             if path.exists():
-                _check_same(path, split, skip_bad)
+                _check_same(path, split, options, skip_bad)
                 console.print(f"{path}: there already, kept")
                 continue
             _tell_size(path, tree, split, short_side, console)
@@ -208,14 +208,19 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be made ({error.strerror})") from error
 
 
-def _check_same(path: Path, split: Split, skip_bad: bool) -> None:
+def _check_same(path: Path, split: Split, options: Options, skip_bad: bool) -> None:
     store = LmdbStore(path)
-    count = len(split.members)
-    fewer = skip_bad and len(store) <= count
-    if store.classes != split.classes or not (len(store) == count or fewer):
+    count, stored = len(split.members), len(store)
+    whole = stored + (store.header.get("skipped", 0) if skip_bad else 0) == count
+    if store.classes != split.classes or not whole:
         raise UserError(
-            f"{path}: exists with {len(store)} images of {len(store.classes)} classes, the source "
+            f"{path}: exists with {stored} images of {len(store.classes)} classes, the source "
             f"has {count} of {len(split.classes)}; remove it or choose another folder"
+        )
+    if store.header.get("options") != asdict(options):
+        raise UserError(
+            f"{path}: exists, but was built with other --short-side, --quality or --check; give "
+            "the same, remove it or choose another folder"
         )
 
 
@@ -294,7 +299,7 @@ def _write(
 ) -> None:
     try:
         with (
-            LmdbWriter(path, classes, plan, retry_skipped=not skip_bad) as writer,
+            LmdbWriter(path, classes, plan, not skip_bad, asdict(source.options)) as writer,
             progress_bar(path.name, console) as bar,
         ):
             if writer.done:
@@ -305,13 +310,17 @@ def _write(
                     ready, label, before = image.result()
                 except (*READ_ERRORS, UserError) as error:
                     name, why = source.name(writer.done), decode.reason(error)
+                    if isinstance(error, OSError) and error.errno is not None:  # no bad image
+                        raise UserError(
+                            f"{name}: cannot be read ({error.strerror}); the same command goes on "
+                            "from here"
+                        ) from error
                     console.print(f"{name}: {why}")
                     writer.skip(name, why)
                 else:
                     writer.add(ready.data, label, ready.width, ready.height, before, ready.repaired)
                 bar.advance(task)
             if writer.skipped and not skip_bad:
-                writer.keep_on_error = True
                 name, why = writer.skipped[0]
                 others = f" and {len(writer.skipped) - 1} others" if writer.skipped[1:] else ""
                 raise UserError(

@@ -4,7 +4,8 @@ LMDB layout (format version 1; all integers big-endian; nothing is pickled):
 
     key, 8 bytes: index 0 ... count - 1
     value: label, width, height (int32 each), CRC32 (uint32), image bytes as in the original file
-    key b"header": JSON {"format", "version", "count", "classes", "class_counts", "image_bytes"}
+    key b"header": JSON {"format", "version", "count", "classes", "class_counts", "image_bytes",
+        "skipped": source images left out, "options": how the images were changed and checked}
 
 The CRC32 covers label, width, height and image bytes. A store is one file; it gets its name only
 when it is whole (`bip.data.writer`), and the header is its last record.
@@ -109,6 +110,11 @@ def data_file(path: Path) -> Path:
     return path / "data.mdb" if path.is_dir() else path
 
 
+def size_of(env: lmdb.Environment) -> int:
+    """The bytes that an environment's pages take; its file has as many, if it is whole."""
+    return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
+
+
 def open_environment(path: Path) -> Environment:
     """The LMDB environment of a store, this process's own.
 
@@ -123,8 +129,7 @@ def open_environment(path: Path) -> Environment:
             "build it with: python -m bip data build-lmdb SRC OUT"
         ) from error
     # A page beyond the end of the file would be a bus error, not an exception.
-    pages = opened.env.info()["last_pgno"] + 1
-    size, expected = data_file(path).stat().st_size, pages * opened.env.stat()["psize"]
+    size, expected = data_file(path).stat().st_size, size_of(opened.env)
     if size < expected:
         raise UserError(f"{path}: truncated, {size} of {expected} bytes; copy or build it again")
     return opened

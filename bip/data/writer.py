@@ -1,18 +1,19 @@
 """`LmdbWriter`: build a store so that a half-built one is never taken for a whole one."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import lmdb
 
-from bip.data.stores import FORMAT, HEADER_KEY, VERSION, pack_record, record_key
+from bip.data.stores import FORMAT, HEADER_KEY, VERSION, pack_record, record_key, size_of
 from bip.errors import UserError
 from bip.files import atomic_write_json, fsync_folder, read_json
 
@@ -21,11 +22,12 @@ class LmdbWriter:
     """Build a store of `classes` at `path`; use as a context manager.
 
     Records go to a hidden file beside `path`, which is renamed to it when the block ends without
-    an exception. With a `plan`, a killed or interrupted build leaves that file and a note of how
-    far it came; the next writer with the same plan goes on there, after `done` source images.
-    Else what a killed build left is overwritten. An error removes both, unless `keep_on_error`.
+    an exception. With a `plan`, a build that ends early, for whatever reason, leaves that file
+    and a note of how far it came; the next writer with the same plan goes on there, after `done`
+    source images. Without one an error removes it, and what a killed build left is overwritten.
 
     Args:
+        options: how the images were changed and checked, for the header.
         plan: names all that the records follow from; None for a build that cannot go on.
         retry_skipped: start afresh where the earlier build skipped images.
 
@@ -35,7 +37,7 @@ class LmdbWriter:
         source_bytes: size of the images before any re-encoding.
 
     Raises:
-        UserError: `path` exists, or another process is building it.
+        UserError: `path` exists, another process is building it, or the filesystem has no locks.
     """
 
     _BATCH = 1000  # records per transaction
@@ -47,10 +49,11 @@ class LmdbWriter:
         classes: Sequence[str],
         plan: str | None = None,
         retry_skipped: bool = False,
+        options: Mapping[str, int] | None = None,
     ) -> None:
         self.path = path
         self.classes = list(classes)
-        self.keep_on_error = False
+        self._options = dict(options or {})
         self._plan = plan
         self._retry_skipped = retry_skipped
         self._partial = path.with_name(f".{path.name}.partial")
@@ -108,6 +111,7 @@ class LmdbWriter:
             self._claim()
             note = self._earlier_note()
             if note is None or not self._go_on(note):
+                self._note.unlink(missing_ok=True)  # of records that are no more
                 os.ftruncate(self._lock, 0)
                 self._start()
                 self._open()
@@ -124,7 +128,7 @@ class LmdbWriter:
             lock=False,  # the flock is the lock
             # Synced at every transaction only if the file must outlive a crash; at the end anyhow.
             sync=self._plan is not None,
-            metasync=False,
+            metasync=self._plan is not None,
         )
 
     def _earlier_note(self) -> dict[str, Any] | None:
@@ -142,16 +146,22 @@ class LmdbWriter:
             self._open()
         except lmdb.Error:
             return False
-        with self._env.begin(write=True) as transaction, transaction.cursor() as cursor:
-            # A transaction may be ahead of the note by a crash.
-            while cursor.last() and cursor.key() >= record_key(note["count"]):
-                cursor.delete()
-            whole = transaction.stat()["entries"] == note["count"]
-        if not whole:
+        if os.fstat(self._lock).st_size < size_of(self._env):
             self._env.close()
             return False
-        self._start(note)
-        return True
+        try:
+            with self._env.begin(write=True) as transaction, transaction.cursor() as cursor:
+                # A transaction may be ahead of the note by a crash.
+                while cursor.last() and cursor.key() >= record_key(note["count"]):
+                    cursor.delete()
+                whole = bool(transaction.stat()["entries"] == note["count"])
+        except lmdb.Error:
+            whole = False
+        if whole:
+            self._start(note)
+        else:
+            self._env.close()
+        return whole
 
     def _claim(self) -> None:
         try:
@@ -160,6 +170,13 @@ class LmdbWriter:
             claimed = os.path.samestat(os.fstat(self._lock), os.stat(self._partial))
         except (BlockingIOError, FileNotFoundError):
             claimed = False
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            raise UserError(
+                f"{self.path}: this filesystem has no file locks; build on a local disk and copy "
+                "the file"
+            ) from error
         if not claimed:
             raise UserError(f"{self.path}: another process is building it; wait for that one")
         if self.path.exists():
@@ -172,22 +189,20 @@ class LmdbWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        interrupted = kind is not None and not issubclass(kind, Exception)
-        keep = self._plan is not None and (interrupted or self.keep_on_error)
+        whole = False
         try:
             if kind is None:
                 self._finish()
-            elif keep:
-                self._flush()
-        except BaseException:
-            keep = False
-            raise
+                whole = True
+            elif self._plan is not None:
+                # As far as it goes: the note tells of whole transactions alone.
+                with contextlib.suppress(OSError, lmdb.Error):
+                    self._flush()
         finally:
             self._env.close()
-            if not keep:
+            if whole or self._plan is None or not self._note.exists():
                 for path in (self._note, self._partial):
-                    with contextlib.suppress(FileNotFoundError):
-                        path.unlink()
+                    path.unlink(missing_ok=True)
             os.close(self._lock)
 
     def _finish(self) -> None:
@@ -198,6 +213,8 @@ class LmdbWriter:
             "classes": self.classes,
             "class_counts": self._class_counts,
             "image_bytes": self._image_bytes,
+            "skipped": len(self.skipped),
+            "options": self._options,
         }
         self._pending.append((HEADER_KEY, json.dumps(header).encode()))
         self._write_pending()

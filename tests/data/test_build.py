@@ -1,6 +1,9 @@
 """`build-lmdb` and `info` on real images."""
 
+import errno
+import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +15,7 @@ import pytest
 from bip.data.build import build_lmdb
 from bip.data.decode import open_image
 from bip.data.inspect import info
+from bip.data.layouts import ZipTree
 from bip.data.stores import _RECORD, FolderStore, LmdbStore, record_key
 from bip.errors import UserError
 
@@ -73,23 +77,30 @@ def tree(root: Path, *names: str) -> Path:
     return root
 
 
+PARTIAL = {".train.lmdb.partial", ".train.lmdb.progress"}
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("names", "message", "left"),
     [
-        (["train/a/1.pgm", "train/b/broken.jpg"], "train/b/broken.jpg cannot be stored"),
-        (["train/a/1.pgm", "test/b/1.pgm"], "class 'a' is only in one of train/ and test/"),
-        (["a/1.pgm", "b/1.pgm"], "no train/CLASS/IMAGE"),
-        (["train/1.pgm"], "no train/CLASS/IMAGE"),
+        (["train/a/1.pgm", "train/b/broken.jpg"], "train/b/broken.jpg cannot be stored", PARTIAL),
+        (["train/a/1.pgm", "test/b/1.pgm"], "class 'a' is only in one of train/ and test/", set()),
+        (["a/1.pgm", "b/1.pgm"], "no train/CLASS/IMAGE", set()),
+        (["train/1.pgm"], "no train/CLASS/IMAGE", set()),
     ],
 )
-def test_a_bad_tree_is_named_and_leaves_nothing(
-    tmp_path: Path, names: list[str], message: str
+def test_a_bad_tree_is_named_and_leaves_no_store(
+    tmp_path: Path, names: list[str], message: str, left: set[str]
 ) -> None:
     src = tree(tmp_path / "src", *names)
     with pytest.raises(UserError, match=message) as error:
         build_lmdb(src, tmp_path / "out")
     assert "\n" not in str(error.value)
-    assert list((tmp_path / "out").glob("[!.]*")) == []
+    assert left_in(tmp_path / "out") == left
 
 
 def test_a_different_store_in_the_way_is_an_error(small_cifar: Path, tmp_path: Path) -> None:
@@ -105,7 +116,7 @@ def test_a_damaged_zip_member_is_named(small_cifar_zip: Path, tmp_path: Path) ->
     (tmp_path / "bad.zip").write_bytes(content)
     with pytest.raises(UserError, match=r"cifar/train/cat/0003\.jpg cannot be stored .Bad CRC"):
         build_lmdb(tmp_path / "bad.zip", tmp_path / "out")
-    assert list((tmp_path / "out").glob("[!.]*")) == []
+    assert left_in(tmp_path / "out") == PARTIAL
 
 
 def test_an_output_that_cannot_be_written_is_named(small_cifar_zip: Path, tmp_path: Path) -> None:
@@ -132,7 +143,74 @@ def test_an_output_that_cannot_be_written_is_named(small_cifar_zip: Path, tmp_pa
     )
     assert full.returncode == 1
     assert f"{tmp_path}/out/train.lmdb: cannot be written (" in full.stderr
-    assert list((tmp_path / "out").iterdir()) == []
+    assert left_in(tmp_path / "out") == set()
+
+
+def test_a_full_disk_keeps_what_was_built(
+    small_cifar_zip: Path, small_cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = """
+        import resource, sys
+        from pathlib import Path
+        from bip.data import build
+        build.LmdbWriter._BATCH = 50
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]))
+    """
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(code), small_cifar_zip, out]
+    full = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "train.lmdb: cannot be written (" in full.stderr
+    assert left_in(out) == PARTIAL
+    build_lmdb(small_cifar_zip, out)
+    assert re.search(r"going on after \d?[05]0 images", capsys.readouterr().err)
+    assert left_in(out) == {"train.lmdb", "test.lmdb"}
+    ours, theirs = (LmdbStore(folder / "train.lmdb") for folder in (out, small_cifar))
+    assert ours.header == theirs.header
+    assert all(ours.read(index) == theirs.read(index) for index in range(310))
+
+
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_failing_disk_is_no_bad_image(
+    small_cifar_zip: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    skip_bad: bool,
+) -> None:
+    read, out = ZipTree.read, tmp_path / "out"
+
+    def fail(tree: ZipTree, name: str) -> bytes:
+        if name.endswith("train/cat/0003.jpg"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(tree, name)
+
+    monkeypatch.setattr(ZipTree, "read", fail)
+    with pytest.raises(UserError) as error:
+        build_lmdb(small_cifar_zip, out, skip_bad=skip_bad)
+    assert str(error.value) == (
+        "cifar/train/cat/0003.jpg: cannot be read (Input/output error); the same command goes on "
+        "from here"
+    )
+    assert not (out / "train.lmdb").exists()
+    monkeypatch.undo()
+    build_lmdb(small_cifar_zip, out, skip_bad=skip_bad)
+    assert "going on after 96 images" in capsys.readouterr().err
+    assert len(LmdbStore(out / "train.lmdb")) == 310
+
+
+def test_a_store_of_other_options_or_fewer_images_is_not_kept(
+    small_cifar_zip: Path, small_cifar: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"train\.lmdb: exists, but was built with other --short-si"
+    ):
+        build_lmdb(small_cifar_zip, small_cifar, short_side=16)
+    src = tree(tmp_path / "src", "train/a/1.pgm", "train/a/2.pgm")
+    build_lmdb(src, tmp_path / "out")
+    tree(src, "train/a/3.pgm")
+    with pytest.raises(UserError, match="exists with 2 images of 1 classes, the source has 3 of 1"):
+        build_lmdb(src, tmp_path / "out", skip_bad=True)
 
 
 @pytest.mark.parametrize("name", ["missing", "text.txt", "broken.zip"])

@@ -1,5 +1,6 @@
 """LMDB and folder stores: round trips, damage, processes."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -200,6 +201,19 @@ def test_two_builds_of_one_store_exclude_each_other(tmp_path: Path) -> None:
             write(path, images(2))
         writer.add(*images()[1])
     assert len(LmdbStore(path)) == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_filesystem_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(UserError, match="has no file locks; build on a local disk and copy") as got:
+        write(tmp_path / "train.lmdb", images(2))
+    one_line(got)
 
 
 def test_stores_of_one_file_live_side_by_side(store: Path) -> None:

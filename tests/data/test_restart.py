@@ -1,0 +1,101 @@
+"""A build that ended early goes on where it was, or starts anew; never is it taken for whole."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from bip.data.build import build_lmdb
+from bip.data.stores import LmdbStore
+from bip.errors import UserError
+from tests.data.test_layouts import (
+    CLASSES,
+    TRAIN,
+    as_folder,
+    bad_files,
+    content,
+    imagefolder,
+    jpeg,
+)
+
+
+def test_repaired_files_are_tried_again(tmp_path: Path) -> None:
+    src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(src, out)
+    (src / "train" / CLASSES[0] / "0_html.JPEG").write_bytes(jpeg(5))
+    build_lmdb(src, out)
+    assert len(LmdbStore(out / "train.lmdb")) == 14
+
+
+@pytest.mark.parametrize("number", [9, 15])  # SIGKILL; SIGTERM ends Python likewise at once
+def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
+    files = {
+        f"train/{CLASSES[i % 3]}/{i:05}.ppm": b"P6 1 1 255 %03d" % (i % 999) for i in range(3000)
+    }
+    src = as_folder(tmp_path / "src", files)
+    code = """
+        import os, sys
+        from pathlib import Path
+        from bip.data import build
+
+        make_ready, calls = build.make_ready, []
+
+        def counting(*arguments):
+            calls.append(0)
+            if len(calls) > 2500:
+                os.kill(os.getpid(), int(sys.argv[3]))
+            return make_ready(*arguments)
+
+        build.make_ready = counting
+        build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), src, tmp_path / "out", str(number)]
+    killed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert killed.returncode == -number
+    out = tmp_path / "out"
+    assert {path.name for path in out.iterdir()} == {
+        ".train.lmdb.partial",
+        ".train.lmdb.progress",
+    }
+    told = subprocess.run(
+        [sys.executable, "-m", "bip", "data", "build-lmdb", src, out],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stderr
+    assert "going on after 2000 images" in told
+    build_lmdb(src, tmp_path / "whole")
+    assert content(out / "train.lmdb") == content(tmp_path / "whole" / "train.lmdb")
+    assert LmdbStore(out / "train.lmdb").header == LmdbStore(tmp_path / "whole/train.lmdb").header
+    assert [path.name for path in out.iterdir()] == ["train.lmdb"]
+
+
+def test_another_source_does_not_go_on_with_a_killed_build(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(as_folder(tmp_path / "src", bad_files()), out)
+    other = as_folder(tmp_path / "other", imagefolder())
+    build_lmdb(other, out, skip_bad=True)
+    assert len(LmdbStore(out / "train.lmdb")) == len(TRAIN)
+
+
+@pytest.mark.parametrize("keep", [0, 2, 0.5, None])
+def test_a_half_built_store_that_is_damaged_is_built_anew(
+    tmp_path: Path, keep: float | None
+) -> None:
+    """Cut short, or (None) with junk for pages."""
+    src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
+    with pytest.raises(UserError, match="cannot be stored"):
+        build_lmdb(src, out)
+    partial = out / ".train.lmdb.partial"
+    content, page = partial.read_bytes(), 4096
+    left = (
+        int(keep * len(content) if keep == 0.5 else keep * page) if keep is not None else 2 * page
+    )
+    junk = b"" if keep is not None else bytes(len(content) - 2 * page)
+    partial.write_bytes(content[:left] + junk)
+    build_lmdb(src, out, skip_bad=True)
+    assert len(LmdbStore(out / "train.lmdb")) == 12 + 1  # cut short, but its header is whole
