@@ -92,7 +92,6 @@ def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
 CODE = """
     import sys
     from pathlib import Path
-from types import SimpleNamespace
     from bip.data import staging
     from bip.data.stores import LmdbStore
 

@@ -28,7 +28,7 @@ from bip.files import read_jsonl
 from bip.run import Run
 from bip.run import train as train_run
 from bip.training.checkpoint import layer_masks, read_checkpoint
-from tests.data.conftest import small_cifar  # noqa: F401
+from tests.data.conftest import small_cifar, small_cifar_zip  # noqa: F401
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import arguments
 
