@@ -291,8 +291,21 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
 
 
 def cancel(sweep: Sweep) -> list[str]:
-    """End all of the sweep's tasks that are in the queue; their names."""
-    queued = sorted({waiting.task for waiting in in_queue(sweep).values()})
-    if queued:
-        slurm.ask("scancel", *queued)
-    return queued
+    """End all of the sweep's tasks that are in the queue; their names.
+
+    Their points are marked before: a run that is told to stop would else save and requeue itself.
+    """
+    queued = in_queue(sweep)
+    points = [r for r in sweep.records() if r.run_id in queued and not sweep.is_done(r)]
+    marked = [r.run_id for r in points if sweep.failure(r) is None]
+    for run_id in marked:
+        sweep.fail(run_id, f"cancelled; python -m launch resume {sweep.folder} goes on")
+    tasks = sorted({waiting.task for waiting in queued.values()})
+    try:
+        if tasks:
+            slurm.ask("scancel", *tasks)
+    except slurm.SlurmError:
+        for run_id in marked:
+            sweep.failure_path(run_id).unlink(missing_ok=True)
+        raise
+    return tasks

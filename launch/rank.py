@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from bip.distributed.preemption import SIGNALS, StopRequest
 
 if TYPE_CHECKING:
+    from launch import slurm
     from launch.ledger import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
@@ -45,6 +46,11 @@ def run_point(folder: str) -> None:
 
         train(config, stop)
     except Stopped as stopped:
+        if not attempt.is_first:
+            # Where rank 0 exits, SLURM ends the others by SIGTERM: one that did not notice would
+            # be killed minutes later, and a kill is not taken for a good save.
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
         print(stopped, flush=True)
         attempt.requeue(stopped.cause)
     except (UserError, RankError) as error:
@@ -83,29 +89,50 @@ class Attempt:
 
     def requeue(self, signal_name: str) -> NoReturn:
         """Have the task requeued if its cause has budget left, and wait for the end."""
+        by_batch = self.profile["requeue_by"] == "batch"
+        try:
+            if self.is_first:
+                self._requeue(signal_name, by_batch)
+            elif not by_batch:
+                self._park()
+        except Exception as error:  # the state is saved, whatever goes wrong here
+            print(f"not requeued from here ({type(error).__name__}: {error})", flush=True)
+        sys.stdout.flush()
+        os._exit(os.EX_TEMPFAIL)
+
+    def _requeue(self, signal_name: str, by_batch: bool) -> None:
+        """On return the batch script requeues, if SLURM has not been asked to already."""
         from launch import slurm
 
-        if not self.is_first:
-            self._park()
+        resume = f"python -m launch resume {self.sweep.folder} goes on"
+        if self.sweep.failure_path(self.run_id).exists():
+            self.fail(f"cancelled; {resume}")  # the note is that of launch cancel
         name = slurm.own_task() or ""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        cause = self._cause(name, restarts, signal_name)
+        try:
+            task = slurm.show_task(name)
+        except slurm.SlurmError:
+            task = None
+        if task is not None and task.ended:
+            self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
+        cause = self._cause(task, restarts, signal_name)
         used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())
-        allowed = self.profile["retries"].get(cause, self.profile["retries"]["preempted"])
-        if used >= allowed:
-            self.fail(f"{cause} {used + 1} times; the profile's retries.{cause} is {allowed}")
-        by_batch = self.profile["requeue_by"] == "batch"
-        self._record(cause, "batch" if by_batch else "scontrol")
+        # An operator's requeue counts as a preemption.
+        kind = cause if cause in self.profile["retries"] else "preempted"
+        if used >= (allowed := self.profile["retries"][kind]):
+            self.fail(f"{cause} {used + 1} times; the profile's retries.{kind} is {allowed}")
+        self._record("requeue", cause, "batch" if by_batch else "scontrol")
+        if by_batch:
+            return
         # SLURM ends this step within the call, so nothing may be left to do after it.
-        refusal = None if by_batch else slurm.requeue(name, restarts)
-        if refusal is not None:
-            print(f"not requeued from here ({refusal}); the batch script tries", flush=True)
-            self._record(cause, "batch")
-        sys.stdout.flush()
-        if refusal is None and not by_batch:
+        refusal = slurm.requeue(name, restarts)
+        if refusal is None:
             # The task is in the queue again and this step is being ended: no need to stay longer.
+            sys.stdout.flush()
             time.sleep(3)
-        os._exit(os.EX_TEMPFAIL)
+            return
+        print(f"not requeued from here ({refusal}); the batch script tries", flush=True)
+        self._record("requeue_refused", cause, "scontrol")
 
     def fail(self, reason: str) -> NoReturn:
         """Record why this point is given up; the first rank to say so is heard."""
@@ -123,20 +150,12 @@ class Attempt:
 
         Had this rank exited at once, SLURM might take the task as failed and end rank 0 in midst.
         """
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: os._exit(os.EX_TEMPFAIL))
         sys.stdout.flush()
         time.sleep(PARK_SECONDS)
         os._exit(os.EX_TEMPFAIL)
 
-    def _cause(self, name: str, restarts: int, signal_name: str) -> str:
+    def _cause(self, task: "slurm.Task | None", restarts: int, signal_name: str) -> str:
         """preempted, timed_out, or requeued by somebody."""
-        from launch import slurm
-
-        try:
-            task = slurm.show_task(name)
-        except slurm.SlurmError:
-            task = None
         if task is None:
             return "preempted" if signal_name == "SIGTERM" else "timed_out"
         if task.preempted:
@@ -154,7 +173,7 @@ class Attempt:
         since = os.environ.get(SUBMITTED, "")
         return [r for r in read_jsonl(self.run_folder / "attempts.jsonl") if r["time"] >= since]
 
-    def _record(self, cause: str, by: str) -> None:
+    def _record(self, event: str, cause: str, by: str) -> None:
         from datetime import UTC, datetime
 
         from bip.files import append_jsonl
@@ -162,5 +181,5 @@ class Attempt:
         assert self.run_folder is not None
         self.run_folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record = {"event": "requeue", "time": now, "cause": cause, "by": by}
+        record = {"event": event, "time": now, "cause": cause, "by": by}
         append_jsonl(self.run_folder / "attempts.jsonl", record)

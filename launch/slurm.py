@@ -48,6 +48,7 @@ class Task:
     state: str
     restarts: int
     preempted: bool
+    ended: bool  # for good: cancelled, or preempted where PreemptMode is CANCEL
     end: float | None  # of the time limit, Unix seconds
 
     @classmethod
@@ -57,7 +58,12 @@ class Task:
         if re.match(r"\d{4}-", fields.get("EndTime", "")):
             end = datetime.fromisoformat(fields["EndTime"]).timestamp()
         preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "")
-        return cls(fields["JobState"], int(fields.get("Restarts", 0)), preempted, end)
+        state = fields["JobState"]
+        # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that
+        # SLURM has requeued (which has no end) and one that reached its limit.
+        ended = state in ("CANCELLED", "PREEMPTED", "COMPLETING") and end is not None
+        ended = ended and fields.get("Reason") != "TimeLimit"
+        return cls(state, int(fields.get("Restarts", 0)), preempted, ended, end)
 
 
 def show_task(name: str) -> Task | None:
@@ -127,14 +133,17 @@ def number(text: str, missing: int) -> int:
 
 
 def requeue(name: str, restarts: int) -> str | None:
-    """Requeue a task that this attempt is of. Returns None, or why SLURM refuses.
+    """Requeue a task that this attempt is of. Returns None, or why it is not requeued.
 
     Does nothing when SLURM has requeued it already: a second requeue would hit the next attempt.
+    A cancelled task stays cancelled.
     """
     try:
         task = show_task(name)
         if task is not None and (task.restarts > restarts or task.state == "PENDING"):
             return None
+        if task is not None and task.ended:
+            return "it was cancelled"
         ask("scontrol", "requeue", name)
     except SlurmError as error:
         if "pending" in str(error).lower():

@@ -17,13 +17,45 @@ task_name() { # never the bare ID of an array: scontrol takes that for all its t
     grep . || echo "$SLURM_JOB_ID"
 }
 
-requeue() {
-  local known
-  known=$(scontrol show job -o "$(task_name)") || return 0
-  # Where SLURM has requeued it already, a second time would hit the next attempt.
-  if [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $known != *JobState=PENDING* ]]; then
-    scontrol requeue "$(task_name)" || return 0
-  fi
+is_over() { # whether SLURM has ended this task for good; $1 is what `scontrol show job -o` says
+  # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that SLURM has
+  # requeued (which has no end) and one that reached its limit.
+  [[ $1 =~ JobState=(CANCELLED|PREEMPTED|COMPLETING) && $1 =~ \ EndTime=[0-9] &&
+    $1 != *Reason=TimeLimit* ]]
+}
+
+how_to_go_on() {
+  if [[ ${folder-} ]]; then echo "python -m launch resume $folder goes on"; else
+    echo "the same sbatch line goes on"; fi
+}
+
+requeue() { # returns, with $reason, only if SLURM will not run this task again
+  local known answer deadline=$((SECONDS + ${BIP_REQUEUE_SECONDS:-600}))
+  while :; do
+    if answer=$(scontrol show job -o "$(task_name)" 2>&1); then
+      known=$answer
+      # Where SLURM has requeued it already, a second time would hit the next attempt.
+      [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $known != *JobState=PENDING* ]] ||
+        break
+      if is_over "$known"; then
+        reason="cancelled; $(how_to_go_on)"
+        return
+      fi
+      answer=$(scontrol requeue "$(task_name)" 2>&1) && break
+    fi
+    case ${answer,,} in
+      *pending*) break ;;
+      *disabled* | *denied* | *invalid* | *"not found"*) deadline=0 ;; # asking again will not help
+    esac
+    if ((SECONDS >= deadline)); then
+      reason="saved at its last step, but SLURM refuses to requeue (${answer%%$'\n'*}); "
+      reason+=$(how_to_go_on)
+      echo "$reason" >&2
+      return
+    fi
+    echo "no answer of scontrol ($answer); asking again" >&2
+    sleep "${BIP_REQUEUE_PAUSE:-10}"
+  done
   sleep 900 # until SLURM ends this
 }
 
@@ -33,10 +65,15 @@ nodes_answer() { # whether a step still starts on every node of the task
 
 run_step() {
   local code=0
+  reason=
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
+  ((code)) || return 0
+  # A note is final, also beside a rank that was just stopped: cancelled, or the budget is spent.
   case $code in
-    0) return ;;
-    75 | 138 | 140 | 143) requeue ;; # EX_TEMPFAIL; 128 + USR1, USR2, TERM
+    75 | 138 | 140 | 143) # EX_TEMPFAIL; 128 + USR1, USR2, TERM
+      [[ -e ${note-} ]] || requeue
+      return "$code"
+      ;;
   esac
   if ((${SLURM_NNODES:-1} > 1)) && ! nodes_answer; then
     # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
@@ -57,8 +94,13 @@ run_points() {
     BIP_POINT=$point run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
     ((code)) || continue
     failed=1
-    # A rank that could still speak has written why.
-    [[ -e $note ]] || echo "{\"reason\": \"exit code $code of srun; see $point.log\"}" >"$note"
+    [[ ! -e $note ]] || continue # a rank that could still speak has written why
+    if [[ -z $reason ]] && is_over "$(scontrol show job -o "$(task_name)")"; then
+      reason="cancelled; $(how_to_go_on)"
+    fi
+    reason=${reason:-exit code $code of srun; see $point.log}
+    echo "{\"reason\": \"${reason//[\"\\]/}\"}" >"$note.new"
+    mv "$note.new" "$note"
   done
   return "$failed"
 }

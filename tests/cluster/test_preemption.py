@@ -1,5 +1,6 @@
 """Real runs on real clusters, taken away in every way SLURM has."""
 
+import json
 import os
 import subprocess
 import sys
@@ -151,12 +152,43 @@ def test_failure_is_not_requeued_blocks_its_stage_and_is_resumed(
 
     assert sweep.series("Digits/bip.yml", *stages[:2], "--series", "0.3", *LONG) == 0
     sweep.wait(lambda: len(sweep.training()) == 1, "the third series trains")
+    (victim,) = sweep.training()
     assert main(["cancel", str(sweep.folder)]) == 0
     cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
+    assert_cancelled(sweep, victim)
     points = sorted((sweep.folder / "points").glob("*k0.3*"))
     points[0].write_text(points[0].read_text().replace("momentum: 0.9", "momentum: 0.8"))
     assert main(resume) == 2
     assert "changed since it was planned" in capsys.readouterr().err
+
+
+def assert_cancelled(sweep: ClusterSweep, run_id: str) -> None:
+    """SLURM told it to stop and it saved; nobody has requeued it."""
+    assert sweep.result(run_id) is None
+    assert [r["event"] for r in sweep.attempts(run_id)] == ["start", "end"]
+    task = sweep.cluster.job(sweep.task(run_id))
+    assert (task["JobState"], task["Restarts"]) == ("CANCELLED", "0")
+    note = sweep.folder / "jobs" / f"{run_id}.failed"
+    assert json.loads(note.read_text())["reason"].startswith("cancelled; python -m launch resume")
+
+
+@pytest.mark.parametrize("requeue_by", ["scontrol", "batch"])
+def test_scancel_is_not_undone_by_the_run(
+    requeue_by: str,
+    cluster: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    source: Path,
+) -> None:
+    on(cluster)
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, requeue_by=requeue_by)
+    line = ("--series", "0.2", "--source-net", source, "--epochs", 5000, "--print-freq", 100)
+    assert sweep.series("Digits/bip.yml", *line) == 0
+    (run_id,) = sweep.points()
+    sweep.wait(lambda: sweep.training(), "it trains")
+    cluster.run("scancel", sweep.task(run_id))
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
+    assert_cancelled(sweep, run_id)
 
 
 def test_queued_tasks_run_the_code_of_their_submission(
