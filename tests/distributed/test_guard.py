@@ -2,21 +2,21 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.distributed import TCPStore
 
 from bip.config import load_config
-from bip.data.stores import LmdbStore
 from bip.data.writer import LmdbWriter
 from bip.distributed.control import Control
 from bip.distributed.group import Group, Ranks
@@ -28,7 +28,6 @@ from bip.files import read_jsonl
 from bip.run import Run
 from bip.run import train as train_run
 from bip.training.checkpoint import layer_masks, read_checkpoint
-from tests.data.conftest import small_cifar, small_cifar_zip  # noqa: F401
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import arguments
 
@@ -181,20 +180,18 @@ def start_on_other_data(group: Group, result_dir: str, folders: list[str]) -> st
     return str(raised.value)
 
 
-def test_ranks_with_other_data_are_refused(
-    small_cifar: Path,  # noqa: F811
-    tmp_path: Path,
-) -> None:
+def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
     """As when a node's own copy was built with --skip-bad."""
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copy(small_cifar / "test.lmdb", other)
-    store = LmdbStore(small_cifar / "train.lmdb")
-    with LmdbWriter(other / "train.lmdb", store.classes) as writer:
-        for index in range(len(store) - 1):
-            data, label = store.read(index)
-            writer.add(data, label, 32, 32)
-    folders = [str(small_cifar), str(other)]
+    stream = BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(stream, "JPEG")
+    for name, count in (("one", 310), ("other", 309)):
+        for split in ("train", "test"):
+            (tmp_path / name).mkdir(exist_ok=True)
+            classes = [str(label) for label in range(10)]
+            with LmdbWriter(tmp_path / name / f"{split}.lmdb", classes) as writer:
+                for number in range(count):
+                    writer.add(stream.getvalue(), number % 10, 32, 32)
+    folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     for message in run_ranks(2, start_on_other_data, str(tmp_path / "out"), folders):
         assert message.startswith("ranks start differently: data is train 310 images of 10 classes")
         assert "train 309 images" in message
