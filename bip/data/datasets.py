@@ -14,7 +14,7 @@ from bip.data.published import open_store
 from bip.data.stores import FolderStore, ImageStore
 from bip.errors import UserError
 
-Layout = Literal["any", "lmdb", "folder"]
+Layout = Literal["any", "lmdb", "archive", "folder"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def open_split(
                 if (root / f"{split}.lmdb").exists():
                     names = [str(number) for number in range(spec.classes)]
                     return open_store(root / f"{split}.lmdb", names)
-        if layout == "any" and spec.name in CIFAR_ARCHIVES:
+        if layout in ("any", "archive") and spec.name in CIFAR_ARCHIVES:
             folder, archive = CIFAR_ARCHIVES[spec.name]
             if (root / folder).is_dir():
                 return _cifar(spec.name, root, root, train)
@@ -202,7 +202,7 @@ def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layou
         places: list[str] = []
         if layout in ("any", "lmdb"):
             places += [f"{split}.lmdb" for split in splits]
-        if layout == "any":
+        if layout in ("any", "archive"):
             places += CIFAR_ARCHIVES.get(spec.name, ())
         if layout in ("any", "folder"):
             places += [f"{split}/" for split in splits]

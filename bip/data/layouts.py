@@ -6,8 +6,9 @@ import os
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -20,6 +21,7 @@ from bip.data.stores import IMAGE_SUFFIXES, image_tree, walk_files
 from bip.errors import UserError
 
 SPLITS = ("train", "test", "val")
+_SYNSET_TAR = re.compile(r"(\./)?n\d{8}\.tar")
 _XML_LABEL = re.compile(rb"<object>.*?<name>\s*([^<\s]+)\s*</name>", re.DOTALL)
 
 
@@ -68,14 +70,17 @@ class ZipTree:
 class TarTree:
     """The members of an uncompressed .tar file, and of the .tar files in it (ImageNet's).
 
-    A member x.tar is a folder x. Read by position, so threads share the file.
+    A member x.tar is a folder x; an archive of nothing but synsets' (ILSVRC2012_img_train.tar) is a
+    train/ of them. Read by position, so threads share the file.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
         self._stream = stream
         self._places: dict[str, tuple[int, int]] = {}
         with tarfile.open(path, "r:") as archive:
-            self._index(archive, "", 0)
+            files = [member.name for member in archive if member.isfile()]
+            packed = bool(files) and all(_SYNSET_TAR.fullmatch(name) for name in files)
+            self._index(archive, "train/" if packed else "", 0)
 
     def _index(self, archive: tarfile.TarFile, prefix: str, base: int) -> None:
         for member in archive:
@@ -110,7 +115,7 @@ class ArrayTree:
     def __init__(self, name: str, root: Path) -> None:
         self._places: dict[str, tuple[ArraySplit, int]] = {}
         for split, train in (("train", True), ("test", False)):
-            arrays = open_split(name, root, train)
+            arrays = open_split(name, root, train, "archive")
             assert isinstance(arrays, ArraySplit)
             for number, label in enumerate(arrays.labels.tolist()):
                 path = f"{split}/{arrays.classes[label]}/{number:05}.png"
@@ -158,9 +163,9 @@ def open_tree(src: Path) -> Iterator[Tree]:
         with archive:
             yield ZipTree(archive)
     elif src.suffix.lower() == ".tar":
-        with open(src, "rb") as stream:
+        with ExitStack() as stack:
             try:
-                tree = TarTree(src, stream)
+                tree = TarTree(src, stack.enter_context(open(src, "rb")))
             except (tarfile.TarError, OSError) as error:
                 raise UserError(f"{src}: not a readable .tar ({error})") from error
             yield tree
@@ -188,10 +193,11 @@ def find_splits(tree: Tree) -> dict[str, Split]:
 
     - SPLIT/CLASS/.../IMAGE (ImageFolder; TinyImageNet's training set), perhaps below other
       folders (ILSVRC/Data/CLS-LOC);
-    - a flat val/ folder whose labels stand in val_annotations.txt (TinyImageNet), in one XML
-      annotation per image, or in LOC_val_solution.csv or val.txt (ImageNet from Kaggle and Caffe:
-      NAME LABEL, the label a class name, or its number in the order of LOC_synset_mapping.txt or
-      else of the names). TinyImageNet's test images have no labels and are left out.
+    - a flat val/ folder whose labels stand in val_annotations.txt (TinyImageNet), else in
+      LOC_val_solution.csv (ImageNet from Kaggle), else in one XML annotation per image, else in
+      val.txt (Caffe: NAME LABEL, the label a class name, or its number in the order of
+      LOC_synset_mapping.txt or else of the names). Kaggle's ImageSets/CLS-LOC/val.txt holds no
+      labels. TinyImageNet's test images have none either and are left out.
 
     Raises:
         UserError: none there; a flat val/ without labels; an image without a label.
@@ -245,28 +251,45 @@ def _find_root(names: Iterable[str]) -> str | None:
 
 def _flat_labels(tree: Tree, names: list[str], prefix: str, split: str) -> dict[str, str]:
     """Label as written, by image name without suffix."""
-    wanted = {f"{split}_annotations.txt", f"{split}.txt", f"LOC_{split}_solution.csv"}
+    wanted = [f"{split}_annotations.txt", f"LOC_{split}_solution.csv", f"{split}.txt"]
+    lists: dict[str, str] = {}
     for name in names:
-        if PurePosixPath(name).name in wanted:
-            text = tree.read(name).decode("utf-8", "replace")
-            if name.endswith(".csv"):
-                rows = [row[:2] for row in csv.reader(text.splitlines()[1:]) if len(row) > 1]
-            else:
-                rows = [line.split()[:2] for line in text.splitlines() if len(line.split()) > 1]
-            return {PurePosixPath(image).stem: label.split()[0] for image, label in rows}
+        folder, _, file = name.rpartition("/")
+        if file in wanted and "ImageSets" not in folder.split("/"):
+            lists[file] = min(name, lists.get(file, name))
     labels = {}
+    for file in wanted[:2]:
+        if file in lists:
+            return _listed_labels(tree, lists[file])
     for name in names:
         parts = name.split("/")
         if name.endswith(".xml") and (split in parts[:-1] or name.startswith(prefix)):
-            match = _XML_LABEL.search(tree.read(name))
+            match = _XML_LABEL.search(_read(tree, name))
             if match:
                 labels[parts[-1].removesuffix(".xml")] = match[1].decode()
+    if not labels and wanted[2] in lists:
+        return _listed_labels(tree, lists[wanted[2]])
     if not labels:
         raise UserError(
             f"{prefix}: its images lie in no class folders, and there is none of "
-            f"{', '.join(sorted(wanted))} or XML annotations to tell their classes"
+            f"{', '.join(wanted)} or XML annotations to tell their classes"
         )
     return labels
+
+
+def _listed_labels(tree: Tree, name: str) -> dict[str, str]:
+    lines = _read(tree, name).decode("utf-8", "replace").splitlines()
+    rows = csv.reader(lines[1:]) if name.endswith(".csv") else (line.split() for line in lines)
+    pairs = (row[:2] for row in rows if len(row) > 1 and row[1].strip())
+    return {PurePosixPath(image).stem: label.split()[0] for image, label in pairs}
+
+
+def _read(tree: Tree, name: str) -> bytes:
+    """A file that tells of the images. Raises UserError if it cannot be read."""
+    try:
+        return tree.read(name)
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{name}: cannot be read ({error}); repair or copy it again") from error
 
 
 def _flat_split(
@@ -296,6 +319,6 @@ def _flat_split(
 def _numbered_classes(tree: Tree, names: list[str]) -> list[str]:
     for name in names:
         if PurePosixPath(name).name in ("LOC_synset_mapping.txt", "synsets.txt"):
-            lines = tree.read(name).decode("utf-8", "replace").splitlines()
+            lines = _read(tree, name).decode("utf-8", "replace").splitlines()
             return [line.split()[0] for line in lines if line.strip()]
     return []

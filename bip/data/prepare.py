@@ -12,11 +12,14 @@ ImageNet (ILSVRC 2012) may not be passed on; everybody downloads it for research
 1. Either make an account on https://image-net.org, accept the terms and download
    ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB), or join the Kaggle
    competition "imagenet-object-localization-challenge" and download its archive (155 GB).
-2. Unpack it. From image-net.org: each class of the training set is a .tar of its own; unpack
-   n01440764.tar into train/n01440764/, and so on; the validation images into val/, and beside
-   them the annotations (XML) of the development kit, or a val.txt with "NAME CLASS" lines.
+2. From image-net.org: ILSVRC2012_img_train.tar, whose members are a .tar for each class, is read
+   as it is. Unpack the validation images into val/, and beside them their annotations (XML,
+   ILSVRC2012_bbox_val_v3.tgz), or put a val.txt with "NAME CLASS" lines there, the class as
+   n01440764. The development kit's ILSVRC2012_validation_ground_truth.txt is of no use here: it
+   numbers the classes in an order of its own.
    Kaggle's archive unpacks to ILSVRC/Data/CLS-LOC/ and brings its annotations along.
-3. python -m bip data build-lmdb SRC OUT  reads these folders as they are, flat val/ and all.
+3. python -m bip data build-lmdb SRC OUT  reads a .tar, or these folders as they are, flat val/ and
+   all; one after the other into the same OUT, too.
    Give --short-side 400 for stores of about a third of the size.
 
 For programs that want the validation images in class folders:
@@ -54,8 +57,9 @@ def prepare_imagenet(src: Path | None = None, out: Path | None = None) -> None:
         for name, label in splits["val"].members
     }
     if "train" in splits:
-        first = splits["train"].members[0][0]
-        links[out / "train"] = src / first[: first.index("train/") + len("train")]
+        first, label = splits["train"].members[0]
+        folder = first[: first.index(f"train/{splits['train'].classes[label]}/")]
+        links[out / "train"] = src / folder / "train"
     made = 0
     try:
         for link, target in links.items():

@@ -1,5 +1,6 @@
 """Every layout that ImageNet, TinyImageNet and CIFAR come in becomes the same stores."""
 
+import errno
 import io
 import pickle
 import tarfile
@@ -54,6 +55,10 @@ def kaggle_xml() -> dict[str, bytes]:
     files |= {f"{root}test/ILSVRC2012_test_{i:08}.JPEG": jpeg(i) for i in range(3)}
     for name, label in VAL.items():
         files[f"{notes}val/{name.removesuffix('.JPEG')}.xml"] = xml(CLASSES[label])
+    sets = "ILSVRC/ImageSets/CLS-LOC/"  # running numbers, no labels
+    for split, images in (("train_cls", TRAIN), ("val", VAL)):
+        lines = [f"{name.removesuffix('.JPEG')} {i}\n" for i, name in enumerate(images, 1)]
+        files[f"{sets}{split}.txt"] = "".join(lines).encode()
     files |= {f"{notes}train/{name.removesuffix('.JPEG')}.xml": xml("wrong") for name in TRAIN}
     files["LOC_synset_mapping.txt"] = "".join(f"{name} fish, x\n" for name in CLASSES).encode()
     return files
@@ -137,11 +142,13 @@ def test_every_layout_in_every_wrapping(
     ]
 
 
-def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
-    files = {f"val/{name}": jpeg(name) for name in VAL} | {"val.txt": caffe()["val.txt"]}
+@pytest.mark.parametrize("prefix", ["", "train/"])
+def test_imagenets_tar_of_tars(tmp_path: Path, prefix: str) -> None:
+    """ILSVRC2012_img_train.tar has the classes' archives at its root."""
+    files = {}
     for class_name in CLASSES:
         inner = {n.split("/")[1]: jpeg(n) for n in TRAIN if n.startswith(class_name)}
-        files[f"train/{class_name}.tar"] = tar_of(inner)
+        files[f"{prefix}{class_name}.tar"] = tar_of(inner)
     build_lmdb(as_tar(tmp_path / "src", files), tmp_path / "out")
     assert content(tmp_path / "out" / "train.lmdb") == [
         (jpeg(name), CLASSES[label]) for name, label in TRAIN.items()
@@ -151,9 +158,11 @@ def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
 def test_cifars_archive(cifar_archive: Path, tmp_path: Path) -> None:  # noqa: F811
     folder = cifar_archive / "cifar-10-batches-py"
     for number, src in enumerate((cifar_archive, folder)):
-        build_lmdb(src, tmp_path / str(number))
+        out = (cifar_archive, tmp_path / "out")[number]
+        build_lmdb(src, out)
+        build_lmdb(src, out)  # kept
         batch = pickle.loads((folder / "test_batch").read_bytes())
-        got = content(tmp_path / str(number) / "test.lmdb")
+        got = content(out / "test.lmdb")
         want = sorted(zip(batch["labels"], range(6), strict=True))
         for (data, class_name), (label, row) in zip(got, want, strict=True):
             assert class_name == f"class{label}"
@@ -164,6 +173,8 @@ def test_cifars_archive(cifar_archive: Path, tmp_path: Path) -> None:  # noqa: F
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        # The running numbers in ImageSets are none either.
+        ({"val.txt": None, "ImageSets/CLS-LOC/val.txt": caffe()["val.txt"]}, "none of val_annot"),
         ({"val.txt": None}, "val/: its images lie in no class folders, and there is none of"),
         ({"val.txt": b"ILSVRC2012_val_00000001.JPEG 1\n"}, "00000002.JPEG: has no label"),
         ({"val/extra.JPEG": b""}, r"val/extra\.JPEG: has no label"),
@@ -177,6 +188,47 @@ def test_annotations_that_do_not_fit(
     with pytest.raises(UserError, match=message) as error:
         build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
     assert "\n" not in str(error.value)
+
+
+def kaggle_mapping() -> dict[str, bytes]:
+    return caffe() | {"LOC_synset_mapping.txt": "\n".join(CLASSES).encode()}
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        (tiny, "val_annotations.txt"),
+        (kaggle_csv, "LOC_val_solution.csv"),
+        (kaggle_xml, "ILSVRC2012_val_00000003.xml"),
+        (caffe, "val.txt"),
+        (kaggle_mapping, "LOC_synset_mapping.txt"),
+    ],
+)
+def test_damaged_annotations_are_named(
+    tmp_path: Path, layout: Callable[[], dict[str, bytes]], name: str
+) -> None:
+    files = layout()
+    (full,) = (file for file in files if file.endswith(name) and "ImageSets" not in file)
+    src = as_zip(tmp_path / "src", files)
+    packed = bytearray(src.read_bytes())
+    packed[packed.index(files[full]) + 5] ^= 1
+    src.write_bytes(packed)
+    with pytest.raises(UserError, match=rf"{full}: cannot be read \(Bad CRC") as error:
+        build_lmdb(src, tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_a_tar_that_cannot_be_opened_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = as_tar(tmp_path / "src", imagefolder())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(UserError, match=r"src\.tar: not a readable \.tar .*Permission denied"):
+        build_lmdb(src, tmp_path / "out")
 
 
 def test_compressed_tars_are_refused(tmp_path: Path) -> None:
@@ -299,6 +351,13 @@ def test_verify_finds_every_damaged_record(
     assert "record 3 (class" in told
     assert "record 50 (class" in told
     assert main(["data", "verify", str(tmp_path)]) == 2
+
+
+def test_prepare_imagenet_finds_the_train_folder(tmp_path: Path) -> None:
+    src, out = tmp_path / "src", tmp_path / "out"
+    as_folder(src / "ILSVRC2012_img_train", caffe())
+    prepare_imagenet(src, out)
+    assert (out / "train").resolve() == src / "ILSVRC2012_img_train" / "train"
 
 
 def test_prepare_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
