@@ -23,22 +23,28 @@ from launch.task import without_job
 class Array:
     """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
 
-    Its tasks wait for `corr` (task i for task i of that array), for `after` (array tasks or whole
-    arrays of this submission that must succeed) and for `throttled_by` (that must end).
+    Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
+    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
+    end).
     """
 
     stage: str
     tasks: list[list[str]]
     parallelism: int = 1
     corr: "Array | None" = None
-    after: list["Array | str"] = field(default_factory=list)
+    after: list["tuple[Array, str] | str"] = field(default_factory=list)
     throttled_by: "Array | None" = None
     job: str = ""
+
+    def task_of(self, run_id: str) -> str:
+        """The name of the task that runs a point, once submitted."""
+        (index,) = [index for index, task in enumerate(self.tasks) if run_id in task]
+        return f"{self.job}_{index}"
 
     @property
     def dependency(self) -> str:
         """sbatch's --dependency; every array it names has been submitted."""
-        names = [before if isinstance(before, str) else before.job for before in self.after]
+        names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
         parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
         parts += [f"afterok:{':'.join(names)}"] if names else []
         parts += [f"afterany:{self.throttled_by.job}"] if self.throttled_by else []
@@ -91,11 +97,15 @@ def plan_arrays(
             for array in _chunks(stage, follow, {}, points_per_task, max_array_size):
                 array.corr = before
                 groups.append(array)
-        needed_by_other = [need for run_id in other for need in needs[run_id]]
-        for array in _chunks(stage, other, partner, points_per_task, max_array_size):
-            array.after += unique(place[need] for need in needed_by_other if need in place)
-            array.after += sorted({queued[need] for need in needed_by_other if need in queued})
-            groups.append(array)
+        # An array for each need: what waits for one task must not fail with the task beside it.
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for run_id in other:
+            alike.setdefault(tuple(needs[run_id]), []).append(run_id)
+        for needed_by_all, run_ids_alike in alike.items():
+            for array in _chunks(stage, run_ids_alike, partner, points_per_task, max_array_size):
+                array.after += [(place[n], n) for n in needed_by_all if n in place]
+                array.after += sorted({queued[n] for n in needed_by_all if n not in place})
+                groups.append(array)
         _share(groups, parallelism)
         place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
     return unique(place.values())

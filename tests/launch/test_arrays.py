@@ -43,7 +43,7 @@ def test_a_chain_of_three_arrays() -> None:
     arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
     assert [(a.stage, len(a.tasks), a.parallelism, a.dependency) for a in arrays] == [
         ("pretrain", 1, 4, ""),
-        ("prune", 21, 4, "afterok:100"),
+        ("prune", 21, 4, "afterok:100_0"),
         ("finetune", 21, 4, "aftercorr:101"),
     ]
     pairs = zip(arrays[1].tasks, arrays[2].tasks, strict=True)
@@ -78,15 +78,30 @@ def test_every_plan_runs_each_missing_point_once_after_its_needs(
         for index, task in enumerate(array.tasks):
             for need in {n for name in task for n in by_name[name].needs} - finished:
                 same_index = array.corr is not None and need in array.corr.tasks[index]
-                whole = any(need in t for a in array.after for t in a.tasks)  # type: ignore[union-attr]
-                assert same_index or whole
-        waits = [array.corr, *array.after, array.throttled_by]
+                assert same_index or need in [one[1] for one in array.after]
+            assert {one[1] for one in array.after} <= set(by_name[task[0]].needs), (
+                "for nothing else"
+            )
+        waits = [array.corr, *(one[0] for one in array.after), array.throttled_by]
         assert all(any(w is b for b in before) for w in waits if w is not None)
         before.append(array)
     for stage in ("pretrain", "prune", "finetune"):
         mine = [array for array in arrays if array.stage == stage]
         free = [array.parallelism for array in mine if array.throttled_by is None]
         assert sum(free) == (parallelism if mine else 0)
+
+
+def test_seeds_do_not_wait_for_one_another() -> None:
+    """One pretraining that fails takes only its own pruning with it."""
+    records = sweep_of(3, seeds=2)
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 5))
+    assert [(a.stage, len(a.tasks), a.parallelism, a.dependency) for a in arrays] == [
+        ("pretrain", 2, 5, ""),
+        ("prune", 3, 3, "afterok:100_0"),
+        ("prune", 3, 2, "afterok:100_1"),
+        ("finetune", 3, 3, "aftercorr:101"),
+        ("finetune", 3, 2, "aftercorr:102"),
+    ]
 
 
 def test_points_in_the_queue_are_waited_for_not_submitted_again() -> None:
