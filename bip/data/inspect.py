@@ -1,5 +1,6 @@
 """`python -m bip data info` and `verify`: what a store holds, and whether it is whole."""
 
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -54,34 +55,46 @@ def verify(path: Path, workers: int = 0) -> None:
         workers: threads; 0: one per core.
 
     Raises:
-        UserError: a damaged record; the first ones are listed before.
+        UserError: a damaged record; the first ones are listed before. Or whole ones that do not
+            fit the header.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     damaged = 0
     for file in _stores(path):
         store = open_store(file)
         before = damaged
+        counts: Counter[int] = Counter()
         with progress_bar(file.name, console) as bar:
             task = bar.add_task("", total=len(store))
-            for found in in_order(partial(_problem, store), 0, len(store), workers):
-                problem = found.result()
+            for found in in_order(partial(_look, store), 0, len(store), workers):
+                label, problem = found.result()
+                counts[label] += 1
                 if problem is not None:
                     damaged += 1
                     if damaged <= _LISTED:
                         console.print(problem)
                 bar.advance(task)
         print(f"{file}: {len(store)} images, {damaged - before} damaged")
+        if isinstance(store, LmdbStore) and damaged == before:
+            told = store.header["class_counts"]
+            wrong = [label for label, count in enumerate(told) if counts[label] != count]
+            if wrong:
+                raise UserError(
+                    f"{file}: header tells of {told[wrong[0]]} images of class "
+                    f"{store.classes[wrong[0]]}, but there are {counts[wrong[0]]}; build it again"
+                )
     if damaged:
         raise UserError(f"{path}: {damaged} damaged records; copy or build the store again")
 
 
-def _problem(store: LmdbStore | PublishedStore, index: int) -> str | None:
-    """What is wrong with a record, in one line."""
+def _look(store: LmdbStore | PublishedStore, index: int) -> tuple[int, str | None]:
+    """A record's label (-1: unknown), and what is wrong with it, in one line."""
+    label = -1
     try:
-        data, _ = store.read(index)
+        data, label = store.read(index)
         decode.decode(data, 3)
     except UserError as error:
-        return str(error)
+        return label, str(error)
     except decode.DECODE_ERRORS as error:
-        return f"{store.name(index)}: does not decode ({decode.reason(error)})"
-    return None
+        return label, f"{store.name(index)}: does not decode ({decode.reason(error)})"
+    return label, None

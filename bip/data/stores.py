@@ -242,7 +242,7 @@ class LmdbStore:
         remedy = "build it with: python -m bip data build-lmdb SRC OUT"
         try:
             with self._env().begin() as transaction:
-                text = transaction.get(HEADER_KEY)
+                text, entries = transaction.get(HEADER_KEY), transaction.stat()["entries"]
             header = json.loads(text) if text is not None else None
         except (lmdb.Error, ValueError) as error:
             raise UserError(f"{self.path}: unreadable header ({error}); {remedy}") from error
@@ -254,16 +254,23 @@ class LmdbStore:
                 f"version {VERSION}; {remedy}"
             )
         count, classes = header.get("count"), header.get("classes")
-        totals = header.get("class_counts"), header.get("image_bytes")
+        counts, image_bytes = header.get("class_counts"), header.get("image_bytes")
         if not (
             type(count) is int
             and isinstance(classes, list)
+            and classes
             and all(isinstance(name, str) for name in classes)
-            and isinstance(totals[0], list)
-            and len(totals[0]) == len(classes)
-            and type(totals[1]) is int
+            and isinstance(counts, list)
+            and len(counts) == len(classes)
+            and all(type(number) is int and number >= 0 for number in counts)
+            and type(image_bytes) is int
         ):
             raise UserError(f"{self.path}: header lacks count, classes or totals; {remedy}")
+        if not count == sum(counts) == entries - 1:
+            raise UserError(
+                f"{self.path}: header tells of {count} records, {sum(counts)} by class, but there "
+                f"are {entries - 1}; copy or build the store again"
+            )
         return header
 
     def __getstate__(self) -> dict[str, Any]:
@@ -333,8 +340,16 @@ def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 def walk_files(root: Path) -> Iterable[str]:
-    """The files below a folder, by their names relative to it. Links are followed."""
-    for folder, _, files in os.walk(root, followlinks=True):
+    """The files below a folder, by their names relative to it. Links are followed.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+    for folder, _, files in os.walk(root, onerror=_unreadable, followlinks=True):
         prefix = os.path.relpath(folder, root)
         for file in files:
             yield file if prefix == "." else f"{prefix}/{file}"
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -2,12 +2,14 @@
 
 import errno
 import io
+import json
 import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -351,6 +353,17 @@ def test_verify_finds_every_damaged_record(
     assert "record 3 (class" in told
     assert "record 50 (class" in told
     assert main(["data", "verify", str(tmp_path)]) == 2
+
+
+def test_verify_recounts_the_classes(small_cifar: Path, tmp_path: Path) -> None:
+    path = tmp_path / "test.lmdb"
+    path.write_bytes((small_cifar / "test.lmdb").read_bytes())
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        header = json.loads(txn.get(b"header"))
+        header["class_counts"][:2] = [6, 8]
+        txn.put(b"header", json.dumps(header).encode())
+    with pytest.raises(UserError, match=r"header tells of 6 images of class airplane, .* are 7"):
+        verify(path)
 
 
 def test_prepare_imagenet_finds_the_train_folder(tmp_path: Path) -> None:

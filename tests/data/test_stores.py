@@ -132,6 +132,12 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: bytes) -> N
         ({"count": "20"}, "count"),
         ({"classes": [1, 2, 3]}, "classes"),
         ({"class_counts": [20]}, "totals"),
+        ({"class_counts": [-7, 21, 6]}, "totals"),
+        ({"classes": [], "class_counts": []}, "lacks count, classes"),
+        ({"count": 12}, "tells of 12 records, 20 by class, but there are 20"),
+        ({"count": -3}, "tells of -3 records"),
+        ({"class_counts": [7, 7, 7]}, "20 records, 21 by class"),
+        ({"count": 21, "class_counts": [7, 7, 7]}, "21 records, 21 by class, but there are 20"),
     ],
 )
 def test_a_header_that_does_not_fit_is_refused(
@@ -146,7 +152,7 @@ def test_a_header_that_does_not_fit_is_refused(
 
 def test_a_missing_record_is_named(store: Path) -> None:
     with lmdb.open(str(store), subdir=False, lock=False) as env, env.begin(write=True) as txn:
-        txn.delete(struct.pack(">Q", 4))
+        txn.put(struct.pack(">Q", 99), txn.pop(struct.pack(">Q", 4)))
     with pytest.raises(UserError, match="record 4 is missing"):
         LmdbStore(store).read(4)
 
@@ -293,6 +299,25 @@ def test_folder_store(tmp_path: Path) -> None:
 def test_an_empty_tree_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no CLASS/IMAGE"):
         FolderStore(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.jpg").write_bytes(b"")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> object:
+        if folder == str(tmp_path / "b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"/b: cannot be read .Permission denied") as error:
+        FolderStore(tmp_path)
+    one_line(error)
 
 
 def test_image_tree_sorts_by_class_first() -> None:
