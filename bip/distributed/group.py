@@ -189,36 +189,50 @@ def join(
     ranks = find_ranks(env)
     device = pick_device(ranks)
     if ranks.world > 1:
-        deadline = time.monotonic() + patience.total_seconds()
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        address = None
-        if "MASTER_ADDR" in env and "RANK" in env:
-            store, _, _ = next(rendezvous_of("env://", timeout=patience))
-        else:
-            names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
-            address = rendezvous / ".".join(env.get(name, "0") for name in names)
-            store = _srun_store(ranks, address, env, deadline, stop)
-        # All are here before the first collective, whose time-out is for ranks that are lost.
-        everyone = "everyone is here"
-        if store.add("here", 1) == ranks.world:
-            store.set(everyone, "")
-        _wait(lambda: store.check([everyone]), deadline, stop, "the other ranks did not come")
-        store.set_timeout(TIMEOUT)
-        dist.init_process_group(
-            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
-        )
-        if ranks.rank == 0 and address is not None:
-            # All have read it; a cluster may count its jobs from 1 again.
-            address.unlink(missing_ok=True)
+        stop = stop or StopRequest()
+        try:
+            _meet(ranks, device, rendezvous, env, patience, stop)
+        except dist.DistError as error:
+            # Rank 0, which holds the store, has gone: mostly for a signal that comes here as well.
+            for _ in range(50):
+                stop.raise_if_set()
+                time.sleep(0.1)
+            raise RankError(f"rank 0 went away while the ranks met ({error})") from error
     return Group(ranks, device)
 
 
-def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest | None, problem: str) -> None:
+def _meet(
+    ranks: Ranks, device: torch.device, rendezvous: Path, env: Mapping[str, str],
+    patience: timedelta, stop: StopRequest,
+) -> None:  # fmt: skip
+    deadline = time.monotonic() + patience.total_seconds()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    address = None
+    if "MASTER_ADDR" in env and "RANK" in env:
+        store, _, _ = next(rendezvous_of("env://", timeout=patience))
+    else:
+        names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+        address = rendezvous / ".".join(env.get(name, "0") for name in names)
+        store = _srun_store(ranks, address, env, deadline, stop)
+    # All are here before the first collective, whose time-out is for ranks that are lost.
+    everyone = "everyone is here"
+    if store.add("here", 1) == ranks.world:
+        store.set(everyone, "")
+    _wait(lambda: store.check([everyone]), deadline, stop, "the other ranks did not come")
+    store.set_timeout(TIMEOUT)
+    dist.init_process_group(
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
+    )
+    if ranks.rank == 0 and address is not None:
+        # All have read it; a cluster may count its jobs from 1 again.
+        address.unlink(missing_ok=True)
+
+
+def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest, problem: str) -> None:
     """Poll, ever more seldom. Raises Stopped when told to stop, UserError at the deadline."""
     pause = 0.01
     while not met():
-        if stop is not None:
-            stop.raise_if_set()
+        stop.raise_if_set()
         if time.monotonic() > deadline:
             raise UserError(f"ranks: {problem} in time")
         time.sleep(pause)
@@ -226,7 +240,7 @@ def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest | None, pr
 
 
 def _srun_store(
-    ranks: Ranks, path: Path, env: Mapping[str, str], deadline: float, stop: StopRequest | None
+    ranks: Ranks, path: Path, env: Mapping[str, str], deadline: float, stop: StopRequest
 ) -> TCPStore:
     if ranks.rank == 0:
         host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()

@@ -1,6 +1,8 @@
 """The harness itself: it finds failures, and does not hang."""
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import torch
 
 from bip import errors
 from bip.distributed.group import Group, join
-from bip.errors import UserError
+from bip.distributed.preemption import StopRequest
+from bip.errors import Stopped, UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
 
 
@@ -81,6 +84,30 @@ def test_ranks_of_an_srun_step_meet_and_leave_nothing(tmp_path: Path) -> None:
     """Twice under the same numbers, as after a cluster's restart."""
     for _ in range(2):
         assert run_ranks(3, meet_as_under_srun, tmp_path, join=False) == [(6, [])] * 3
+
+
+def leave_while_meeting(folder: Path) -> str:
+    """Rank 0 is told to stop before rank 2 comes; rank 1 a second later."""
+    rank = int(os.environ["RANK"])
+    if rank == 2:
+        return "never came"
+    env = {
+        "SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank),
+        "SLURM_STEP_TASKS_PER_NODE": "3", "SLURMD_NODENAME_ADDR": "127.0.0.1",
+    }  # fmt: skip
+    stop = StopRequest()
+    threading.Timer(1.0 + rank, lambda: setattr(stop, "signal", signal.SIGTERM)).start()
+    try:
+        join(folder, env, stop=stop)
+    except Stopped as stopped:
+        return str(stopped)
+    return "joined"
+
+
+def test_a_signal_while_the_ranks_meet_stops_them_all(tmp_path: Path) -> None:
+    told = run_ranks(3, leave_while_meeting, tmp_path, join=False)
+    assert told == [told[0], told[0], "never came"]
+    assert told[0].startswith("stopped by SIGTERM at step 0")
 
 
 def problem_on_last(group: Group) -> str:
