@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bip.data import decode
 from bip.data.layouts import Split, Tree, find_splits, open_tree
 from bip.data.published import PublishedStore
-from bip.data.stores import LmdbStore
+from bip.data.stores import LmdbStore, open_environment, size_of
 from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
@@ -28,6 +28,7 @@ _T = TypeVar("_T")
 
 _PAGE = 4096
 _SAMPLE = 500  # files whose sizes are looked at for the estimate
+_MOST_CLASSES = 1 << 16  # that are numbered by labels; a damaged label could ask for 2**40
 _AHEAD = 4  # images read ahead, per worker
 READ_ERRORS = (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError)
 
@@ -101,7 +102,7 @@ def build_lmdb(
                 _check_same(path, split, options, skip_bad)
                 console.print(f"{path}: there already, kept")
                 continue
-            _tell_size(path, tree, split, short_side, console)
+            _tell_size(path, len(split.members), _stored_size(tree, split), short_side, console)
             source = _TreeImages(tree, split, options)
             plan = _plan(src, split, options)
             _write(path, split.classes, source, plan, skip_bad, workers, console)
@@ -110,24 +111,24 @@ def build_lmdb(
 def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -> None:
     """Rewrite SRC, a store of pickles in the published layout, as OUT in this program's.
 
-    SRC stays as it is, and no code from it is run. Classes are named by their numbers.
+    SRC stays as it is, and no code from it is run. Classes are named by their numbers, up to the
+    highest.
 
     Args:
         check: decode every image, not only its header.
         skip_bad: leave images out that cannot be read, instead of failing.
 
     Raises:
-        UserError: SRC is no such store, or holds a record that is no (bytes, label).
+        UserError: SRC is no such store, or holds a record that is no (bytes, label); OUT exists, or
+            there is no room for it.
     """
-    store = PublishedStore(src)
-    labels = {store.label(index) for index in range(len(store))}
-    if min(labels) < 0:
-        raise UserError(f"{src}: holds a negative label, {min(labels)}")
-    classes = [str(number) for number in range(max(labels) + 1)]
-    source = _StoreImages(PublishedStore(src, classes), Options(check=check))
+    if out.exists():
+        raise UserError(f"{out}: exists; remove it or choose another name")
+    source = _StoreImages(PublishedStore(src), Options(check=check))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     _make_folder(out.parent)
-    _write(out, classes, source, None, skip_bad, 0, console)
+    _tell_size(out, len(source), size_of(open_environment(src).env), 0, console)
+    _write(out, None, source, None, skip_bad, 0, console)
 
 
 class _TreeImages:
@@ -163,6 +164,8 @@ class _StoreImages:
 
     def get(self, index: int) -> tuple[Ready, int, int]:
         data, label = self.store.read(index)
+        if not 0 <= label < _MOST_CLASSES:
+            raise UserError(f"label {label} is not in 0 ... {_MOST_CLASSES - 1}")
         return make_ready(data, "", self.options), label, len(data)
 
 
@@ -224,24 +227,32 @@ def _check_same(path: Path, split: Split, options: Options, skip_bad: bool) -> N
         )
 
 
-def _tell_size(path: Path, tree: Tree, split: Split, short_side: int, console: Console) -> None:
+def _stored_size(tree: Tree, split: Split) -> float:
+    """Bytes that the images will take in a store, from a sample. Raises UserError."""
+    step = max(1, len(split.members) // _SAMPLE)
+    sizes = []
+    for name, _ in split.members[::step]:
+        try:
+            sizes.append(stored_size(tree.size(name)))
+        except OSError as error:
+            raise UserError(f"{name}: cannot be read ({error.strerror})") from error
+    return sum(sizes) / len(sizes) * len(split.members)
+
+
+def _tell_size(path: Path, count: int, estimate: float, short_side: int, console: Console) -> None:
     """Say how much disk the store will take. Raises UserError if there is less."""
-    members = split.members
-    step = max(1, len(members) // _SAMPLE)
-    sizes = [stored_size(tree.size(name)) for name, _ in members[::step]]
-    estimate = sum(sizes) / len(sizes) * len(members)
     partial = path.with_name(f".{path.name}.partial")
     free = shutil.disk_usage(path.parent).free
     free += partial.stat().st_size if partial.exists() else 0
     most = "at most" if short_side else "about"
     console.print(
-        f"{path}: {len(members)} images will take {most} {estimate / 1e6:.0f} MB; "
+        f"{path}: {count} images will take {most} {estimate / 1e6:.0f} MB; "
         f"{free / 1e6:.0f} MB are free"
     )
     if estimate > free and not short_side:
         raise UserError(
             f"{path}: will take about {estimate / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "make room, choose another folder, or shrink the images (--short-side 400)"
+            "make room or choose another folder (build-lmdb --short-side 400 shrinks the images)"
         )
 
 
@@ -290,7 +301,7 @@ def progress_bar(name: str, console: Console) -> Progress:
 
 def _write(
     path: Path,
-    classes: list[str],
+    classes: list[str] | None,
     source: _TreeImages | _StoreImages,
     plan: str | None,
     skip_bad: bool,
@@ -327,15 +338,17 @@ def _write(
                     f"{name}{others} cannot be stored ({why}); repair or remove "
                     f"{'them' if others else 'it'} and build {path.name} again, or give --skip-bad"
                 )
+            if writer.done == len(writer.skipped):
+                raise UserError(f"{path}: not built, as no image in the source can be stored")
     except (OSError, lmdb.Error) as error:
         raise UserError(f"{path}: cannot be written ({error}); build it again") from error
-    console.print(_summary(path, classes, writer))
+    console.print(_summary(path, writer))
 
 
-def _summary(path: Path, classes: list[str], writer: LmdbWriter) -> str:
+def _summary(path: Path, writer: LmdbWriter) -> str:
     stored = writer.done - len(writer.skipped)
     size = path.stat().st_size / 1e6
-    parts = [f"{path}: {stored} images, {len(classes)} classes, {size:.0f} MB"]
+    parts = [f"{path}: {stored} images, {len(writer.classes)} classes, {size:.0f} MB"]
     parts += [f"{count} x {what} repaired" for what, count in sorted(writer.repaired.items())]
     if writer.skipped:
         parts.append(f"{len(writer.skipped)} skipped")

@@ -27,6 +27,7 @@ class LmdbWriter:
     source images. Without one an error removes it, and what a killed build left is overwritten.
 
     Args:
+        classes: names by label; None: named by their numbers, as many as there are labels.
         options: how the images were changed and checked, for the header.
         plan: names all that the records follow from; None for a build that cannot go on.
         retry_skipped: start afresh where the earlier build skipped images.
@@ -46,13 +47,14 @@ class LmdbWriter:
     def __init__(
         self,
         path: Path,
-        classes: Sequence[str],
+        classes: Sequence[str] | None,
         plan: str | None = None,
         retry_skipped: bool = False,
         options: Mapping[str, int] | None = None,
     ) -> None:
         self.path = path
-        self.classes = list(classes)
+        self.classes = list(classes or ())
+        self._numbered = classes is None
         self._options = dict(options or {})
         self._plan = plan
         self._retry_skipped = retry_skipped
@@ -94,6 +96,10 @@ class LmdbWriter:
         self._pending_bytes += len(data)
         self._count += 1
         self._image_bytes += len(data)
+        if self._numbered and label >= len(self.classes):
+            more = range(len(self.classes), label + 1)
+            self.classes += map(str, more)
+            self._class_counts += [0] * len(more)
         self._class_counts[label] += 1
         self.source_bytes += len(data) if source_bytes is None else source_bytes
         if repaired is not None:

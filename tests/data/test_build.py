@@ -213,6 +213,21 @@ def test_a_store_of_other_options_or_fewer_images_is_not_kept(
         build_lmdb(src, tmp_path / "out", skip_bad=True)
 
 
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_dangling_link_is_named(tmp_path: Path, skip_bad: bool) -> None:
+    src = tree(tmp_path / "src", "train/a/1.pgm")
+    (src / "train" / "a" / "2.pgm").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"train/a/2\.pgm: cannot be read .No such file"):
+        build_lmdb(src, tmp_path / "out", skip_bad=skip_bad)
+
+
+def test_a_source_without_one_good_image_gives_no_store(tmp_path: Path) -> None:
+    src = tree(tmp_path / "src", "train/a/1.jpg")
+    with pytest.raises(UserError, match="no image in the source can be stored"):
+        build_lmdb(src, tmp_path / "out", skip_bad=True)
+    assert not (tmp_path / "out" / "train.lmdb").exists()
+
+
 @pytest.mark.parametrize("name", ["missing", "text.txt", "broken.zip"])
 def test_a_bad_source_is_named(tmp_path: Path, name: str) -> None:
     tree(tmp_path, "text.txt", "broken.zip")

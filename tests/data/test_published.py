@@ -179,6 +179,40 @@ def test_convert(published: Path, small_cifar: Path, tmp_path: Path) -> None:
     assert (published / "train.lmdb").read_bytes() == before
 
 
+def test_convert_skips_bad_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = [b"junk", (photo(), -1), (photo(), 2**40), (b"no image", 1)]
+    src = write(tmp_path / "train.lmdb", [(photo(), 3), *bad, (photo(), 0)])
+    with pytest.raises(UserError, match=r"record 1 .* and 3 others cannot be stored") as error:
+        convert(src, tmp_path / "new.lmdb")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new.lmdb").exists()
+    convert(src, tmp_path / "new.lmdb", skip_bad=True)
+    assert "label 1099511627776 is not in 0 ... 65535" in capsys.readouterr().err
+    store = LmdbStore(tmp_path / "new.lmdb")
+    assert store.classes == ["0", "1", "2", "3"]
+    assert store.header["class_counts"] == [1, 0, 0, 1]
+    assert [store.read(index) for index in range(2)] == [(photo(), 3), (photo(), 0)]
+
+
+def test_convert_needs_a_source_and_a_free_name_and_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "new.lmdb"
+    with pytest.raises(UserError, match="missing: not a readable LMDB store"):
+        convert(tmp_path / "missing", out)
+    with pytest.raises(UserError, match="no image in the source"):
+        convert(write(tmp_path / "empty.lmdb", []), out)
+    src = write(tmp_path / "train.lmdb", [(photo(), 0)])
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 100}))
+        with pytest.raises(UserError, match="GB are free; make room"):
+            convert(src, out)
+        patch.setattr(PublishedStore, "read", None)
+        with pytest.raises(UserError, match=r"train\.lmdb: exists"):
+            convert(src, src)
+    assert sorted(path.name for path in tmp_path.glob("*[!k]")) == ["empty.lmdb", "train.lmdb"]
+
+
 def test_info_and_verify_know_it(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     info(published)
     assert "310 images in the published layout" in capsys.readouterr().out
