@@ -48,7 +48,7 @@ def open_image(data: bytes) -> Image.Image:
     """Read an image's header with Pillow; pixels are decoded on first use.
 
     Raises:
-        DECODE_ERRORS: not an image.
+        DECODE_ERRORS: not an image of the six formats in `bip.data.stores.IMAGE_SUFFIXES`.
     """
     return Image.open(BytesIO(data), formats=_FORMATS)
 

@@ -1,5 +1,6 @@
 """A build that ended early goes on where it was, or starts anew; never is it taken for whole."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -99,3 +100,26 @@ def test_a_half_built_store_that_is_damaged_is_built_anew(
     partial.write_bytes(content[:left] + junk)
     build_lmdb(src, out, skip_bad=True)
     assert len(LmdbStore(out / "train.lmdb")) == 12 + 1  # cut short, but its header is whole
+
+
+def test_a_build_that_fails_at_its_last_step_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src, out = as_folder(tmp_path / "src", imagefolder()), tmp_path / "out"
+    replace = os.replace
+
+    def fail(old: Path, new: Path) -> None:
+        if new.suffix == ".lmdb":
+            raise OSError(5, "Input/output error")
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bip.data.writer.LmdbWriter._BATCH", 5)
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(UserError, match=r"train\.lmdb: cannot be written .*; build it again"):
+            build_lmdb(src, out)
+    assert {path.name for path in out.iterdir()} == {".train.lmdb.partial", ".train.lmdb.progress"}
+    build_lmdb(src, out)
+    assert "going on after 10 images" in capsys.readouterr().err
+    assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]
+    assert {path.name for path in out.iterdir()} == {"train.lmdb", "val.lmdb"}
