@@ -1,8 +1,6 @@
 """What must agree between a run and its source, its earlier attempts and its ranks."""
 
 import hashlib
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +98,3 @@ def compare_starts(own: dict[str, str], group: Group) -> None:
                     f"ranks start differently: {name} is {here} on rank 0, {there} on rank {rank}; "
                     "start all of them with one command, one installation and one copy of the data"
                 )
-
-
-def surroundings(config: RunConfig, group: Group) -> dict[str, Any]:
-    """What may differ between two attempts of one run."""
-    slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
-    return {
-        "host": platform.node(),
-        "pid": os.getpid(),
-        "world": group.world,
-        "device": str(group.device),
-        "torch": torch.__version__,
-        "code": code_version(),
-        "threads": torch.get_num_threads(),
-        **{key: getattr(config, key) for key in ("num_workers", "test_batch_size")},
-        "data_dir": str(config.data_dir),
-        "source_net": str(config.source_net) if config.source_net else None,
-        **{key.lower(): os.environ[key] for key in slurm if key in os.environ},
-    }

@@ -5,7 +5,7 @@ import errno
 import os
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from bip import models
+from bip.attempts import Attempts
 from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data, stage_data
@@ -23,11 +24,9 @@ from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import (
-    append_jsonl,
     atomic_write_bytes,
     atomic_write_json,
     read_json,
-    read_jsonl,
     sha256_file,
 )
 from bip.identity import (
@@ -36,7 +35,6 @@ from bip.identity import (
     compare_starts,
     difference,
     start_facts,
-    surroundings,
     with_source_of_resume,
 )
 from bip.lock import RunLock
@@ -74,7 +72,8 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     check_inputs(config)
     config = with_source_of_resume(config)
     stop = stop or StopRequest()
-    if config.stage_to is not None:
+    done = (config.run_folder / "result.json").exists() and not config.evaluate
+    if config.stage_to is not None and not done:
         stage_data(
             config.dataset, config.data_dir, config.stage_to, config.loader, stop.raise_if_set
         )
@@ -112,6 +111,7 @@ class Run:
     def __init__(self, config: RunConfig, group: Group, stop: StopRequest | None = None) -> None:
         self.config, self.group, self.stop = config, group, stop or StopRequest()
         self.folder = config.run_folder
+        self.attempts = Attempts(self.folder)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoint")
         config.batch_per_rank(group.world)
         if config.sync_bn and group.device.type != "cuda":
@@ -294,7 +294,7 @@ class Run:
             self.data.close()
             if self.group.is_first:
                 with suppress(OSError):  # on a full disk the first error is the one to tell
-                    self._record_attempt("end", cause=cause, step=progress.iteration)
+                    self.attempts.record("end", cause=cause, step=progress.iteration)
 
     def _explain(self, error: Exception) -> None:
         """Tell the others about this rank's own failure; name the rank behind a collective's."""
@@ -306,7 +306,7 @@ class Run:
 
     def _record_loss(self, message: str) -> None:
         if self.group.is_first and self.folder.is_dir():
-            self._record_attempt("end", cause=f"rank lost: {message}")
+            self.attempts.record("end", cause=f"rank lost: {message}")
 
     def _resume_elsewhere(self) -> State | None:
         """What --resume holds, if that lies outside the run folder."""
@@ -341,16 +341,13 @@ class Run:
     def _open_folder(self, progress: Progress) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._tell_of_other_surroundings()
+            loader, world = self.data.loader, self.group.world
+            for line in self.attempts.changes(world, loader, self._has_local_batch_norm()):
+                print(f"warning: {line}")
             settings = self.folder / "config.yml"
             if not settings.exists():
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
-            self._record_attempt(
-                "start",
-                step=progress.iteration,
-                loader=self.data.loader,
-                **surroundings(self.config, self.group),
-            )
+            self.attempts.start(self.config, self.group, loader, progress.iteration)
         except OSError as error:
             raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
         for line in self.config.warnings():
@@ -358,36 +355,14 @@ class Run:
         if self.pruned is not None and self.pruned.layout.dense:
             print(f"kept dense: {', '.join(self.pruned.layout.dense)}")
         begun = f"going on from step {progress.iteration}" if progress.iteration else "starting"
-        print(
-            f"{begun}: {self.folder} on {self.group.world} x {self.group.device.type}, "
-            f"loader {self.data.loader}",
-            flush=True,
-        )
+        kind = self.group.device.type
+        print(f"{begun}: {self.folder} on {world} x {kind}, loader {loader}", flush=True)
 
-    def _tell_of_other_surroundings(self) -> None:
-        """The bits of a run depend on how many ranks it has; say what a change means."""
-        before = [r for r in read_jsonl(self.folder / "attempts.jsonl") if r["event"] == "start"]
-        if not before:
-            return
-        loader, world = before[-1].get("loader"), before[-1]["world"]
-        if loader not in (None, self.data.loader) and "dali" in (loader, self.data.loader):
-            print(
-                f"warning: loader {loader} before, {self.data.loader} now: the same images and "
-                "crops, decoded by other arithmetic"
-            )
-        if world == self.group.world:
-            return
-        local = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
-        local = local and not (self.config.sync_bn or self.config.freeze_bn)
-        print(
-            f"warning: {world} ranks before, {self.group.world} now: the same images in the same "
-            "order, and sums that differ in their last bits"
-            + ("; batch-norm averages over other parts of a batch (--sync-bn does not)" * local)
-        )
-
-    def _record_attempt(self, event: str, **facts: Any) -> None:
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        append_jsonl(self.folder / "attempts.jsonl", {"event": event, "time": now, **facts})
+    def _has_local_batch_norm(self) -> bool:
+        """Whether training normalises by the statistics of a rank's own part of a batch."""
+        if self.config.sync_bn or self.config.freeze_bn:
+            return False
+        return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())
 
     def _loop(self, progress: Progress, log: RunLog) -> Loop:
         config = self.config
@@ -483,7 +458,6 @@ class Run:
         state = model_state(config, self.network, pruned)
         total = pruned.layout.size if pruned else sum(p.numel() for p in self.network.parameters())
         kept = pruned.kept() if pruned else total
-        starts = [r for r in read_jsonl(self.folder / "attempts.jsonl") if r["event"] == "start"]
         weights, mask = split_state(state)
         return {
             "k": float(config.k),
@@ -504,7 +478,7 @@ class Run:
             "weights_sha256": hash_tensors(weights),
             "source_sha256": self.source_sha256,
             "seconds": progress.seconds,
-            "attempts": len(starts),
+            "attempts": len(self.attempts.starts()),
         }
 
 
