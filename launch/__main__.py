@@ -11,7 +11,7 @@ from rich.console import Console
 from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
 from bip.flags import call, nearest, parse_flags
-from launch.arrays import cancel, submit_arrays
+from launch.arrays import arrays_file, cancel, submit_arrays
 from launch.doctor import check_disk, examine, preflight
 from launch.doctor import probe as doctor_probe
 from launch.ledger import Sweep
@@ -83,10 +83,11 @@ def series(argv: list[str], command: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Submission:
-    """A profile, checked, and the most tasks that one array may have."""
+    """A profile, checked; the most tasks that one array may have, and the points of a task."""
 
     profile: LocalProfile | SlurmProfile
     max_array_size: int = 0
+    points_per_task: int = 1
 
 
 def prepare(
@@ -104,8 +105,7 @@ def prepare(
     for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs}:
         for train in (True, False):
             open_split(dataset, data_dir, train)
-    profile = profile.model_copy(update={"points_per_task": per_task})
-    return Submission(profile, limits.max_array_size)
+    return Submission(profile, limits.max_array_size, per_task)
 
 
 def run(
@@ -121,7 +121,9 @@ def run(
     look_again = f"python -m launch status {sweep.folder}"
     try:
         if isinstance(profile, SlurmProfile):
-            submit_arrays(sweep, profile, run_ids, submission.max_array_size, keep_code)
+            size, per_task = submission.max_array_size, submission.points_per_task
+            if not submit_arrays(sweep, profile, run_ids, size, per_task, keep_code):
+                print("nothing was submitted: all is done, in the queue or left out")
         else:
             submit(sweep, profile, run_ids, command)
         if not stay:
@@ -209,6 +211,11 @@ def cancel_sweep(argv: list[str]) -> int:
         """
         sweep = Sweep(folder)
         sweep.records()
+        if not arrays_file(sweep).exists():
+            raise UserError(
+                f"{folder}: no SLURM array was submitted for it; local runs end with their "
+                "processes (kill those that its jobs/*.lock name)"
+            )
         tasks = cancel(sweep)
         print(f"cancelled {len(tasks)} tasks; to go on: python -m launch resume {folder}")
 

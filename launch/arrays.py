@@ -1,9 +1,13 @@
-"""A sweep as SLURM arrays: one per stage, chunked and chained; submitted through submitit."""
+"""A sweep's SLURM arrays: submitted through submitit, looked up in the queue, cancelled."""
 
+import contextlib
+import itertools
 import os
 import shlex
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,128 +15,15 @@ from typing import Any
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
 from launch import slurm
+from launch.chain import Array, plan_arrays
 from launch.ledger import Lock, Record, Sweep
 from launch.profile import SlurmProfile
-from launch.rank import SUBMITTED, run_point
-from launch.series import STAGES
+from launch.rank import PROFILE, SUBMITTED, run_point
 from launch.snapshot import ROOT, snapshot
 from launch.task import without_job
 
-
-@dataclass
-class Array:
-    """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
-
-    Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
-    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
-    end).
-    """
-
-    stage: str
-    tasks: list[list[str]]
-    parallelism: int = 1
-    corr: "Array | None" = None
-    after: list["tuple[Array, str] | str"] = field(default_factory=list)
-    throttled_by: "Array | None" = None
-    job: str = ""
-
-    def task_of(self, run_id: str) -> str:
-        """The name of the task that runs a point, once submitted."""
-        (index,) = [index for index, task in enumerate(self.tasks) if run_id in task]
-        return f"{self.job}_{index}"
-
-    @property
-    def dependency(self) -> str:
-        """sbatch's --dependency; every array it names has been submitted."""
-        names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
-        parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
-        parts += [f"afterok:{':'.join(names)}"] if names else []
-        parts += [f"afterany:{self.throttled_by.job}"] if self.throttled_by else []
-        return ",".join(parts)
-
-
-def plan_arrays(
-    records: Sequence[Record],
-    run_ids: Collection[str],
-    done: Collection[str],
-    queued: dict[str, str],
-    parallelism: int,
-    points_per_task: int = 1,
-    max_array_size: int = 1001,
-) -> list[Array]:
-    """The arrays that run `run_ids`, in an order in which they can be submitted.
-
-    `done` points need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
-    Raises UserError for a point whose need is neither done, queued nor among `run_ids`.
-    """
-    wanted = [r for r in records if r.run_id in run_ids and r.run_id not in {*done, *queued}]
-    needs = {r.run_id: [need for need in r.needs if need not in done] for r in wanted}
-    followers: dict[str, list[str]] = {}
-    for run_id, needed in needs.items():
-        for need in needed:
-            followers.setdefault(need, []).append(run_id)
-    # need -> the one point that waits for it and for nothing else
-    partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
-    place: dict[str, Array] = {}  # RUN_ID -> its array in this submission
-    for stage in STAGES:
-        free, corresponding, other = [], [], []
-        for record in [record for record in wanted if record.stage == stage]:
-            run_id, needed = record.run_id, needs[record.run_id]
-            if missing := [n for n in needed if n not in place and n not in queued]:
-                raise UserError(
-                    f"{run_id} needs {missing[0]}, which is neither done nor submitted; "
-                    "python -m launch resume FOLDER submits both"
-                )
-            if not needed:
-                free.append(run_id)
-            elif needed[0] in place and partner.get(needed[0]) == run_id:
-                corresponding.append(run_id)
-            else:
-                other.append(run_id)
-        groups = list(_chunks(stage, free, partner, points_per_task, max_array_size))
-        for before in unique(place.values()):
-            # `before` has the points with partners first: same index, same task.
-            follow = [partner[n] for task in before.tasks for n in task if n in partner]
-            follow = [run_id for run_id in follow if run_id in corresponding]
-            for array in _chunks(stage, follow, {}, points_per_task, max_array_size):
-                array.corr = before
-                groups.append(array)
-        # An array for each need: what waits for one task must not fail with the task beside it.
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for run_id in other:
-            alike.setdefault(tuple(needs[run_id]), []).append(run_id)
-        for needed_by_all, run_ids_alike in alike.items():
-            for array in _chunks(stage, run_ids_alike, partner, points_per_task, max_array_size):
-                array.after += [(place[n], n) for n in needed_by_all if n in place]
-                array.after += sorted({queued[n] for n in needed_by_all if n not in place})
-                groups.append(array)
-        _share(groups, parallelism)
-        place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
-    return unique(place.values())
-
-
-def unique(arrays: Iterable[Array]) -> list[Array]:
-    return list({id(array): array for array in arrays}.values())
-
-
-def _chunks(
-    stage: str, run_ids: list[str], partner: Collection[str], per_task: int, size: int
-) -> Iterator[Array]:
-    """Arrays of at most `size` tasks of `per_task` points, those with a partner first."""
-    ordered = sorted(run_ids, key=lambda run_id: run_id not in partner)
-    tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
-    for at in range(0, len(tasks), size):
-        yield Array(stage, tasks[at : at + size])
-
-
-def _share(arrays: list[Array], parallelism: int) -> None:
-    """Throttles that add up to `parallelism`; arrays beyond it wait for one before them."""
-    together = arrays[:parallelism]
-    for number, array in enumerate(together):
-        array.parallelism = parallelism // len(together) + (number < parallelism % len(together))
-    for number, array in enumerate(arrays[parallelism:]):
-        array.parallelism = 1
-        array.throttled_by = arrays[number]
+# A cancelled task's processes may take KillWait to end, and SLURM a while to notice.
+ENDING_SECONDS = 120.0
 
 
 def arrays_file(sweep: Sweep) -> Path:
@@ -161,60 +52,143 @@ def submit_arrays(
     profile: SlurmProfile,
     run_ids: Collection[str],
     max_array_size: int,
+    points_per_task: int = 1,
     keep_code: bool = True,
     told: Callable[[str], None] = print,
 ) -> list[Array]:
     """Submit what of `run_ids` is neither done nor queued. Their old failures are forgotten.
 
-    Raises UserError when SLURM refuses; arrays that it took before stay, and are in the ledger.
+    Raises UserError, which names the arrays that SLURM took before, when it refuses one, when a
+    file cannot be written, and on Ctrl-C. What was submitted stays, and is in the ledger.
     """
-    with Lock.wait(sweep.jobs / "submit.lock"):
-        records = sweep.records()
-        done = {record.run_id for record in records if sweep.is_done(record)}
-        queued = {run_id: waiting.task for run_id, waiting in in_queue(sweep).items()}
-        arrays = plan_arrays(
-            records, run_ids, done, queued, profile.parallelism, profile.points_per_task,
-            max_array_size,
-        )  # fmt: skip
-        if not arrays:
-            return []
-        code = snapshot(sweep.folder / "code") if keep_code else ROOT
-        atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))
-        for array in arrays:
-            for run_id in (run_id for task in array.tasks for run_id in task):
-                sweep.failure_path(run_id).unlink(missing_ok=True)
-        for array in arrays:
-            submit_array(sweep, profile, array, code)
-            chained = f", {array.dependency}" if array.dependency else ""
-            told(
-                f"{array.stage}: array {array.job}, {len(array.tasks)} tasks, "
-                f"{array.parallelism} at once{chained}"
+    arrays: list[Array] = []
+    try:
+        with Lock.wait(sweep.jobs / "submit.lock"):
+            records = sweep.records()
+            queued = _wait_for_ending(sweep, run_ids, told)
+            done = {record.run_id for record in records if sweep.is_done(record)}
+            left = _left_out(sweep, records, done, queued)
+            for reason, count in Counter(left[name] for name in run_ids if name in left).items():
+                told(f"left out ({count}): {reason}")
+            wanted = [run_id for run_id in run_ids if run_id not in left]
+            arrays += plan_arrays(
+                records, wanted, done, queued, profile.parallelism, points_per_task, max_array_size
             )
+            if not arrays:
+                return []
+            code = snapshot(sweep.folder / "code") if keep_code else ROOT
+            facts = sweep.jobs / f"profile-{_stamp(datetime.now(UTC))}.json"
+            # The first is for `resume`; the second stays as it is while the tasks wait.
+            for path in (sweep.jobs / "profile.json", facts):
+                atomic_write_json(path, profile.model_dump(mode="json"))
+            for array in arrays:
+                with uninterrupted():
+                    submit_array(sweep, profile, array, code, facts)
+                chained = f", {array.dependency}" if array.dependency else ""
+                told(
+                    f"{array.stage}: array {array.job}, {len(array.tasks)} tasks, "
+                    f"{array.parallelism} at once{chained}"
+                )
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        jobs = ", ".join(f"{array.stage} {array.job}" for array in arrays if array.job) or "nothing"
+        raise UserError(
+            f"{str(error) or 'interrupted'}; submitted so far: {jobs}; python -m launch resume "
+            f"{sweep.folder} submits the rest"
+        ) from None
     return arrays
 
 
-def submit_array(sweep: Sweep, profile: SlurmProfile, array: Array, code: Path) -> None:
-    """One sbatch; sets `array.job` and records it."""
+def _wait_for_ending(
+    sweep: Sweep, run_ids: Collection[str], told: Callable[[str], None]
+) -> dict[str, str]:
+    """RUN_ID -> its task in the queue, once cancelled tasks have left it (or will not)."""
+    deadline = time.monotonic() + ENDING_SECONDS
+    for tries in itertools.count():
+        queue = in_queue(sweep)
+        ending = {q.task for name, q in queue.items() if name in run_ids} & {
+            q.task for q in queue.values() if q.state == "COMPLETING"
+        }
+        if not ending or time.monotonic() > deadline:
+            break
+        if tries == 0:
+            told(f"waiting for {', '.join(sorted(ending))} to end")
+        time.sleep(ENDING_SECONDS / 60)
+    return {run_id: waiting.task for run_id, waiting in queue.items()}
+
+
+def _left_out(
+    sweep: Sweep, records: Sequence[Record], done: Collection[str], queued: dict[str, str]
+) -> dict[str, str]:
+    """RUN_ID -> why it cannot be submitted now: it, or what it needs, failed in a task that goes on
+    with other points, and would end as failed whatever was submitted after it."""
+    left: dict[str, str] = {}
+    for record in records:  # what a point needs comes before it
+        stuck = [need for need in record.needs if need in left]
+        if record.run_id in done:
+            continue
+        if record.run_id in queued and sweep.failure(record) is not None:
+            task = queued[record.run_id]
+            left[record.run_id] = f"still in task {task}; resume when it has ended"
+        elif stuck and record.run_id not in queued:
+            left[record.run_id] = left[stuck[0]]
+    return left
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block. For the main thread."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _stamp(now: datetime) -> str:
+    """For file names; unique with this process's id."""
+    return f"{now.isoformat(timespec='milliseconds').replace(':', '')}-{os.getpid()}"
+
+
+def submit_array(
+    sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, facts: Path
+) -> None:
+    """One sbatch; sets `array.job` and records it. `facts` is the profile that its tasks read."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    now = datetime.now(UTC)
     folder = sweep.jobs.absolute() / "slurm"
     folder.mkdir(exist_ok=True)
-    points = folder / f"points-{now.replace(':', '')}-{os.getpid()}.txt"
+    points = folder / f"points-{_stamp(now)}.txt"
     lines = "".join(" ".join(task) + "\n" for task in array.tasks)
     atomic_write_bytes(points, lines.encode())
     executor = _executor(folder, profile, sweep.folder.absolute(), points)
-    executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, now))
+    submitted = now.isoformat(timespec="milliseconds")
+    executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
+    # A task that starts at once must not find the note of its last failure.
+    paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
+    notes = {path: path.read_bytes() for path in paths if path.exists()}
+    for path in notes:
+        path.unlink()
     try:
-        array.job = executor.submit_tasks(str(sweep.folder.absolute()), len(array.tasks))
+        executor.submit_tasks(str(sweep.folder.absolute()), len(array.tasks))
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
-    record = {"job": array.job, "stage": array.stage, "tasks": array.tasks, "time": now}
-    append_jsonl(arrays_file(sweep), record | {"dependency": array.dependency, "code": code.name})
+    finally:
+        if executor.taken is None:
+            for path, note in notes.items():
+                atomic_write_bytes(path, note)
+        else:  # in the queue, whatever went wrong after it
+            array.job = executor.taken
+            facts_of_it = {"job": array.job, "stage": array.stage, "tasks": array.tasks}
+            more = {"time": submitted, "dependency": array.dependency, "code": code.name}
+            append_jsonl(arrays_file(sweep), facts_of_it | more)
 
 
 def sbatch_parameters(
-    sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str
+    sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:
     """What submitit is told: its own names where it has them, SLURM's for the rest."""
     count = len(array.tasks)
@@ -222,7 +196,7 @@ def sbatch_parameters(
         "array": f"0-{count - 1}%{array.parallelism}",
         "requeue": True,
         "open-mode": "append",
-        **{name.replace("_", "-"): value for name, value in profile.sbatch.items()},
+        **{name.replace("_", "-"): v for name, v in profile.sbatch.items() if v is not False},
     }
     if profile.mem is not None:
         further["mem"] = profile.mem
@@ -234,7 +208,7 @@ def sbatch_parameters(
     setup = [
         *exports,
         *profile.setup,
-        f"export {SUBMITTED}={now}",
+        f"export {SUBMITTED}={now} {PROFILE}={shlex.quote(str(facts.absolute()))}",
         # The snapshot before whatever is installed, and instead of the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"source {path}/slurm/task.sh || exit 1",
@@ -266,6 +240,8 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
     from submitit.core.utils import JobPaths
 
     class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
+        taken: str | None = None  # the job's ID, from when SLURM has it
+
         @property
         def _submitit_command_str(self) -> str:
             start = [*shlex.split(profile.python), "-u", "-m", "submitit.core._submit"]
@@ -277,25 +253,25 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
             kept = without_job(os.environ)
             foreign = [name for name in os.environ if name not in kept]
             unset = [part for name in [*foreign, "CUDA_VISIBLE_DEVICES"] for part in ("-u", name)]
-            return ["env", *unset, "sbatch", str(submission_file_path)]
+            # Ended by the terminal's Ctrl-C, sbatch might leave a job that nobody knows of.
+            deaf = ["sh", "-c", "trap '' INT; exec sbatch \"$0\"", str(submission_file_path)]
+            return ["env", *unset, *deaf]
 
-        def submit_tasks(self, sweep_folder: str, count: int) -> str:
-            """An array of `count` tasks, also of one. Returns its job ID."""
-            if count > 1:
-                jobs = self.map_array(run_point, [sweep_folder] * count)
-                return str(jobs[0].job_id.split("_")[0])
-            # submitit makes a plain job of a single task; its output and pickle are then named
-            # without the index that the task, an array's, looks for.
+        def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
+            self.taken = str(super()._get_job_id_from_submission_command(string))
+            return self.taken
+
+        def submit_tasks(self, sweep_folder: str, count: int) -> None:
+            """An array of `count` tasks, by sbatch's own option: submitit makes an array with an
+            executor of its own class, and a plain job of a single task."""
             logs = JobPaths(folder)
             names = {"output": logs.stdout, "error": logs.stderr}
             for name, path in names.items():
                 text = str(path).replace("%j", "%A_%a").replace("%t", "0")
                 self.parameters["additional_parameters"][name] = text
-            job = self.submit(run_point, sweep_folder)
-            os.link(
-                job.paths.submitted_pickle, JobPaths(folder, f"{job.job_id}_0").submitted_pickle
-            )
-            return str(job.job_id)
+            pickle = self.submit(run_point, sweep_folder).paths.submitted_pickle
+            for index in range(count):
+                os.link(pickle, JobPaths(folder, f"{self.taken}_{index}").submitted_pickle)
 
     return ArrayExecutor(folder)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from launch.ledger import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
+PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 PARK_SECONDS = 900.0
 
@@ -69,7 +70,7 @@ class Attempt:
         self.sweep, self.run_id = sweep, run_id
         self.run_folder: Path | None = None
         self.is_first = os.environ.get("SLURM_PROCID", "0") == "0"
-        self.profile = json.loads((sweep.jobs / "profile.json").read_text())
+        self.profile = json.loads(Path(os.environ[PROFILE]).read_text())
 
     def check_lost(self) -> None:
         """Raises UserError when attempts that ended without a word have used up their budget."""

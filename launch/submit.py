@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from bip.errors import UserError
+from bip.files import atomic_write_json
 from launch.ledger import Queue, Sweep
 from launch.profile import Profile
 from launch.task import TRAIN, VISIBLE_GPUS, without_job, work
@@ -19,6 +20,7 @@ def submit(sweep: Sweep, profile: Profile, run_ids: list[str], command: list[str
     Calling it again while workers are alive adds to their queue; there are never more than
     `profile.parallelism` runs at once.
     """
+    atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))  # for `resume`
     profile_values = profile.model_dump(exclude={"executor"})
     sweep.set_queue(Queue(points=run_ids, command=command, **profile_values))
     count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()

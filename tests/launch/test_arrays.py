@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from bip.errors import UserError
 from launch import slurm
-from launch.arrays import Array, plan_arrays, sbatch_parameters
+from launch.arrays import sbatch_parameters
+from launch.chain import Array, plan_arrays
 from launch.ledger import Record, Sweep
 from launch.profile import SlurmProfile, load_profile
 from launch.snapshot import snapshot
@@ -155,10 +156,11 @@ def test_time_limits() -> None:
 def test_what_sbatch_is_told(tmp_path: Path) -> None:
     profile = SlurmProfile(
         executor="slurm", partition="low", gpus_per_node=2, mem="4G", signal_lead=45,
-        sbatch={"reservation": "r"}, env={"NAME": "two words"}, setup=["module load x"],
+        sbatch={"reservation": "r", "exclusive": False}, env={"NAME": "two words"},
+        setup=["module load x"],
     )  # fmt: skip
     array = Array("prune", [["a"], ["b"]], parallelism=2, after=["5_0"])
-    told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now")
+    told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now", tmp_path)
     assert told["additional_parameters"] == {
         "array": "0-1%2", "requeue": True, "open-mode": "append", "reservation": "r", "mem": "4G",
         "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",

@@ -77,6 +77,7 @@ class FakeSlurm:
             "PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0",
             "SLURM_PROCID": "0", "BIP_REQUEUE_PAUSE": "0",
+            "BIP_PROFILE": str(self.sweep.jobs / "profile.json"),
         }  # fmt: skip
 
     def note(self) -> str | None:

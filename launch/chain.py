@@ -1,0 +1,124 @@
+"""Which arrays a sweep becomes: one per stage and need, chunked, chained and throttled."""
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from bip.errors import UserError
+from launch.ledger import Record
+from launch.series import STAGES
+
+
+@dataclass
+class Array:
+    """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
+
+    Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
+    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
+    end).
+    """
+
+    stage: str
+    tasks: list[list[str]]
+    parallelism: int = 1
+    corr: "Array | None" = None
+    after: list["tuple[Array, str] | str"] = field(default_factory=list)
+    throttled_by: "Array | None" = None
+    job: str = ""
+
+    def task_of(self, run_id: str) -> str:
+        """The name of the task that runs a point, once submitted."""
+        (index,) = [index for index, task in enumerate(self.tasks) if run_id in task]
+        return f"{self.job}_{index}"
+
+    @property
+    def dependency(self) -> str:
+        """sbatch's --dependency; every array it names has been submitted."""
+        names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
+        parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
+        parts += [f"afterok:{':'.join(names)}"] if names else []
+        parts += [f"afterany:{self.throttled_by.job}"] if self.throttled_by else []
+        return ",".join(parts)
+
+
+def plan_arrays(
+    records: Sequence[Record],
+    run_ids: Collection[str],
+    done: Collection[str],
+    queued: dict[str, str],
+    parallelism: int,
+    points_per_task: int = 1,
+    max_array_size: int = 1001,
+) -> list[Array]:
+    """The arrays that run `run_ids`, in an order in which they can be submitted.
+
+    `done` points need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
+    Raises UserError for a point whose need is neither done, queued nor among `run_ids`.
+    """
+    wanted = [r for r in records if r.run_id in run_ids and r.run_id not in {*done, *queued}]
+    needs = {r.run_id: [need for need in r.needs if need not in done] for r in wanted}
+    followers: dict[str, list[str]] = {}
+    for run_id, needed in needs.items():
+        for need in needed:
+            followers.setdefault(need, []).append(run_id)
+    # need -> the one point that waits for it and for nothing else
+    partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
+    place: dict[str, Array] = {}  # RUN_ID -> its array in this submission
+    for stage in STAGES:
+        free, corresponding, other = [], [], []
+        for record in [record for record in wanted if record.stage == stage]:
+            run_id, needed = record.run_id, needs[record.run_id]
+            if missing := [n for n in needed if n not in place and n not in queued]:
+                raise UserError(
+                    f"{run_id} needs {missing[0]}, which is neither done nor submitted; "
+                    "python -m launch resume FOLDER submits both"
+                )
+            if not needed:
+                free.append(run_id)
+            elif needed[0] in place and partner.get(needed[0]) == run_id:
+                corresponding.append(run_id)
+            else:
+                other.append(run_id)
+        groups = list(_chunks(stage, free, partner, points_per_task, max_array_size))
+        for before in unique(place.values()):
+            # `before` has the points with partners first: same index, same task.
+            follow = [partner[n] for task in before.tasks for n in task if n in partner]
+            follow = [run_id for run_id in follow if run_id in corresponding]
+            for array in _chunks(stage, follow, {}, points_per_task, max_array_size):
+                array.corr = before
+                groups.append(array)
+        # An array for each need: what waits for one task must not fail with the task beside it.
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for run_id in other:
+            alike.setdefault(tuple(needs[run_id]), []).append(run_id)
+        for needed_by_all, run_ids_alike in alike.items():
+            for array in _chunks(stage, run_ids_alike, partner, points_per_task, max_array_size):
+                array.after += [(place[n], n) for n in needed_by_all if n in place]
+                array.after += sorted({queued[n] for n in needed_by_all if n not in place})
+                groups.append(array)
+        _share(groups, parallelism)
+        place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
+    return unique(place.values())
+
+
+def unique(arrays: Iterable[Array]) -> list[Array]:
+    return list({id(array): array for array in arrays}.values())
+
+
+def _chunks(
+    stage: str, run_ids: list[str], partner: Collection[str], per_task: int, size: int
+) -> Iterator[Array]:
+    """Arrays of at most `size` tasks of `per_task` points, those with a partner first."""
+    ordered = sorted(run_ids, key=lambda run_id: run_id not in partner)
+    tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
+    for at in range(0, len(tasks), size):
+        yield Array(stage, tasks[at : at + size])
+
+
+def _share(arrays: list[Array], parallelism: int) -> None:
+    """Throttles that add up to `parallelism`; arrays beyond it wait for one before them."""
+    together = arrays[:parallelism]
+    for number, array in enumerate(together):
+        array.parallelism = parallelism // len(together) + (number < parallelism % len(together))
+    for number, array in enumerate(arrays[parallelism:]):
+        array.parallelism = 1
+        array.throttled_by = arrays[number]

@@ -1,0 +1,220 @@
+"""Submission, resubmission and cancelling of arrays, with fake sbatch, squeue and scancel."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from bip.errors import UserError
+from bip.files import read_jsonl
+from launch import arrays
+from launch.__main__ import main
+from launch.arrays import cancel, submit_arrays
+from launch.ledger import Sweep
+from launch.profile import SlurmProfile, load_profile
+from launch.series import make_plan
+from launch.status import status
+from tests.launch.conftest import DIGITS
+
+SBATCH = """#!/bin/bash
+cd "$(dirname "$0")"
+cp "$1" script-$(ls script-* 2>/dev/null | wc -l)
+env >environment
+number=$(ls script-* | wc -l)
+if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
+if [[ -e interrupt-$number ]]; then kill -INT $PPID $$; fi
+echo "Submitted batch job $((100 + number))"
+"""
+# The lines of queue-1, queue-2 ... in turn; then those of `queue`.
+SQUEUE = """#!/bin/bash
+cd "$(dirname "$0")"
+first=$(ls queue-* 2>/dev/null | head -n 1)
+cat "${first:-queue}"
+[[ -z $first ]] || rm "$first"
+"""
+SCANCEL = """#!/bin/bash
+cd "$(dirname "$0")"
+ls ../out/hand/jobs/*.failed >notes-at-scancel
+echo "$@" >scancel-args
+[[ ! -e refuse-scancel ]] || { echo "scancel: error: no" >&2; exit 1; }
+"""
+
+
+@pytest.fixture
+def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    (folder / "queue").touch()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(arrays, "ENDING_SECONDS", 0.6)
+    return folder
+
+
+@pytest.fixture
+def sweep(bin: Path, tmp_path: Path) -> Sweep:
+    """pretrain, and prune of two k."""
+    flags = {"configs": DIGITS / "bip.yml", "result_dir": tmp_path / "out", "exp_name": "hand"}
+    plan = make_plan(flags | {"series": "0.5,0.1", "stages": "pretrain,prune"})
+    found = Sweep(plan.folder)
+    found.add(plan.points)
+    return found
+
+
+def submit(sweep: Sweep, *told: list[str], per_task: int = 1) -> list[str]:
+    """Everything that is missing; the jobs."""
+    profile = SlurmProfile(executor="slurm")
+    names = [record.run_id for record in sweep.records()]
+    say = told[0].append if told else print
+    taken = submit_arrays(sweep, profile, names, 1001, per_task, keep_code=False, told=say)
+    return [array.job for array in taken]
+
+
+def recorded(sweep: Sweep) -> list[str]:
+    return [record["job"] for record in read_jsonl(sweep.jobs / "arrays.jsonl")]
+
+
+def finish(sweep: Sweep, run_id: str) -> None:
+    (record,) = [r for r in sweep.records() if r.run_id == run_id]
+    folder = sweep.folder / record.folder
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text("{}")
+
+
+def test_every_task_finds_its_pickle_and_its_own_profile(sweep: Sweep, bin: Path) -> None:
+    assert submit(sweep) == ["101", "102"]
+    pickles = {path.name for path in (sweep.jobs / "slurm").glob("*_submitted.pkl")}
+    assert {"101_0_submitted.pkl", "102_0_submitted.pkl", "102_1_submitted.pkl"} <= pickles
+    script = (bin / "script-1").read_text()
+    assert "#SBATCH --array=0-1%2" in script
+    assert "#SBATCH --dependency=afterok:101_0" in script
+    (facts,) = sweep.jobs.glob("profile-*.json")
+    assert f"BIP_PROFILE={facts}" in script
+
+
+def test_submission_from_inside_a_job_does_not_inherit_it(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    submit(sweep)
+    seen = [line for line in (bin / "environment").read_text().splitlines() if "SLURM" in line]
+    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
+    sweep: Sweep, bin: Path
+) -> None:
+    dense, *pruned = [record.run_id for record in sweep.records()]
+    for run_id in (dense, *pruned):
+        sweep.fail(run_id, "before")
+    (bin / "refuse-2").touch()
+    with pytest.raises(UserError) as error:
+        submit(sweep)
+    assert str(error.value).startswith("sbatch: ")
+    assert str(error.value).endswith(
+        f"no way; submitted so far: pretrain 101; python -m launch resume {sweep.folder} submits "
+        "the rest"
+    )
+    assert "\n" not in str(error.value)
+    assert recorded(sweep) == ["101"]
+    left = [run_id for run_id in (dense, *pruned) if sweep.failure_path(run_id).exists()]
+    assert left == pruned
+
+
+def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, bin: Path) -> None:
+    (bin / "interrupt-1").touch()
+    with pytest.raises(UserError, match="interrupted; submitted so far: pretrain 101; python -m"):
+        submit(sweep)
+    assert recorded(sweep) == ["101"]
+    assert not (bin / "script-1").exists()
+
+
+def test_an_array_that_slurm_took_is_recorded_whatever_follows(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "link", fail)
+    with pytest.raises(UserError, match="disk full; submitted so far: pretrain 101"):
+        submit(sweep)
+    assert recorded(sweep) == ["101"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep) -> None:
+    (sweep.jobs / "slurm").touch()
+    with pytest.raises(UserError, match=r"File exists.*; submitted so far: nothing; python -m"):
+        submit(sweep)
+
+
+def test_resume_keeps_the_users_points_per_task(sweep: Sweep) -> None:
+    submit(sweep, per_task=2)
+    facts = json.loads((sweep.jobs / "profile.json").read_text())
+    assert facts["points_per_task"] == 1
+    assert load_profile(sweep.jobs / "profile.json") == SlurmProfile(executor="slurm")
+
+
+def test_cancel_marks_its_points_before_slurm_tells_them(sweep: Sweep, bin: Path) -> None:
+    submit(sweep)
+    dense, *pruned = [record.run_id for record in sweep.records()]
+    finish(sweep, dense)
+    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n102_0|PENDING|x|0:00\n")
+    assert cancel(sweep) == ["101_0", "102_0"]
+    assert (bin / "scancel-args").read_text() == "101_0 102_0\n"
+    assert (bin / "notes-at-scancel").read_text().split("/")[-1] == f"{pruned[0]}.failed\n"
+    (row,) = status(sweep.folder, [pruned[0]])
+    assert row.state == "failed"
+    assert row.reason == f"cancelled; python -m launch resume {sweep.folder} goes on"
+
+
+def test_a_refused_cancel_marks_nothing(sweep: Sweep, bin: Path) -> None:
+    submit(sweep)
+    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
+    (bin / "refuse-scancel").touch()
+    with pytest.raises(UserError, match="scancel"):
+        cancel(sweep)
+    assert not list(sweep.jobs.glob("*.failed"))
+
+
+def test_resume_waits_for_cancelled_tasks_to_end(sweep: Sweep, bin: Path) -> None:
+    submit(sweep)
+    dense = sweep.records()[0].run_id
+    sweep.fail(dense, "cancelled")
+    for number in (1, 2):
+        (bin / f"queue-{number}").write_text("101_0|COMPLETING|None|1:00\n")
+    told: list[str] = []
+    assert submit(sweep, told) == ["103", "104"]
+    assert told[0] == "waiting for 101_0 to end"
+    assert "#SBATCH --dependency=afterok:103_0" in (bin / "script-3").read_text()
+
+
+def test_a_failed_point_whose_task_goes_on_is_left_out_and_said(sweep: Sweep, bin: Path) -> None:
+    dense, one, _ = [record.run_id for record in sweep.records()]
+    finish(sweep, dense)
+    assert submit(sweep, per_task=2) == ["101"]
+    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
+    sweep.fail(one, "bug")
+    told: list[str] = []
+    assert submit(sweep, told) == []
+    assert told == ["left out (1): still in task 101_0; resume when it has ended"]
+
+
+def test_what_needs_a_point_that_is_left_out_gets_no_dead_chain(sweep: Sweep, bin: Path) -> None:
+    dense = sweep.records()[0].run_id
+    submit(sweep)
+    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
+    sweep.fail(dense, "bug")
+    told: list[str] = []
+    assert submit(sweep, told) == []
+    assert told == ["left out (3): still in task 101_0; resume when it has ended"]
+
+
+def test_a_local_sweep_is_not_cancelled_through_slurm(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cancel", str(sweep.folder)]) == 2
+    assert "no SLURM array" in capsys.readouterr().err
