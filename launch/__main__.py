@@ -12,9 +12,9 @@ from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
 from bip.flags import call, nearest, parse_flags
 from launch.arrays import arrays_file, cancel, submit_arrays
-from launch.doctor import check_disk, examine, preflight
+from launch.doctor import check_disk, check_place, examine, preflight
 from launch.doctor import probe as doctor_probe
-from launch.ledger import Sweep
+from launch.ledger import Record, Sweep
 from launch.profile import LocalProfile, SlurmProfile, load_profile
 from launch.series import SeriesOptions, make_plan
 from launch.status import Row, as_json, status, table
@@ -75,7 +75,8 @@ def series(argv: list[str], command: list[str]) -> int:
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     sweep, run_ids = Sweep(plan.folder), [point.run_id for point in plan.points]
-    submission = prepare(profile, [point.config for point in plan.points], sizes)
+    records = [r for r in map(Record.of, plan.points) if not sweep.is_done(r)]
+    submission = prepare(profile, [point.config for point in plan.points], sizes, records)
     sweep.add(plan.points)
     keep_code = flags.get("snapshot", True)
     return run(sweep, run_ids, submission, command, flags.get("wait", True), keep_code)
@@ -91,12 +92,20 @@ class Submission:
 
 
 def prepare(
-    profile: LocalProfile | SlurmProfile, configs: list[RunConfig], sizes: dict[str, int]
+    profile: LocalProfile | SlurmProfile,
+    configs: list[RunConfig],
+    sizes: dict[str, int],
+    records: list[Record],
 ) -> Submission:
-    """All checks of cluster, disk and data. Raises UserError; nothing is created."""
+    """All checks of cluster, disk and data. Raises UserError; nothing is created.
+
+    `records` are the points that are to be submitted.
+    """
     if not isinstance(profile, SlurmProfile):
         return Submission(profile)
-    limits, per_task, lines = preflight(profile, len(configs))
+    limits, per_task, lines = preflight(profile, records)
+    if warning := check_place(configs[0].result_dir.absolute()):
+        lines.append(warning)
     lines.append(check_disk(configs, sizes, profile.parallelism))
     for line in lines:
         print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
@@ -173,7 +182,8 @@ def resume(argv: list[str], command: list[str]) -> int:
         facts = load_profile(profile or (last if last.exists() else None), parallelism)
         for config in configs:
             config.batch_per_rank(facts.ranks)
-        submission = prepare(facts, configs, check_networks(configs))
+        records = [record for record in sweep.records() if record.run_id in missing]
+        submission = prepare(facts, configs, check_networks(configs), records)
         codes.append(run(sweep, missing, submission, command, wait, snapshot))
 
     call({"resume": given}, ["resume", *argv], "python -m launch")
@@ -245,9 +255,8 @@ def doctor(argv: list[str]) -> int:
             print(f"{finding.level:8} {finding.text}")
 
     levels: list[str] = []
-    words = ["--profile" if word == "--profiles" else word for word in argv]
-    if "--profile" in words:  # the one name in all commands
-        words.remove("--profile")
+    # The one name in all commands, with and without "=".
+    words = [word.removeprefix("--profile=") for word in argv if word != "--profile"]
     call({"doctor": given}, ["doctor", *words], "python -m launch")
     return 1 if "error" in levels else 0
 

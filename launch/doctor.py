@@ -1,6 +1,8 @@
 """What a SLURM cluster will do to a sweep: found out before it is submitted."""
 
 import os
+import platform
+import pwd
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -9,8 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from bip.config import RunConfig
+from bip.data.staging import network_filesystem
 from bip.errors import UserError
 from launch import slurm
+from launch.chain import plan_arrays
+from launch.ledger import Record
 from launch.profile import SlurmProfile
 from launch.task import without_job
 
@@ -42,22 +47,46 @@ class Limits:
 
     max_array_size: int
     max_submit: int | None  # jobs of this user, an array's tasks counted one by one
+    in_queue: int = 0  # that are there now
 
 
-def limits() -> Limits:
-    """Raises SlurmError if the controller does not answer."""
-    settings = slurm.settings()
-    found = []
-    for kind, columns in (("assoc", "maxsubmitjobs"), ("qos", "maxsubmitjobsperuser")):
-        where = ["where", f"user={os.environ.get('USER') or os.getuid()}"] * (kind == "assoc")
-        try:
-            words = ["sacctmgr", "-nP", "show", kind, *where, f"format={columns}"]
-            found += [int(text) for text in slurm.ask(*words).split() if text.isdigit()]
-        except slurm.SlurmError:
-            continue  # without accounting there are no such limits
-    return Limits(
-        slurm.number(settings.get("MaxArraySize", ""), 1001) or 1, min(found) if found else None
-    )
+def limits(profile: SlurmProfile) -> Limits:
+    """What binds this profile's jobs: of the user in its account, and of its QOS.
+
+    Raises SlurmError if the controller does not answer.
+    """
+    size = slurm.number(slurm.settings().get("MaxArraySize", ""), 1001) or 1
+    user = pwd.getpwuid(os.getuid()).pw_name
+    account = profile.account
+    if account is None:
+        default = slurm.accounting("user", "defaultaccount", f"name={user}")
+        account = default[0]["defaultaccount"] if default else None
+    found = [record["maxsubmitjobs"] for record in _associations(user, account, profile)]
+    found += [record["maxsubmitjobsperuser"] for record in qos_records(profile, user, account)]
+    most = min((int(text) for text in found if text.isdigit()), default=None)
+    return Limits(size, most, 0 if most is None else slurm.jobs_of_user())
+
+
+def _associations(user: str, account: str | None, profile: SlurmProfile) -> list[dict[str, str]]:
+    """Of the user in the account (None: in any); those for the profile's partition alone count."""
+    where = [f"user={user}", *([f"account={account}"] if account else [])]
+    found = slurm.accounting("assoc", "partition,defaultqos,maxsubmitjobs", *where)
+    return [record for record in found if record["partition"] in ("", profile.partition)]
+
+
+def qos_records(
+    profile: SlurmProfile, user: str | None = None, account: str | None = None
+) -> list[dict[str, str]]:
+    """Accounting's records of the QOS that the profile's jobs get, then of the partition's own."""
+    user = user or pwd.getpwuid(os.getuid()).pw_name
+    names = [profile.qos or ""]
+    if profile.qos is None:
+        found = _associations(user, account or profile.account, profile)
+        names = [record["defaultqos"] or "normal" for record in found]  # as slurmctld does
+    names.append((slurm.partition(profile.partition) or {}).get("QoS", ""))
+    fields = "name,maxsubmitjobsperuser,gracetime,preemptmode"
+    known = {record["name"]: record for record in slurm.accounting("qos", fields)}
+    return [known[name] for name in dict.fromkeys(names) if name in known]
 
 
 def examine(profile: SlurmProfile) -> Iterator[Finding]:
@@ -80,15 +109,16 @@ def examine(profile: SlurmProfile) -> Iterator[Finding]:
     if partition.get("State") != "UP":
         yield Finding("error", f"partition: {name} is {partition.get('State')}")
     yield _accepted(profile)
-    yield from _preemption(settings, partition)
+    yield from _preemption(settings, partition, profile)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
     yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
     if settings.get("JobRequeue") == "0":
         yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
     if "none" in settings.get("AccountingStorageType", "none"):
         yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
-    found = limits()
+    found = limits(profile)
     most = "no limit on jobs" if found.max_submit is None else f"{found.max_submit} jobs a user"
+    most += f" ({found.in_queue} are in the queue)" * (found.max_submit is not None)
     yield Finding("ok", f"submission: arrays of {found.max_array_size} tasks, {most}")
 
 
@@ -114,15 +144,21 @@ def _accepted(profile: SlurmProfile) -> Finding:
     return Finding("ok", f"{profile.nodes} nodes x {profile.ntasks_per_node} ranks: accepted")
 
 
-def _preemption(settings: dict[str, str], partition: dict[str, str]) -> Iterator[Finding]:
+def _preemption(
+    settings: dict[str, str], partition: dict[str, str], profile: SlurmProfile
+) -> Iterator[Finding]:
     """What happens to a preempted task, and how long it has to save."""
     mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF")).upper()
+    grace = slurm.number(partition.get("GraceTime", "0"), 0)
+    if "qos" in settings.get("PreemptType", "") and (found := qos_records(profile)):
+        grace = int(slurm.seconds_of(found[0]["gracetime"]))
+        own = found[0]["preemptmode"].upper()
+        mode = settings.get("PreemptMode", "OFF").upper() if own in ("", "CLUSTER") else own
     if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
         yield Finding("ok", "preemption: none in this partition")
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
     told = "the user signal" if "send_user_signal" in options else "SIGTERM"
-    grace = slurm.number(partition.get("GraceTime", "0"), 0)
     kill_wait = slurm.number(settings.get("KillWait", ""), 30)
     seconds = grace or kill_wait
     kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
@@ -135,6 +171,19 @@ def _preemption(settings: dict[str, str], partition: dict[str, str]) -> Iterator
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
     yield Finding(
         level, f"preemption ({mode}): {told}, then {seconds} s to finish a step and save ({kind})"
+    )
+
+
+def check_place(folder: Path) -> str | None:
+    """A warning if other machines of the cluster may not see the folder."""
+    while not folder.exists():
+        folder = folder.parent
+    elsewhere = slurm.hosts() - {platform.node().split(".")[0]}
+    if not elsewhere or network_filesystem(folder.resolve()) is not None:
+        return None
+    return (
+        f"warning: result_dir: {folder} is on no network file system; if the nodes do not see it, "
+        "every task fails (python -m launch doctor PROFILE --probe asks them)"
     )
 
 
@@ -193,11 +242,11 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
             yield Finding("error", f"a node shows {value} GPUs, not {profile.gpus_per_node}")
 
 
-def preflight(profile: SlurmProfile, tasks: int) -> tuple[Limits, int, list[str]]:
-    """Before submission: (limits, points per task, what to tell).
+def preflight(profile: SlurmProfile, records: Sequence[Record]) -> tuple[Limits, int, list[str]]:
+    """Before submission of `records`: (limits, points per task, what to tell).
 
     More tasks than the user may submit are made fewer by running several points in each. Raises
-    UserError for what would make every task fail.
+    UserError for what would make every task fail, and if they are too many nevertheless.
     """
     told = []
     for finding in examine(profile):
@@ -205,9 +254,27 @@ def preflight(profile: SlurmProfile, tasks: int) -> tuple[Limits, int, list[str]
             raise UserError(finding.text)
         if finding.level == "warning":
             told.append(f"warning: {finding.text}")
-    found = limits()
+    found = limits(profile)
     per_task = profile.points_per_task
-    if found.max_submit is not None and tasks > found.max_submit * per_task:
-        per_task = -(-tasks // found.max_submit)
-        told.append(f"{per_task} runs per array task: this user may submit {found.max_submit} jobs")
+    if found.max_submit is None or not records:
+        return found, per_task, told
+    free = found.max_submit - found.in_queue
+    run_ids = {record.run_id for record in records}
+    elsewhere = {need for record in records for need in record.needs} - run_ids
+
+    def tasks(per_task: int) -> int:
+        size = found.max_array_size
+        arrays = plan_arrays(records, run_ids, elsewhere, {}, 1, per_task, size)
+        return sum(len(array.tasks) for array in arrays)
+
+    if (least := tasks(len(records))) > free:
+        raise UserError(
+            f"this user may submit {found.max_submit} jobs and has {found.in_queue} in the queue; "
+            f"the sweep needs {least} at the least: wait, or give fewer stages or seeds at once"
+        )
+    if tasks(per_task) > free:
+        per_task = max(per_task, -(-len(records) // free))
+        while tasks(per_task) > free:
+            per_task += 1
+        told.append(f"{per_task} runs per array task: this user may submit {free} more jobs")
     return found, per_task, told

@@ -87,7 +87,7 @@ class Queued:
     seconds: float
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str) -> float:
     days, _, clock = text.rpartition("-")
     parts = [float(part) for part in clock.split(":") if part.replace(".", "").isdigit()]
     total = 0.0
@@ -106,7 +106,7 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
     for line in answer.splitlines():
         task, state, reason, seconds = line.split("|")
         if task.split("_")[0] in wanted:
-            found[task] = Queued(task, state, reason, _seconds(seconds))
+            found[task] = Queued(task, state, reason, seconds_of(seconds))
     return found
 
 
@@ -124,6 +124,27 @@ def partition(name: str | None) -> dict[str, str] | None:
         if fields.get("PartitionName") == name or (name is None and fields.get("Default") == "YES"):
             return fields
     return None
+
+
+def hosts() -> set[str]:
+    """The machines of the cluster's nodes, by the short names of their hosts."""
+    lines = ask("scontrol", "show", "node", "-o")
+    return {name.split(".")[0] for name in re.findall(r"\bNodeHostName=(\S+)", lines)}
+
+
+def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
+    """sacctmgr's records of a kind; none where there is no accounting."""
+    try:
+        answer = ask("sacctmgr", "-nP", "show", kind, "where", *where, f"format={fields}")
+    except SlurmError:
+        return []
+    names = fields.split(",")
+    return [dict(zip(names, line.split("|"), strict=True)) for line in answer.splitlines() if line]
+
+
+def jobs_of_user() -> int:
+    """This user's jobs in the queue, an array's tasks counted one by one."""
+    return len(ask("squeue", "--noheader", "--array", "--me", "--format=%i").splitlines())
 
 
 def number(text: str, missing: int) -> int:

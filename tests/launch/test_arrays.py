@@ -183,8 +183,8 @@ def test_answers_of_slurm() -> None:
     assert slurm.Task.parse(
         line.replace("PreemptTime=None", "PreemptTime=2026-01-02T03:04:00")
     ).preempted
-    assert slurm._seconds("1-02:03:04") == 93784
-    assert slurm._seconds("3:04") == 184
+    assert slurm.seconds_of("1-02:03:04") == 93784
+    assert slurm.seconds_of("3:04") == 184
 
 
 def test_snapshot_is_kept_once_per_content(tmp_path: Path) -> None:
