@@ -4,7 +4,7 @@
     points/RUN_ID.yml     a point's configuration
     jobs/queue.json       the points that workers are to run now, and how many at once
     jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
-    jobs/RUN_ID.failed    why the last attempt failed
+    jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself

@@ -3,8 +3,9 @@
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -28,13 +29,10 @@ _OURS |= {"kill_on_invalid_dep", "job_name", "export", "parsable", "wrap", "wait
 
 def _minutes(value: object) -> object:
     """A time limit in whole minutes, from minutes or SLURM's [D-]HH:MM[:SS]."""
-    if isinstance(value, int) and value > 7 * 24 * 60:
-        # YAML 1.1 reads an unquoted 12:00:00 as 43200, silently.
-        raise ValueError('more than a week of minutes; write times in quotes, as "1-12:00:00"')
     if isinstance(value, str) and not value.isdigit():
         match = _DURATION.fullmatch(value)
         if match is None:
-            raise ValueError('must be minutes, or "HH:MM:SS" or "D-HH:MM:SS" in quotes')
+            raise ValueError("must be minutes, or HH:MM:SS or D-HH:MM:SS")
         d, h, m, s = (int(part or 0) for part in match.groups())
         return max(1, (d * 24 + h) * 60 + m + (s > 0))
     return value
@@ -74,7 +72,9 @@ class Retries(BaseModel):
     preempted: int = Field(default=100, ge=0, description="the scheduler took the nodes")
     timed_out: int = Field(default=100, ge=0, description="the time limit came")
     lost: int = Field(
-        default=5, ge=0, description="attempts that ended without a word: node failures"
+        default=5,
+        ge=0,
+        description="attempts in a row that ended without a word or any progress: node failures",
     )
 
 
@@ -88,7 +88,7 @@ class SlurmProfile(Profile):
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="node features")
     time: Annotated[int, BeforeValidator(_minutes)] = Field(
-        60, ge=1, description='time limit of one attempt: minutes, or "D-HH:MM:SS" in quotes'
+        60, ge=1, description="time limit of one attempt: minutes, or [D-]HH:MM:SS"
     )
     nodes: int = Field(1, ge=1, description="nodes of one run")
     gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node")
@@ -138,6 +138,16 @@ PROFILES: dict[str, type[LocalProfile] | type[SlurmProfile]] = {
 }
 
 
+class _Loader(yaml.SafeLoader):
+    """Without YAML 1.1's numbers to the base 60: a time of 2:30:00 would be 9000."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
+        if number and ":" in node.value:
+            return node.value
+        return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+
+
 def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProfile | SlurmProfile:
     """The profile in `path` (None: the local one); `parallelism` beats the file's.
 
@@ -146,7 +156,8 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProf
     path = path or LOCAL
     if not path.is_file():
         raise UserError(f"profile: no such file: {path}")
-    values = read_yaml(path)
+    read_yaml(path)  # for its errors
+    values = yaml.load(path.read_text(), _Loader)
     kind = values.get("executor")
     if kind not in PROFILES:
         known = ", ".join(PROFILES)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from bip.distributed.preemption import SIGNALS, StopRequest
 
@@ -73,20 +73,36 @@ class Attempt:
         self.profile = json.loads(Path(os.environ[PROFILE]).read_text())
 
     def check_lost(self) -> None:
-        """Raises UserError when attempts that ended without a word have used up their budget."""
+        """Raises UserError when attempts that ended without a word have used up their budget.
+
+        Those count that follow one another without progress: where the time to save is too short,
+        every preemption ends without a word, and periodic saves carry the run on.
+        """
         from bip.errors import UserError
 
-        records = self._records()
-        starts = sum(record["event"] == "start" for record in records)
-        ends = sum(
-            record["event"] == "end" and not record["cause"].startswith("rank lost")
-            for record in records
-        )
-        if starts - ends > (allowed := self.profile["retries"]["lost"]):
+        silent, begun, is_open = 0, 0, False
+        for record in [*self._records(), {"event": "start", "step": self._saved_step()}]:
+            if record["event"] == "start":
+                silent = 0 if record["step"] > begun else silent + is_open
+                begun, is_open = record["step"], True
+            elif record["event"] == "end":
+                is_open = record["cause"].startswith("rank lost")
+            elif record["event"] == "lost":  # task.sh took its error for that of a failed node
+                is_open = True
+        if silent > (allowed := self.profile["retries"]["lost"]):
             raise UserError(
-                f"{starts - ends} attempts ended without a word (nodes failed, or the memory did "
-                f"not suffice); the profile's retries.lost is {allowed}"
+                f"{silent} attempts ended without a word and without progress (nodes failed, or "
+                f"the memory did not suffice); the profile's retries.lost is {allowed}"
             )
+
+    def _saved_step(self) -> int:
+        from bip.files import read_json
+
+        assert self.run_folder is not None
+        manifest = read_json(self.run_folder / "checkpoint" / "manifest.json")
+        return max(
+            (saved["step"] for saved in (manifest or {"checkpoints": []})["checkpoints"]), default=0
+        )
 
     def requeue(self, signal_name: str) -> NoReturn:
         """Have the task requeued if its cause has budget left, and wait for the end."""
@@ -166,13 +182,21 @@ class Attempt:
             return "timed_out"
         return "requeued" if task.restarts > restarts else "preempted"
 
-    def _records(self) -> list[dict[str, str]]:
-        """What attempts.jsonl tells since the array was submitted."""
+    def _records(self) -> list[dict[str, Any]]:
+        """What attempts.jsonl and the notes set aside tell since the array was submitted."""
+        from datetime import UTC, datetime
+
         from bip.files import read_jsonl
 
         assert self.run_folder is not None
         since = os.environ.get(SUBMITTED, "")
-        return [r for r in read_jsonl(self.run_folder / "attempts.jsonl") if r["time"] >= since]
+        records = list(read_jsonl(self.run_folder / "attempts.jsonl"))
+        for note in read_jsonl(self.sweep.jobs / f"{self.run_id}.failed.before"):
+            time = datetime.fromtimestamp(note.get("time", 0), UTC).isoformat(
+                timespec="milliseconds"
+            )
+            records.append({"event": "lost", "time": time})
+        return sorted((r for r in records if r["time"] >= since), key=lambda r: str(r["time"]))
 
     def _record(self, event: str, cause: str, by: str) -> None:
         from datetime import UTC, datetime

@@ -60,7 +60,9 @@ requeue() { # returns, with $reason, only if SLURM will not run this task again
 }
 
 nodes_answer() { # whether a step still starts on every node of the task
-  timeout 60 srun --overlap --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true
+  local probe=(timeout 60 srun --overlap --ntasks-per-node=1)
+  probe+=(--nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" true)
+  "${probe[@]}" || { sleep 20; "${probe[@]}"; }
 }
 
 run_step() {
@@ -75,9 +77,13 @@ run_step() {
       return "$code"
       ;;
   esac
-  if ((${SLURM_NNODES:-1} > 1)) && ! nodes_answer; then
+  # What the ranks say of a spent budget is final, or a cluster where no step starts would loop.
+  if ((${SLURM_NNODES:-1} > 1)) && ! grep -qs retries.lost "${note-}" && ! nodes_answer; then
     # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
-    [[ -z ${note-} ]] || rm -f "$note"
+    if [[ -e ${note-} ]]; then # set aside: counted with the attempts that were lost
+      { tr -d '\n' <"$note" && echo; } >>"$note.before"
+      rm "$note"
+    fi
     sleep 600
     requeue
   fi
@@ -85,7 +91,7 @@ run_step() {
 }
 
 run_points() {
-  local folder=$1 list=$2 point failed=0 code note
+  local folder=$1 list=$2 point failed=0 code note err
   shift 2
   for point in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
     note=$folder/jobs/$point.failed
@@ -98,7 +104,8 @@ run_points() {
     if [[ -z $reason ]] && is_over "$(scontrol show job -o "$(task_name)")"; then
       reason="cancelled; $(how_to_go_on)"
     fi
-    reason=${reason:-exit code $code of srun; see $point.log}
+    err=slurm/${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.err
+    reason=${reason:-exit code $code of srun; see $point.log, and $err in $folder/jobs}
     echo "{\"reason\": \"${reason//[\"\\]/}\"}" >"$note.new"
     mv "$note.new" "$note"
   done

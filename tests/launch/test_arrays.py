@@ -126,7 +126,7 @@ def test_profiles_load(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("time: 12:00:00", "time: more than a week of minutes"),
+        ("sbatch: {time: 1}\npartition: a\npartition: b", "key 'partition' is written twice"),
         ("time: soon", "time: must be minutes"),
         ("sbatch: {partition: x}", "sbatch: partition is a key of the profile"),
         ("sbatch: {array: 0-3}", "sbatch: array is set by the launcher"),
@@ -151,6 +151,19 @@ def test_time_limits() -> None:
     assert [minutes(t) for t in (90, "90", "1:30:00", "1-00:00:00", "00:00:30")] == [
         90, 90, 90, 1440, 1,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ('"2:30"', 150), ("90", 90)],
+)
+def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
+    """YAML 1.1 reads 2:30:00 as 9000, a number to the base 60."""
+    path = tmp_path / "p.yml"
+    path.write_text(f"executor: slurm\ntime: {text}\nenv: {{CLOCK: 1:30}}\n")
+    profile = load_profile(path)
+    assert isinstance(profile, SlurmProfile)
+    assert (profile.time, profile.env) == (minutes, {"CLOCK": "1:30"})
 
 
 def test_what_sbatch_is_told(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_json, read_jsonl
 from launch.ledger import Sweep
 from launch.profile import SlurmProfile
+from launch.rank import Attempt
 from launch.slurm import Task
 from tests.launch.conftest import ROOT
 
@@ -195,6 +197,76 @@ def test_a_refused_requeue_counts_once_and_ends_with_the_batch_script(fake: Fake
 def test_whatever_goes_wrong_after_the_save_the_batch_script_requeues(fake: FakeSlurm) -> None:
     (fake.run / "attempts.jsonl").mkdir()  # stands for a full disk: nothing can be appended
     assert fake.rank() == os.EX_TEMPFAIL
+
+
+def lost_budget(fake: FakeSlurm, *records: dict[str, Any], saved: int = 0) -> str | None:
+    """What check_lost raises, with retries.lost: 2."""
+    fake.profile(retries={"lost": 2})
+    (fake.run / "attempts.jsonl").unlink(missing_ok=True)
+    for at, record in enumerate(records):
+        append_jsonl(
+            fake.run / "attempts.jsonl", {"time": f"1970-01-01T00:00:{at:02}.000"} | record
+        )
+    (fake.run / "checkpoint").mkdir(exist_ok=True)
+    manifest = {"format": 1, "checkpoints": [{"step": saved}]}
+    atomic_write_json(fake.run / "checkpoint" / "manifest.json", manifest)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BIP_PROFILE", fake.env["BIP_PROFILE"])
+        attempt = Attempt(fake.sweep, "run")
+        attempt.run_folder = fake.run
+        try:
+            attempt.check_lost()
+        except UserError as error:
+            return str(error)
+    return None
+
+
+def start(step: int) -> dict[str, Any]:
+    return {"event": "start", "step": step}
+
+
+def end(cause: str) -> dict[str, Any]:
+    return {"event": "end", "cause": cause}
+
+
+def test_only_silent_attempts_without_progress_use_up_the_budget(fake: FakeSlurm) -> None:
+    """Hard preemptions between periodic saves never do."""
+    assert lost_budget(fake, *(start(10 * at) for at in range(9)), saved=90) is None
+    assert lost_budget(fake, start(5), start(5), saved=5) is None
+    told = "3 attempts ended without a word and without progress"
+    assert told in (lost_budget(fake, start(5), start(5), start(5), saved=5) or "")
+    assert lost_budget(fake, start(5), start(5), start(5), saved=6) is None
+    assert lost_budget(fake, start(5), start(5), start(5), end("SIGTERM"), saved=5) is None
+    assert told in (lost_budget(fake, *3 * [start(5), end("rank lost: 1")], saved=5) or "")
+
+
+def test_errors_taken_for_a_failed_node_count_and_keep_their_reason(fake: FakeSlurm) -> None:
+    fake.command(
+        "srun", "#!/bin/bash\n[[ $* != *overlap* ]] || echo probe >>${0%/*}/calls\nexit 1\n"
+    )
+    fake.refuses("Job is pending execution")
+    aside = fake.sweep.jobs / "run.failed.before"
+    step = f"source {ROOT}/slurm/task.sh; note={fake.sweep.failure_path('run')} run_step true"
+    for at in range(3):
+        atomic_write_json(fake.sweep.failure_path("run"), {"reason": f"bug {at}", "time": at})
+        subprocess.run(["bash", "-c", step], env=fake.env | {"SLURM_NNODES": "2"}, check=False)
+    assert [note["reason"] for note in read_jsonl(aside)] == ["bug 0", "bug 1", "bug 2"]
+    assert fake.note() is None
+    assert fake.calls("probe") == 6, "one failed probe is not taken for a failed node"
+    attempts = [record for _ in range(3) for record in (start(5), end("error: bug"))]
+    times = [{"time": f"1970-01-01T00:00:0{at}.000+00:00"} for at in (0, 0, 1, 1, 2, 2)]
+    told = lost_budget(fake, *(a | t for a, t in zip(attempts, times, strict=True)), saved=5)
+    assert "the profile's retries.lost is 2" in (told or "")
+    fake.sweep.fail("run", str(told))
+    subprocess.run(["bash", "-c", step], env=fake.env | {"SLURM_NNODES": "2"}, check=False)
+    assert fake.note() == told, "which is final, whatever the nodes answer"
+
+
+def test_a_failure_without_words_names_both_logs(fake: FakeSlurm) -> None:
+    assert fake.batch(1) == 1
+    assert fake.note() == (
+        f"exit code 1 of srun; see run.log, and slurm/7_0_0_log.err in {fake.sweep.folder}/jobs"
+    )
 
 
 def test_a_spent_budget_names_its_key(fake: FakeSlurm) -> None:
