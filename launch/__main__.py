@@ -140,7 +140,7 @@ def run(
             return 0
         at_once = f"at most {profile.parallelism} at once"
         print(f"{len(run_ids)} runs, {at_once}, in {sweep.folder}", flush=True)
-        rows = wait(sweep, run_ids, _console())
+        rows = wait(sweep, run_ids, _console(), isinstance(profile, SlurmProfile))
     except KeyboardInterrupt:
         print(f"\nThe runs go on. To look again: {look_again}")
         return 130
@@ -296,6 +296,8 @@ def show_status(argv: list[str]) -> int:
         print(as_json(rows))
     else:
         show(rows, Path(folders[0]))
+        if any(row.state in ("failed", "blocked") for row in rows):
+            print(f"to run what is missing: python -m launch resume {folders[0]}")
     return 0
 
 

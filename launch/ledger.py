@@ -33,6 +33,7 @@ from launch.series import STAGES, Point, check_same_source
 VERSION = 1
 StateName = Literal["waiting", "running", "done", "failed", "blocked"]
 FINAL: tuple[StateName, ...] = ("done", "failed", "blocked")
+LEFT_QUEUE = "its task left SLURM's queue"
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,15 @@ class Sweep:
         self,
         records: Collection[Record],
         queued: Mapping[str, State] | None = None,
-        submitted: Collection[str] = (),
+        submitted: Mapping[str, str] | None = None,
     ) -> dict[str, State]:
         """The state of every point. A point is blocked when a point that it needs cannot finish.
 
-        `queued` tells of points in SLURM's queue; those of `submitted` that are not there have
-        left it. With None that is not known.
+        `queued` tells of points in SLURM's queue; those of `submitted` (RUN_ID -> array task) that
+        are not there have left it. With None that is not known.
         """
-        lost: Collection[str] = () if queued is None or self.live_workers() else submitted
+        submitted = submitted or {}
+        lost = {} if queued is None or self.live_workers() else submitted
         states: dict[str, State] = {}
         # Stage order: what a point needs comes before it.
         for record in records:
@@ -283,7 +285,8 @@ class Sweep:
             elif stuck:
                 state = State("blocked", f"needs {stuck[0]}, which {states[stuck[0]].name}")
             elif record.run_id in lost:
-                state = State("failed", "its task left SLURM's queue without a result")
+                err = f"jobs/slurm/{submitted[record.run_id]}_0_log.err"
+                state = State("failed", f"{LEFT_QUEUE} without a result; see {err}")
             else:
                 state = State("waiting")
             states[record.run_id] = state

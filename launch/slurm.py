@@ -100,8 +100,10 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
     """The tasks of these array jobs that are waiting or running, by name; one squeue call."""
     if not (wanted := set(jobs)):
         return {}
-    # All of the user's jobs: a list of IDs fails as soon as one of them is unknown.
-    answer = ask("squeue", "--noheader", "--array", "--me", "--format=%F_%K|%T|%r|%M")
+    # Not those of this user: a colleague may look. Asked for one ID alone, squeue takes an unknown
+    # one, as of a job that ended, for an error.
+    names = ",".join([*sorted(wanted), min(wanted)])
+    answer = ask("squeue", "--noheader", "--array", f"--jobs={names}", "--format=%F_%K|%T|%r|%M")
     found = {}
     for line in answer.splitlines():
         task, state, reason, seconds = line.split("|")

@@ -3,26 +3,30 @@
 import sys
 import time
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from launch.arrays import arrays_file
-from launch.ledger import FINAL, Sweep
+from launch.ledger import FINAL, LEFT_QUEUE, Sweep
 from launch.status import Row, epochs, status, summary
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 5.0
 # Workers need a moment to start; after this long without one, nothing more will happen.
 DEAD_SECONDS = 30.0
+# A task may be out of the queue for a moment (a controller that restarts, a result on its way).
+LEFT_SECONDS = 60.0
 # Workers look around every quarter of a second.
 LEAVING_SECONDS = 5.0
 
 
-def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
-    """Watch until every point is done, failed or blocked, or no worker is left.
+def wait(
+    sweep: Sweep, run_ids: Collection[str], console: Console, by_slurm: bool = False
+) -> list[Row]:
+    """Watch until every point is done, failed or blocked, or no (local) worker is left.
 
     Returns the final rows.
     """
@@ -35,7 +39,7 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console) -> list[Row]:
     )
     overall = progress.add_task(sweep.folder.name, total=len(rows))
     with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
-        for rows in _polls(sweep, run_ids):
+        for rows in _polls(sweep, run_ids, by_slurm):
             for row in rows:
                 if row.state in FINAL and row.run_id not in told:
                     told.add(row.run_id)
@@ -60,12 +64,30 @@ def _let_workers_leave(sweep: Sweep) -> None:
         time.sleep(POLL_SECONDS / 10)
 
 
-def _polls(sweep: Sweep, run_ids: Collection[str]) -> Iterator[list[Row]]:
+def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
+    """Rows whose tasks have left the queue only just, and what they block, as waiting.
+
+    `since` keeps when (monotonic) each was first seen so.
+    """
+    left = {row.run_id for row in rows if row.reason.startswith(LEFT_QUEUE)}
+    now = time.monotonic()
+    for run_id in [run_id for run_id in since if run_id not in left]:
+        del since[run_id]
+    hasty = {run_id for run_id in left if now - since.setdefault(run_id, now) < LEFT_SECONDS}
+    return [
+        replace(row, state="waiting", reason="")
+        if row.run_id in hasty or (hasty and row.state == "blocked")
+        else row
+        for row in rows
+    ]
+
+
+def _polls(sweep: Sweep, run_ids: Collection[str], by_slurm: bool) -> Iterator[list[Row]]:
     """The rows, again and again until all are final."""
     alive = time.monotonic()
-    by_slurm = arrays_file(sweep).exists()
+    since: dict[str, float] = {}
     while True:
-        rows = status(sweep.folder, run_ids)
+        rows = _without_hasty(status(sweep.folder, run_ids), since)
         yield rows
         if all(row.state in FINAL for row in rows):
             return

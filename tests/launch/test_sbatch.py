@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from bip.errors import UserError
 from bip.files import read_jsonl
@@ -14,7 +15,8 @@ from launch.arrays import cancel, submit_arrays
 from launch.ledger import Sweep
 from launch.profile import SlurmProfile, load_profile
 from launch.series import make_plan
-from launch.status import status
+from launch.status import Row, status
+from launch.watch import wait
 from tests.launch.conftest import DIGITS
 
 SBATCH = """#!/bin/bash
@@ -29,6 +31,7 @@ echo "Submitted batch job $((100 + number))"
 # The lines of queue-1, queue-2 ... in turn; then those of `queue`.
 SQUEUE = """#!/bin/bash
 cd "$(dirname "$0")"
+echo "$@" >squeue-args
 first=$(ls queue-* 2>/dev/null | head -n 1)
 cat "${first:-queue}"
 [[ -z $first ]] || rm "$first"
@@ -211,6 +214,48 @@ def test_what_needs_a_point_that_is_left_out_gets_no_dead_chain(sweep: Sweep, bi
     told: list[str] = []
     assert submit(sweep, told) == []
     assert told == ["left out (3): still in task 101_0; resume when it has ended"]
+
+
+def test_status_of_what_left_the_queue_says_where_to_look_and_how_to_go_on(
+    sweep: Sweep, bin: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(sweep)
+    assert main(["status", str(sweep.folder)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "left SLURM's queue without a result; see jobs/slurm/101_0_0_log.err" in told
+    assert told.endswith(f"python -m launch resume {sweep.folder}")
+    # Any colleague's look finds the jobs; squeue fails for one unknown ID, but not for two.
+    assert "--jobs=101,102,101" in (bin / "squeue-args").read_text()
+    assert "--me" not in (bin / "squeue-args").read_text()
+
+
+def test_one_look_at_the_queue_does_not_end_the_watch(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen as gone three times, then all are there, then done."""
+    monkeypatch.setattr("launch.watch.SLURM_POLL_SECONDS", 0.01)
+    submit(sweep)
+    run_ids = [record.run_id for record in sweep.records()]
+    looks = []
+
+    def look(*_: object) -> list[Row]:
+        looks.append(status(sweep.folder))
+        if len(looks) == 3:
+            lines = "".join(f"{task}|RUNNING|None|1:00\n" for task in ("101_0", "102_0", "102_1"))
+            (bin / "queue").write_text(lines)
+        if len(looks) == 5:
+            for run_id in run_ids:
+                finish(sweep, run_id)
+        return looks[-1]
+
+    monkeypatch.setattr("launch.watch.status", look)
+    rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+    assert [row.state for row in looks[1]] == ["failed", "blocked", "blocked"]
+    assert [row.state for row in rows] == ["done"] * 3
+    monkeypatch.setattr("launch.watch.LEFT_SECONDS", 0.05)
+    monkeypatch.setattr("launch.watch.status", lambda *_: looks[1])
+    rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+    assert [row.state for row in rows] == ["failed", "blocked", "blocked"]
 
 
 def test_a_local_sweep_is_not_cancelled_through_slurm(
