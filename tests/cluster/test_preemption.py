@@ -54,9 +54,13 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], Cluster]:
 def test_user_signal_without_requeueing_by_slurm_in_chunks(
     patient: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
 ) -> None:
-    """`send_user_signal`, JobRequeue=0, three points in arrays of at most two tasks."""
+    """`send_user_signal`, JobRequeue=0, three points in arrays of at most two tasks.
+
+    Within the GraceTime SLURM requeues nothing itself: the batch script has to.
+    """
     cluster = on(patient)
-    sweep = ClusterSweep(cluster, tmp_path / "out", parallelism=2, nodes=1, ntasks_per_node=2)
+    facts = {"parallelism": 2, "nodes": 1, "ntasks_per_node": 2, "requeue_by": "batch"}
+    sweep = ClusterSweep(cluster, tmp_path / "out", **facts)
     line = ("--series", "0.5,0.2,0.1", "--source-net", source)
     assert sweep.series("Digits/bip.yml", *line, *LONG) == 0
     assert [len(array["tasks"]) for array in sweep.arrays()] == [2, 1]
@@ -68,6 +72,7 @@ def test_user_signal_without_requeueing_by_slurm_in_chunks(
     for run_id in struck:
         (end,) = [r for r in sweep.attempts(run_id, "end") if r["cause"] != "finished"]
         assert end["cause"] == "SIGUSR2"
+        assert [r["by"] for r in sweep.attempts(run_id, "requeue")] == ["batch"]
         assert_story(sweep.attempts(run_id))
         config = sweep.points()[run_id]
         assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
@@ -76,9 +81,9 @@ def test_user_signal_without_requeueing_by_slurm_in_chunks(
 def test_no_grace_and_a_finished_run_that_is_requeued(
     cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
 ) -> None:
-    """GraceTime=0 and 2 s to KillWait; the batch script requeues; then a requeue after the end."""
+    """GraceTime=0 and 2 s to KillWait; then a requeue after the end."""
     on(cluster)
-    sweep = ClusterSweep(cluster, tmp_path / "out", requeue_by="batch")
+    sweep = ClusterSweep(cluster, tmp_path / "out")
     line = ("--series", "0.2", "--source-net", source, "--checkpoint-minutes", 0.01)
     assert sweep.series("Digits/bip.yml", *line, *LONG) == 0
     (run_id,) = sweep.points()
@@ -250,14 +255,15 @@ for number in range(20):
 
 
 def test_the_template_without_the_launcher(
-    cluster: Cluster,
+    patient: Cluster,
     on: Callable[[Cluster], Cluster],
     tmp_path: Path,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """series.sbatch as a user gives it to sbatch; both tasks are preempted and go on."""
-    on(cluster)
+    """series.sbatch as a user gives it to sbatch; both tasks are preempted, requeue themselves and
+    go on."""
+    cluster = on(patient)
     monkeypatch.setenv("SERIES", "0.5 0.2")
     monkeypatch.setenv("PYTHON", sys.executable)
     node = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=10", "--time=10"]
