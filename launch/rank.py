@@ -130,7 +130,7 @@ class Attempt:
             task = slurm.show_task(name)
         except slurm.SlurmError:
             task = None
-        if task is not None and task.ended:
+        if task is not None and task.ended and task.restarts <= restarts:
             self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
         cause = self._cause(task, restarts, signal_name)
         used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())

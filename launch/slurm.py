@@ -48,7 +48,7 @@ class Task:
     state: str
     restarts: int
     preempted: bool
-    ended: bool  # for good: cancelled, or preempted where PreemptMode is CANCEL
+    ended: bool  # unless requeued: cancelled, or preempted where PreemptMode is CANCEL
     end: float | None  # of the time limit, Unix seconds
 
     @classmethod
@@ -60,7 +60,8 @@ class Task:
         preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "")
         state = fields["JobState"]
         # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that
-        # SLURM has requeued (which has no end) and one that reached its limit.
+        # SLURM has requeued (only `restarts` tells it, after a node failure) and one that reached
+        # its limit.
         ended = state in ("CANCELLED", "PREEMPTED", "COMPLETING") and end is not None
         ended = ended and fields.get("Reason") != "TimeLimit"
         return cls(state, int(fields.get("Restarts", 0)), preempted, ended, end)

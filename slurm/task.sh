@@ -19,9 +19,9 @@ task_name() { # never the bare ID of an array: scontrol takes that for all its t
 
 is_over() { # whether SLURM has ended this task for good; $1 is what `scontrol show job -o` says
   # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that SLURM has
-  # requeued (which has no end) and one that reached its limit.
-  [[ $1 =~ JobState=(CANCELLED|PREEMPTED|COMPLETING) && $1 =~ \ EndTime=[0-9] &&
-    $1 != *Reason=TimeLimit* ]]
+  # requeued (Restarts tells it, also after a node failure) and one that reached its limit.
+  [[ $1 == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $1 =~ \ EndTime=[0-9] &&
+    $1 =~ JobState=(CANCELLED|PREEMPTED|COMPLETING) && $1 != *Reason=TimeLimit* ]]
 }
 
 how_to_go_on() {

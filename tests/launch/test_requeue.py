@@ -20,6 +20,7 @@ from tests.launch.conftest import ROOT
 # What SLURM 22.05 says of a task that runs, was requeued, reached its limit or was cancelled.
 RUNNING = "JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00 PreemptTime=None "
 REQUEUED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=Unknown PreemptTime=None "
+NODE_FAILED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=2099-01-01T00:00:00 "
 AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=0 EndTime=2026-01-01T00:00:00 "
 CANCELLED = "JobState=COMPLETING Reason=None Restarts=0 EndTime=2026-01-01T00:00:00 "
 
@@ -171,11 +172,15 @@ def test_no_answer_for_ever_is_told(fake: FakeSlurm) -> None:
     assert "refuses to requeue (Unable to contact slurm controller)" in (fake.note() or "")
 
 
-def test_a_task_that_slurm_has_requeued_is_left_alone(fake: FakeSlurm) -> None:
-    fake.says(REQUEUED)
+@pytest.mark.parametrize("answer", [REQUEUED, NODE_FAILED])
+def test_a_task_that_slurm_has_requeued_is_left_alone(fake: FakeSlurm, answer: str) -> None:
+    fake.says(answer)
     fake.batch(143)
     assert fake.calls("requeue") == 0
     assert fake.calls("sleep 900") == 1
+    assert fake.rank() == os.EX_TEMPFAIL
+    assert fake.note() is None
+    assert fake.calls("requeue") == 0
 
 
 def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlurm) -> None:
