@@ -175,12 +175,11 @@ def test_no_answer_for_ever_is_told(fake: FakeSlurm) -> None:
 @pytest.mark.parametrize("answer", [REQUEUED, NODE_FAILED])
 def test_a_task_that_slurm_has_requeued_is_left_alone(fake: FakeSlurm, answer: str) -> None:
     fake.says(answer)
+    assert fake.rank() == os.EX_TEMPFAIL
+    assert fake.note() is None
     fake.batch(143)
     assert fake.calls("requeue") == 0
     assert fake.calls("sleep 900") == 1
-    assert fake.rank() == os.EX_TEMPFAIL
-    assert fake.note() is None
-    assert fake.calls("requeue") == 0
 
 
 def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlurm) -> None:
