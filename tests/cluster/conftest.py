@@ -27,6 +27,15 @@ def cluster_sh(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One cluster test at a time (`--dist loadgroup`): two would take each other's seconds."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(1500))
+
+
 class Cluster:
     """A cluster that runs in `directory` until `down`.
 
@@ -80,10 +89,10 @@ class Cluster:
         records = self.run("sacct", "-DXnP", "--jobs", job, "--format", field)
         return records.splitlines()
 
-    def wait_for_state(self, job: str, state: str, seconds: float = 90) -> None:
+    def wait_for_state(self, job: str, state: str, seconds: float = 240) -> None:
         self.wait(lambda: self.job(job)["JobState"] == state, f"job {job} is {state}", seconds)
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 90) -> None:
+    def wait(self, condition: Callable[[], Any], what: str, seconds: float = 240) -> None:
         """Poll until the condition holds; fail with the queue and the nodes if it never does."""
         deadline = time.monotonic() + seconds
         while not condition():

@@ -74,7 +74,7 @@ class ClusterSweep:
     def log(self, run_id: str) -> str:
         return (self.folder / "jobs" / f"{run_id}.log").read_text()
 
-    def wait(self, condition: Any, what: str, seconds: float = 150) -> None:
+    def wait(self, condition: Any, what: str, seconds: float = 400) -> None:
         """Poll; a point that failed ends the test at once."""
 
         def met() -> bool:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -213,7 +214,8 @@ def test_a_start_that_fails_leaves_nothing(
 def test_an_interrupted_start_leaves_nothing(cluster: Cluster) -> None:
     folder = cluster.directory.with_name("interrupted")
     command = [str(CLUSTER_SH), "up", "--dir", str(folder)]
-    up = subprocess.Popen(command, start_new_session=True)
+    default = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job of `&` ignores it
+    up = subprocess.Popen(command, start_new_session=True, preexec_fn=default)
     cluster.wait((folder / "run" / "munged.pid").exists, "a daemon has started")
     os.killpg(up.pid, signal.SIGINT)
     up.wait(30)

@@ -116,7 +116,7 @@ def test_time_limit_is_a_save_and_a_requeue_until_the_budget_is_spent(
     assert sweep.series("Digits/bip.yml", *line) == 0
     (run_id,) = sweep.points()
     note = sweep.folder / "jobs" / f"{run_id}.failed"
-    cluster.wait(note.exists, "the second time-out", 240)
+    cluster.wait(note.exists, "the second time-out", 500)
     assert "timed_out 2 times; the profile's retries.timed_out is 1" in note.read_text()
     ends, starts = sweep.attempts(run_id, "end"), sweep.attempts(run_id, "start")
     assert [end["cause"] for end in ends] == ["SIGUSR2", "SIGUSR2"]
@@ -249,7 +249,7 @@ for number in range(20):
     meet = f"PYTHONPATH={ROOT} srun --kill-on-bad-exit=1 {sys.executable} {tmp_path}/meet.py"
     job = cluster.submit(meet, "--array=0-1", "--nodelist=n1", "--ntasks=2", "--mem-per-cpu=10",
                          f"--output={tmp_path}/%a.log")  # fmt: skip
-    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), "all have met", 150)
+    cluster.wait(lambda: not cluster.run("squeue", "-h", "-j", job), "all have met", 300)
     logs = "".join(path.read_text() for path in tmp_path.glob("*.log"))
     assert len(list(tmp_path.glob("met-*"))) == 4, logs
 
@@ -280,10 +280,10 @@ def test_the_template_without_the_launcher(
     def log() -> str:
         return "".join(path.read_text() for path in tmp_path.glob("*.log"))
 
-    cluster.wait(lambda: all(map(attempts, runs)), "both have begun", 60)
+    cluster.wait(lambda: all(map(attempts, runs)), "both have begun", 240)
     high(cluster, 1)
     done = [config.run_folder / "result.json" for config in runs]
-    cluster.wait(lambda: all(path.exists() for path in done), log(), 150)
+    cluster.wait(lambda: all(path.exists() for path in done), log(), 400)
     for config in runs:
         assert interrupted(attempts(config)) >= 1
         assert_story(attempts(config))

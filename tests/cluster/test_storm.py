@@ -63,7 +63,7 @@ class Storm:
         seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
         minutes = int(seconds[-2]) + 1
         self.cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={minutes}")
-        self.cluster.wait(lambda: self.cluster.job(task)["JobState"] != "RUNNING", "its end", 120)
+        self.cluster.wait(lambda: self.cluster.job(task)["JobState"] != "RUNNING", "its end", 240)
         self.cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
 
     def victim(self) -> str:
@@ -126,7 +126,7 @@ def test_five_values_in_a_storm(
 ) -> None:
     for name, value in env_for(stormy).items():
         monkeypatch.setenv(name, value)
-    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 500)
+    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 1200)
 
 
 @pytest.mark.storm
