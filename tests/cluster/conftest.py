@@ -27,6 +27,7 @@ def cluster_sh(*arguments: object, **environment: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One cluster test at a time (`--dist loadgroup`): two would take each other's seconds."""
     for item in items:
