@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# One thread a process: two test processes share the cores, one of them with all cluster tests.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup "$@"
+# One thread a process: two test processes share the cores.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
