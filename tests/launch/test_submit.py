@@ -160,6 +160,8 @@ def test_ctrl_c_leaves_the_runs_going(fake: FakeSweep) -> None:
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # its own process group, as on a terminal
+        # A job of a shell's `&` ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until(lambda: fake.events("start"))
     os.killpg(launcher.pid, signal.SIGINT)
