@@ -327,7 +327,7 @@ def nearest_multiple(value: int, factor: int) -> int:
     return max(1, math.floor(value / factor + 0.5)) * factor
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -338,10 +338,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
     """A YAML file's top-level mapping. Raises UserError naming the file."""
     try:
-        values = yaml.load(path.read_text(), _UniqueKeyLoader)
+        values = yaml.load(path.read_text(), loader)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:

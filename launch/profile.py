@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from bip.config import read_yaml
+from bip.config import UniqueKeyLoader, read_yaml
 from bip.errors import UserError
 from bip.flags import nearest, one_line
 
@@ -138,7 +138,7 @@ PROFILES: dict[str, type[LocalProfile] | type[SlurmProfile]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(UniqueKeyLoader):
     """Without YAML 1.1's numbers to the base 60: a time of 2:30:00 would be 9000."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -156,8 +156,7 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProf
     path = path or LOCAL
     if not path.is_file():
         raise UserError(f"profile: no such file: {path}")
-    read_yaml(path)  # for its errors
-    values = yaml.load(path.read_text(), _Loader)
+    values = read_yaml(path, _Loader)
     kind = values.get("executor")
     if kind not in PROFILES:
         known = ", ".join(PROFILES)

@@ -96,16 +96,23 @@ class Group:
         return box[0]
 
     def ask_first(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank. Its UserError is raised on every rank."""
-        answer: tuple[Any, str | None] = (None, None)
+        """What `call` returns on rank 0, on every rank.
+
+        What it raises is raised on rank 0; on the others a UserError likewise, anything else as a
+        RankError that tells of it.
+        """
+        value: Any = None
+        problem: Exception | None = None
         if self.is_first:
             try:
-                answer = (call(), None)
-            except UserError as error:
-                answer = (None, str(error))
-        value, problem = self.from_first(answer)
+                value = call()
+            except Exception as error:
+                problem = error
+        value, known, told = self.from_first((value, *_in_words(problem)))
         if problem is not None:
-            raise UserError(problem)
+            raise problem
+        if told is not None:
+            raise UserError(told) if known else RankError(f"{told} (rank 0)")
         return value  # type: ignore[no-any-return]
 
     def all_objects(self, value: Any) -> list[Any]:
@@ -127,11 +134,9 @@ class Group:
             yield
         except Exception as error:
             problem = error
-        known = isinstance(problem, UserError)
-        text = str(problem) if known else problem and f"{type(problem).__name__}: {problem}"
-        for rank, (is_known, told) in enumerate(self.all_objects((known, text))):
+        for rank, (is_known, told) in enumerate(self.all_objects(_in_words(problem))):
             if told is not None:
-                if problem is not None and not known:
+                if problem is not None and not isinstance(problem, UserError):
                     raise problem
                 message = told if self.world == 1 else f"{told} (rank {rank})"
                 raise UserError(message) if is_known else RankError(message)
@@ -143,6 +148,13 @@ class Group:
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _in_words(problem: Exception | None) -> tuple[bool, str | None]:
+    """(whether it is a UserError, what to tell the other ranks of it)."""
+    if problem is None or isinstance(problem, UserError):
+        return True, None if problem is None else str(problem)
+    return False, f"{type(problem).__name__}: {problem}"
 
 
 def wrap(network: nn.Module, device: torch.device) -> DistributedDataParallel:

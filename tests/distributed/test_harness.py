@@ -130,6 +130,23 @@ def bug_on_last(group: Group) -> str:
     return "none"
 
 
+def bug_in_the_answer(group: Group) -> str:
+    def call() -> None:
+        raise KeyError("a bug")
+
+    try:
+        group.ask_first(call)
+    except (KeyError, errors.RankError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
+
+
+def test_a_bug_in_the_answer_of_rank_0_leaves_nobody_waiting() -> None:
+    own, *others = run_ranks(3, bug_in_the_answer)
+    assert own == "KeyError: 'a bug'"
+    assert others == ["RankError: KeyError: 'a bug' (rank 0)"] * 2
+
+
 def problem_on_first(group: Group) -> str:
     def call() -> int:
         if group.rank:
