@@ -122,7 +122,7 @@ class Run:
         with group.together():
             self.data = self._open_data()
             self.network = self._build_network()
-        compare_starts({"data": self.data.identity, "loader": self.data.loader}, group)
+        compare_starts(self.data.identity | {"loader": self.data.loader}, group)
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
@@ -329,11 +329,13 @@ class Run:
                 f"resume: {where} was written by a run with other settings: "
                 f"{difference(self.config, state['config'])}"
             )
-        if state.get("data", self.data.identity) != self.data.identity:
-            raise UserError(
-                f"data_dir: the run was trained on {state['data']}; {self.config.data_dir} holds "
-                f"{self.data.identity}; put the data back, or give another --exp-name"
-            )
+        before, now = state.get("data", {}), self.data.identity
+        for name in before.keys() & now.keys():  # a folder and an LMDB of it may take turns
+            if before[name] != now[name]:
+                raise UserError(
+                    f"data_dir: the run was trained on {before[name]}; {self.config.data_dir} "
+                    f"holds {now[name]}; put the data back, or give another --exp-name"
+                )
         check_same_source(self.config, state["source_sha256"], self.source_sha256)
         self.source_sha256 = state["source_sha256"]
         return state

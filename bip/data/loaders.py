@@ -42,14 +42,14 @@ class Data:
         channels, image_dim: shape of an image, (channels, image_dim, image_dim).
         eval_batch: images of one evaluation batch on this rank.
         loader: which one it is, where "auto" was asked for.
-        identity: what tells these images from others: their number, classes, and digest of what
-            the stores say of themselves.
+        identity: what tells these images from others, by name: their numbers and classes,
+            whatever the loader, and of LMDB stores a digest of their totals.
     """
 
     def __init__(
         self,
         *,
-        identity: str,
+        identity: dict[str, str],
         loader: Loader,
         spec: DatasetSpec,
         image_dim: int,
@@ -239,7 +239,7 @@ def open_data(
     if loader == "auto":  # whichever is there
         loader = "folder" if isinstance(train, FolderStore) else "lmdb"
     return Data(
-        identity=f"train {_identity(train)}, test {_identity(test)}",
+        identity=_identity(train, test),
         loader=loader,
         spec=spec,
         image_dim=dim,
@@ -265,14 +265,18 @@ def choose_loader(spec: DatasetSpec, device: torch.device) -> Loader:
     return "dali" if device.type == "cuda" and is_installed() else "auto"
 
 
-def _identity(split: ImageStore | ArraySplit) -> str:
-    """'50000 images of 10 classes (1f6e0c2a)', whatever the loader and wherever it lies."""
-    count = len(split.labels if isinstance(split, ArraySplit) else split)
-    digest = hashlib.sha256("\n".join(split.classes).encode())
-    if isinstance(split, LmdbStore):
-        totals = split.header["class_counts"], split.header["image_bytes"]
-        digest.update(json.dumps(totals).encode())
-    return f"{count} images of {len(split.classes)} classes ({digest.hexdigest()[:8]})"
+def _identity(*splits: ImageStore | ArraySplit) -> dict[str, str]:
+    """As `Data.identity`: {"images": "50000 + 10000 images of 10 classes (1f6e0c2a)", ...}."""
+    counts = (len(s.labels if isinstance(s, ArraySplit) else s) for s in splits)
+    classes = splits[0].classes
+    names = hashlib.sha256("\n".join(classes).encode()).hexdigest()[:8]
+    found = {"images": f"{' + '.join(map(str, counts))} images of {len(classes)} classes ({names})"}
+    headers = [split.header for split in splits if isinstance(split, LmdbStore)]
+    if len(headers) == len(splits):
+        totals = [(header["class_counts"], header["image_bytes"]) for header in headers]
+        digest = hashlib.sha256(json.dumps(totals).encode()).hexdigest()[:8]
+        found["stores"] = f"LMDB stores with totals {digest}"
+    return found
 
 
 def stage_data(

@@ -367,6 +367,14 @@ def test_auto_takes_the_lmdb_and_else_the_folder(imagenet: Path, tmp_path: Path)
     assert kinds == [("lmdb", LmdbStore), ("folder", FolderStore)]
 
 
+def test_a_folder_and_its_lmdb_are_the_same_images(imagenet: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").symlink_to(imagenet / "train")
+    (tmp_path / "val").symlink_to(imagenet / "val")
+    lmdb, folder = (opened(**IMAGENET, data_dir=place).identity for place in (imagenet, tmp_path))
+    assert lmdb["images"] == folder["images"]
+    assert lmdb.keys() - folder.keys() == {"stores"}
+
+
 def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     small, large = dataset_spec("CIFAR10"), dataset_spec("ImageNet")

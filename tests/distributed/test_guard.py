@@ -193,8 +193,10 @@ def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
                     writer.add(stream.getvalue(), number % 10, 32, 32)
     folders = [str(tmp_path / "one"), str(tmp_path / "other")]
     for message in run_ranks(2, start_on_other_data, str(tmp_path / "out"), folders):
-        assert message.startswith("ranks start differently: data is train 310 images of 10 classes")
-        assert "train 309 images" in message
+        assert message.startswith(
+            "ranks start differently: images is 310 + 310 images of 10 classes"
+        )
+        assert "309 + 309 images" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -151,6 +151,26 @@ def test_a_step_that_is_not_finite_is_not_saved(source: Path, tmp_path: Path) ->
     assert 0 < read_checkpoint(whole.checkpoints.newest)["progress"]["iteration"] < 4
 
 
+def test_other_data_are_refused_on_resume(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"source_net": source, "max_steps": 5, "checkpoint_minutes": 1e-9}
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            train("bip", tmp_path, **settings)
+    (checkpoint,) = tmp_path.glob("*/*/*/checkpoint/checkpoint.pth.tar")
+    state = read_checkpoint(checkpoint)
+    assert state["data"]["images"].startswith("1437 + 360 images of 10 classes")
+    whole = Run(
+        load_config(arguments("bip", tmp_path, **settings)),
+        Group(Ranks(0, 1, 0, 1), torch.device("cpu")),
+    )
+    whole.data.identity["images"] = "1436 + 360 images"
+    with pytest.raises(UserError, match=r"data_dir: the run was trained on 1437 \+ 360 images"):
+        whole.train()
+
+
 def test_config_yml_is_the_run(pruned_runs: dict[str, Finished]) -> None:
     """The merged settings: loading the file alone gives the same run."""
     for finished in pruned_runs.values():
