@@ -235,6 +235,9 @@ def _meet(
     dist.init_process_group(
         backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
     )
+    # Gloo connects each pair in its own time: a rank that has met all and soon leaves (the run is
+    # finished) would be taken for a crash by one that still waits for a third.
+    dist.all_reduce(torch.zeros(1))
     if ranks.rank == 0 and address is not None:
         # All have read it; a cluster may count its jobs from 1 again.
         address.unlink(missing_ok=True)

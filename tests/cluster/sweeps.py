@@ -69,7 +69,8 @@ class ClusterSweep:
         return json.loads(path.read_text()) if path.exists() else None
 
     def all_done(self) -> bool:
-        return all(self.result(run_id) for run_id in self.points())
+        """All have their result, and have said so in their ledger, which comes a moment later."""
+        return all(is_done(config.run_folder) for config in self.points().values())
 
     def log(self, run_id: str) -> str:
         return (self.folder / "jobs" / f"{run_id}.log").read_text()
@@ -142,6 +143,13 @@ def assert_story(attempts: list[dict[str, Any]]) -> None:
             saved = record["step"]
         if record["event"] == "start":
             assert record["step"] >= saved, "steps were lost after an agreed save"
+
+
+def is_done(run_folder: Path) -> bool:
+    """There is a result, and the ledger's last attempt has ended."""
+    events = [record["event"] for record in read_jsonl(run_folder / "attempts.jsonl")]
+    ran = [event for event in events if event in ("start", "end")]
+    return (run_folder / "result.json").exists() and ran[-1:] == ["end"]
 
 
 def env_for(cluster: Cluster) -> dict[str, str]:

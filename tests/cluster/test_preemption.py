@@ -23,6 +23,7 @@ from tests.cluster.sweeps import (
     env_for,
     high,
     interrupted,
+    is_done,
     undisturbed,
 )
 from tests.data.conftest import imagenet  # noqa: F401
@@ -282,8 +283,7 @@ def test_the_template_without_the_launcher(
 
     cluster.wait(lambda: all(map(attempts, runs)), "both have begun", 240)
     high(cluster, 1)
-    done = [config.run_folder / "result.json" for config in runs]
-    cluster.wait(lambda: all(path.exists() for path in done), log(), 400)
+    cluster.wait(lambda: all(is_done(config.run_folder) for config in runs), log(), 400)
     for config in runs:
         assert interrupted(attempts(config)) >= 1
         assert_story(attempts(config))

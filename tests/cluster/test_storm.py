@@ -42,13 +42,14 @@ class Storm:
             itertools.repeat(self.preempt),
         )
         self.dealt: list[str] = []
+        self.limited: str | None = None  # the run whose time limit is near
 
     def preempt(self) -> None:
         high(self.cluster, 1, self.random.choice([1, None]))
 
     def requeue(self) -> None:
         """The scheduler's operator requeues one task."""
-        self.cluster.run("scontrol", "requeue", self.victim())
+        self.cluster.run("scontrol", "requeue", self.sweep.task(self.victim()))
 
     def fail_node(self) -> None:
         self.cluster.control("fail", "n2")
@@ -58,19 +59,36 @@ class Storm:
         self.cluster.control("restart", "slurmctld")
 
     def time_limit(self) -> None:
-        """A running task's limit is moved to its next minute; a quick run may be done before."""
-        task = self.victim()
+        """A running task's limit is moved to its next minute."""
+        run_id = self.victim()
+        task = self.sweep.task(run_id)
         seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
-        minutes = int(seconds[-2]) + 1
+        self._limit(task, int(seconds[-2]) + 1)
+        self.limited = run_id
+
+    def limit_has_struck(self) -> bool:
+        """Whether the run of `time_limit` has ended since. A quick one was done before it: then
+        another one is to be limited.
+        """
+        assert self.limited is not None
+        causes = [record["cause"] for record in self.sweep.attempts(self.limited, "requeue")]
+        if "timed_out" not in causes:
+            if not self.sweep.result(self.limited):
+                return False
+            self.blows = itertools.chain([self.time_limit], self.blows)
+        else:
+            self._limit(self.sweep.task(self.limited), 30)
+        self.limited = None
+        return True
+
+    def _limit(self, task: str, minutes: int) -> None:
         self.cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={minutes}")
-        self.cluster.wait(lambda: self.cluster.job(task)["JobState"] != "RUNNING", "its end", 240)
-        self.cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
 
     def victim(self) -> str:
-        """The task of a run that trains. Raises LookupError if there is none any more."""
-        names = self.sweep.training()
+        """A run that trains, rather one not struck yet. Raises LookupError if there is none."""
+        names = [name for name in self.sweep.training() if name != self.limited]
         untouched = [name for name in names if not interrupted(self.sweep.attempts(name))]
-        return self.sweep.task(self.random.choice(untouched or names))
+        return self.random.choice(untouched or names)
 
     def rage(self, seconds: float) -> None:
         """Until every run was interrupted, several of them twice, and all are done."""
@@ -84,14 +102,19 @@ class Storm:
             passed = not self.cluster.run("squeue", "-h", "-p", "high")
             if not over and passed and self.sweep.training():
                 time.sleep(self.random.uniform(0, 1.5))
-                if self.sweep.training():
-                    blow = next(self.blows)
-                    try:
-                        blow()
-                        self.dealt.append(blow.__name__)
-                    except (LookupError, subprocess.CalledProcessError):  # it has just ended
-                        self.blows = itertools.chain([blow], self.blows)
+                self._strike()
             time.sleep(0.3)
+
+    def _strike(self) -> None:
+        # Runs beside the one with the near limit would be done before their turn.
+        waiting = self.limited is not None and not self.limit_has_struck()
+        blow = self.requeue if waiting else next(self.blows)
+        try:
+            blow()
+            self.dealt.append(blow.__name__)
+        except (LookupError, subprocess.CalledProcessError):  # it has just ended
+            if not waiting:
+                self.blows = itertools.chain([blow], self.blows)
 
 
 def storm(
@@ -119,6 +142,8 @@ def storm(
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
     assert len(weather.dealt) >= 5
     assert "preempted" in causes
+    if len(series) > 5:  # of few quick runs none may last until its limit
+        assert "timed_out" in causes
 
 
 def test_five_values_in_a_storm(
