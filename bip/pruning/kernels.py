@@ -17,6 +17,7 @@ INFINITY = np.int32(0x7F800000)  # a larger key is NaN
 BLOCK = 64  # counted without branches, then searched only if it holds a candidate
 
 Bits = NDArray[np.int32]
+Floats = NDArray[np.floating[Any]]
 i32 = numba.int32
 compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 parallel: Any = numba.njit(cache=True, nogil=True, boundscheck=False, parallel=True)
@@ -131,9 +132,7 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
 
 
 @compiled
-def write_mask(
-    bits: Bits, key: np.int32, last: int, first: int, mask: NDArray[np.float32]
-) -> tuple[int, int]:
+def write_mask(bits: Bits, key: np.int32, last: int, first: int, mask: Floats) -> tuple[int, int]:
     """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`.
 
     Returns (ones, checksum): the checksum adds up the places of the ones, `first` being the
@@ -150,42 +149,82 @@ def write_mask(
 
 
 @compiled
-def write_mask_and_z(
+def move_mask_and_z(
     bits: Bits,
     key: np.int32,
     last: int,
     first: int,
-    weights: NDArray[np.float32],
-    mask: NDArray[np.float32],
-    z: NDArray[np.float32],
+    weights: Floats,
+    mask: Floats,
+    z: Floats,
 ) -> tuple[int, int]:
-    """`write_mask`, and z = mask · weights in the same pass."""
+    """`write_mask`, and z = mask · weights, which must hold before too: from one step to the next
+    few weights come or go, and only blocks where one does are written.
+    """
     kept = checksum = 0
-    for i in range(bits.size):
+    whole = bits.size // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):
+        ties = i32(min(max(last - start, -1), BLOCK))  # equal keys are kept up to this place
+        count, places, moved = i32(0), i32(0), i32(0)
+        for j in range(BLOCK):
+            own = bits[start + j] & MAGNITUDE
+            keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
+            count += keep
+            places += keep * i32(j)
+            moved |= i32(mask[start + j] != np.float32(keep))
+        kept += int(count)
+        checksum += int(places) + int(count) * (first + start)
+        if moved:
+            for i in range(start, start + BLOCK):
+                own = bits[i] & MAGNITUDE
+                mask[i] = np.float32((own > key) | ((own == key) & (i <= last)))
+                z[i] = mask[i] * weights[i]
+    for i in range(whole, bits.size):
         own = bits[i] & MAGNITUDE
         keep = i32((own > key) | ((own == key) & (i <= last)))
         kept += keep
         checksum += keep * (first + i)
         mask[i] = np.float32(keep)
-        z[i] = np.float32(keep) * weights[i]
+        z[i] = mask[i] * weights[i]
     return kept, checksum
 
 
 @parallel
-def write_mask_and_z_parts(
+def move_mask_and_z_parts(
     bits: Bits,
     key: np.int32,
     last: int,
     first: int,
-    weights: NDArray[np.float32],
-    mask: NDArray[np.float32],
-    z: NDArray[np.float32],
+    weights: Floats,
+    mask: Floats,
+    z: Floats,
     proofs: NDArray[np.int64],
 ) -> None:
-    """`write_mask_and_z` of equal parts, one for each row of `proofs` (parts, 2)."""
+    """`move_mask_and_z` of equal parts, one for each row of `proofs` (parts, 2)."""
     parts = proofs.shape[0]
     for part in numba.prange(parts):
         a, b = part * bits.size // parts, (part + 1) * bits.size // parts
-        proofs[part, 0], proofs[part, 1] = write_mask_and_z(
+        proofs[part, 0], proofs[part, 1] = move_mask_and_z(
             bits[a:b], key, last - a, first + a, weights[a:b], mask[a:b], z[a:b]
         )
+
+
+@compiled
+def upper_gradient(
+    g: Floats, weights: Floats, mask: Floats, scores: Floats, inv_gamma: float, out: Floats
+) -> None:
+    """out = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, with +1 at s = 0, in one pass."""
+    for i in range(g.size):
+        slope = (weights[i] - inv_gamma * mask[i] * g[i]) * g[i]
+        out[i] = -slope if scores[i] < 0 else slope
+
+
+@parallel
+def upper_gradient_parts(
+    g: Floats, weights: Floats, mask: Floats, scores: Floats, inv_gamma: float, out: Floats,
+    parts: int,
+) -> None:  # fmt: skip
+    """`upper_gradient` of equal parts."""
+    for part in numba.prange(parts):
+        a, b = part * g.size // parts, (part + 1) * g.size // parts
+        upper_gradient(g[a:b], weights[a:b], mask[a:b], scores[a:b], inv_gamma, out[a:b])

@@ -15,20 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from bip.errors import UserError
+from bip.pruning import kernels
 from bip.pruning.mask import Followers, Layout, PrunableTensor, Scope
 from bip.pruning.threshold import (
     Alone,
     Cut,
     Exchange,
     Threshold,
+    move_mask_and_z,
     write_mask,
-    write_mask_and_z,
 )
 from bip.pruning.threshold_device import DeviceThreshold
 from bip.pruning.threshold_device import write_mask as write_mask_on_device
-
-# Elementwise passes over large CPU tensors run in blocks that stay in the cache.
-CPU_BLOCK = 1 << 20
 
 
 class PrunedParameters:
@@ -68,10 +66,6 @@ class PrunedParameters:
         # Of the last selection: the number of ones and the sum of their places, for comparison.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
-        self._scratch = torch.empty(
-            layout.size if device.type != "cpu" else min(CPU_BLOCK, layout.size),
-            dtype=dtype, device=device,
-        )  # fmt: skip
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.float32, device=device)
@@ -102,19 +96,16 @@ class PrunedParameters:
     def _gradients(self) -> Iterator[tuple[slice, Tensor]]:
         """g in parts: (place in the flat buffers, that part of g). Only to be read.
 
-        On a GPU one part, for few kernels. On the CPU a part fits into the cache and is the
-        network's own .grad, so that g is not moved through memory once more.
+        On a GPU one part, for few kernels. On the CPU the network's own .grad of each tensor, so
+        that g is not moved through memory once more.
         """
         if self.gradient.device.type != "cpu":
             self.take_gradient()
             yield slice(0, self.layout.size), self.gradient
             return
         for tensor, z in zip(self.layout.tensors, self.z, strict=True):
-            g = _grad(z).reshape(-1)  # a copy where the memory format is another
-            for start in range(0, g.numel(), CPU_BLOCK):
-                part = g[start : start + CPU_BLOCK]
-                first = tensor.start + start
-                yield slice(first, first + part.numel()), part
+            # A copy where the memory format is another.
+            yield slice(tensor.start, tensor.stop), _grad(z).reshape(-1)
 
     @torch.no_grad()
     def set_lower_gradient(self) -> None:
@@ -131,15 +122,10 @@ class PrunedParameters:
         so that a score of exactly zero can move. inv_gamma = 0 gives HYDRA's θ ⊙ g.
         """
         for part, g in self._gradients():
-            weights, out = self.weights[part], self.gradient[part]
-            factor = self._scratch[: g.numel()]
-            if inv_gamma:
-                torch.addcmul(weights, self.mask[part], g, value=-inv_gamma, out=factor)
-                torch.mul(g, factor, out=out)
-            else:
-                torch.mul(g, weights, out=out)
-            factor.fill_(1).copysign_(self.scores[part] + 0.0)  # -0.0 + 0.0 = +0.0
-            out.mul_(factor)
+            upper_gradient(
+                g, self.weights[part], self.mask[part], self.scores[part], inv_gamma,
+                self.gradient[part],
+            )  # fmt: skip
         self.scores.grad = self.gradient
 
     @torch.no_grad()
@@ -147,12 +133,10 @@ class PrunedParameters:
         """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
         for part, g in self._gradients():
-            factor = self._scratch[: g.numel()]
-            for i, left in enumerate((self.mask, self.weights)):
-                torch.mul(left[part], g, out=factor)
-                if i == 0:
-                    factor.mul_(g).mul_(inv_gamma)
-                squares[i] += factor.square().sum(dtype=torch.float64)
+            direct = g * self.weights[part]
+            implicit = (g * g).mul_(self.mask[part]).mul_(inv_gamma)
+            for i, term in enumerate((implicit, direct)):
+                squares[i] += term.square_().sum(dtype=torch.float64)
         return squares.sqrt()
 
     @torch.no_grad()
@@ -166,7 +150,10 @@ class PrunedParameters:
 
     @torch.no_grad()
     def update_mask_and_z(self) -> None:
-        """`update_mask`, then z = m ⊙ θ; in one pass where the network's layout allows it."""
+        """`update_mask`, then z = m ⊙ θ, which must hold before too (after `write_z` it does).
+
+        In one pass that writes only what changes, where the network's layout allows it.
+        """
         self._move_mask(write_z=True)
 
     def check(self) -> None:
@@ -187,7 +174,7 @@ class PrunedParameters:
             except ValueError as error:
                 raise UserError(f"{self._name_nan()} [{error}]") from None
             if write_z and not structured and mask.dtype == torch.float32:
-                self._write_mask_and_z(values, cuts)
+                self._move_mask_and_z(values, cuts)
                 return
             self._write_mask(values, cuts, mask)
         if structured:
@@ -206,7 +193,7 @@ class PrunedParameters:
             mask[part] = out
         self.proof = torch.tensor(proofs).sum(0)
 
-    def _write_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
+    def _move_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
         proofs = []
         for row, (tensor, z) in enumerate(zip(self.layout.tensors, self.z, strict=True)):
             part = slice(tensor.start, tensor.stop)
@@ -215,7 +202,7 @@ class PrunedParameters:
             weights, mask = self.weights.detach()[part], self.mask[part]
             if z.is_contiguous():
                 flat = z.detach().view(-1)
-                proof = write_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
+                proof = move_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
             else:  # channels_last: z's memory is in another order than the flat buffers'
                 proof = write_mask(values[part], cut, tensor.start, mask)
                 torch.mul(weights.view(tensor.shape), mask.view(tensor.shape), out=z)
@@ -249,6 +236,22 @@ class PrunedParameters:
     def kept(self) -> int:
         """Weights kept. Waits for the device."""
         return int(torch.count_nonzero(self.mask))
+
+
+def upper_gradient(
+    g: Tensor, weights: Tensor, mask: Tensor, scores: Tensor, inv_gamma: float, out: Tensor
+) -> None:
+    """out = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, with +1 at s = 0; all flat. `out` may be `g`."""
+    if g.device.type != "cpu":
+        slope = torch.addcmul(weights, mask, g, value=-inv_gamma).mul_(g)
+        torch.where(scores < 0, -slope, slope, out=out)
+        return
+    arrays = [tensor.numpy() for tensor in (g, weights, mask, scores)]
+    inverse, parts = arrays[0].dtype.type(inv_gamma), kernels.use_threads(g.numel())
+    if parts > 1:
+        kernels.upper_gradient_parts(*arrays, inverse, out.numpy(), parts)
+    else:
+        kernels.upper_gradient(*arrays, inverse, out.numpy())
 
 
 def _grad(z: Tensor) -> Tensor:

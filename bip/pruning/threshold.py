@@ -284,16 +284,18 @@ def write_mask(values: Tensor, cut: Cut, first: int, mask: Tensor) -> tuple[int,
     return int(kept), int(checksum)
 
 
-def write_mask_and_z(
+def move_mask_and_z(
     values: Tensor, cut: Cut, first: int, weights: Tensor, mask: Tensor, z: Tensor
 ) -> tuple[int, int]:
-    """`write_mask`, and z = mask · weights in the same pass; all flat float32 on the CPU."""
+    """`write_mask` where mask and z = mask · weights are those of an earlier cut; z then is this
+    one's. All flat float32 on the CPU.
+    """
     bits, parts = values.view(torch.int32).numpy(), kernels.use_threads(values.numel())
     out = weights.numpy(), mask.numpy(), z.numpy()
     proofs = np.empty((parts, 2), np.int64)
     if parts > 1:
-        kernels.write_mask_and_z_parts(bits, np.int32(cut.key), cut.last, first, *out, proofs)
+        kernels.move_mask_and_z_parts(bits, np.int32(cut.key), cut.last, first, *out, proofs)
     else:
-        proofs[0] = kernels.write_mask_and_z(bits, np.int32(cut.key), cut.last, first, *out)
+        proofs[0] = kernels.move_mask_and_z(bits, np.int32(cut.key), cut.last, first, *out)
     kept, checksum = proofs.sum(0).tolist()
     return kept, checksum

@@ -11,6 +11,7 @@ import itertools
 import os
 import pickle
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,19 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+@contextlib.contextmanager
+def _without_crc32() -> Iterator[None]:
+    """A preempted run is in a hurry: torch's checksums of the archive's parts would take as long
+    as writing them, torch.load never looks at them, and the manifest has the SHA-256 of all.
+    """
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 def _free_name(step: int, committed: set[str]) -> str:
     """A file name for this step's checkpoint: what the manifest names is never written over."""
     names = (f"step-{step:09d}{f'-{n}' if n else ''}.pth.tar" for n in itertools.count())
@@ -214,7 +228,8 @@ class CheckpointFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         committed = [old for old in self.entries() if (self.folder / old["name"]).exists()]
         path = self.folder / _free_name(step, {old["name"] for old in committed})
-        digest = write_checkpoint(path, state)
+        with _without_crc32():
+            digest = write_checkpoint(path, state)
         entry = {"name": path.name, "sha256": digest, "step": step}
         before = committed[:keep_before]
         atomic_write_json(self.manifest, {"format": FORMAT, "checkpoints": [entry, *before]})

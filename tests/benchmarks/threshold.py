@@ -29,7 +29,7 @@ from torch.distributed import TCPStore
 from bip.distributed.group import join
 from bip.pruning import kernels
 from bip.pruning.mask import Segment
-from bip.pruning.threshold import SAMPLE, Alone, Cut, Threshold, write_mask_and_z
+from bip.pruning.threshold import SAMPLE, Alone, Cut, Threshold, move_mask_and_z
 from bip.training.steps import BilevelStep
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 from tests.benchmarks.step import make_step
@@ -73,7 +73,7 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
         "read": lambda: values.sum(),
         "warm": scores.warm,
         "cold": scores.cold,
-        "write": lambda: write_mask_and_z(values, cut, 0, weights, mask, z),
+        "write": lambda: move_mask_and_z(values, cut, 0, weights, mask, z),
         # The same tensors in one fused pass: two read, two written.
         "fused": lambda: fused_pass(values, weights, mask, z),
         "move": scores.move,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bip.config import load_config
 from bip.pruning.mask import find_followers, find_prunable
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.parameters import PrunedParameters, upper_gradient
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, build_step
 from tests.runs import LAYER_TYPES, Finished, arguments, train
@@ -64,6 +64,26 @@ def test_one_step_moves_the_scores_by_the_formula(inv_gamma: float) -> None:
         kept = (pruned.mask == 1) & (implicit > 10 * direct.abs())
         assert kept.sum() > 100
         assert (change[kept] * before[kept] > 0).all(), "γ → 0 drives kept scores away from zero"
+
+
+def test_large_arrays_are_shared_among_threads_and_agree_with_the_operations_of_a_gpu() -> None:
+    """The compiled pass, on one thread and on two, against torch's own operations."""
+    torch.manual_seed(0)
+    n = 1 << 19
+    g, weights, scores = torch.randn(n), torch.randn(n), torch.randn(n)
+    mask = (torch.rand(n) < 0.3).float()
+    scores[::7], scores[::14] = 0.0, -0.0
+    sign = torch.where(scores < 0, -1.0, 1.0)
+    expected = sign * (weights - 0.3 * mask * g) * g
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            out = torch.empty(n)
+            upper_gradient(g, weights, mask, scores, 0.3, out)
+            torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("accelerate", [False, True])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bip.pruning import kernels
 from bip.pruning.mask import Segment
-from bip.pruning.threshold import Alone, Cut, Threshold, write_mask, write_mask_and_z
+from bip.pruning.threshold import ALL_TIES, Alone, Cut, Threshold, move_mask_and_z, write_mask
 from tests.unit.ranks_in_threads import on_threads
 from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
 
@@ -141,18 +141,20 @@ def test_sweep_counts_and_collects(keys: list[int], low: int, width: int, room: 
     assert found[: min(room, inside)].tolist() == expected[:room]
 
 
-def test_writing_proves_what_was_written() -> None:
-    values = make_scores("ties", 1000, 5)
+@pytest.mark.parametrize("n", [1, 63, 64, 1000, 1 << 19])
+def test_writing_proves_what_was_written(n: int) -> None:
+    """The same from a first write and from moves of an earlier mask, few and many."""
+    values, weights = make_scores("ties", n, 5), make_scores("normal", n, 6)
     key = int(torch.tensor(0.25).view(torch.int32))
-    weights = make_scores("normal", 1000, 6)
-    mask, other, z = torch.empty(1000), torch.empty(1000), torch.empty(1000)
-    proof = write_mask(values, Cut(key, 400), 5000, mask)
-    assert proof == write_mask_and_z(values, Cut(key, 400), 5000, weights, other, z)
-    right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(1000) <= 400))
-    assert torch.equal(mask, right.float())
-    assert torch.equal(other, mask)
-    assert torch.equal(z, weights * mask)
-    assert proof == (int(right.sum()), int((right * torch.arange(5000, 6000)).sum()))
+    mask, moved, z = torch.empty(n), torch.ones(n), weights.clone()
+    for last in (-1, 4 * n // 10, 4 * n // 10 + 1, n, int(ALL_TIES), 4 * n // 10):
+        proof = write_mask(values, Cut(key, last), 5000, mask)
+        assert proof == move_mask_and_z(values, Cut(key, last), 5000, weights, moved, z)
+        right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
+        assert torch.equal(mask, right.float())
+        assert torch.equal(moved, mask)
+        assert torch.equal(z, weights * mask)
+        assert proof == (int(right.sum()), int((right * torch.arange(5000, 5000 + n)).sum()))
 
 
 @pytest.mark.parametrize("layers", [1, 20])
