@@ -126,7 +126,9 @@ class RunConfig(BaseModel):
 
     # Optimization
     epochs: Positive = Field(100, description="epochs")
-    max_steps: int | None = Field(None, ge=1, description="stop after this many steps")
+    max_steps: int | None = Field(
+        None, ge=1, description="train for so many steps, the schedules too"
+    )
     optimizer: Literal["sgd", "adam", "rmsprop"] = Field("sgd", description="both levels'")
     lr: Rate = Field(0.1, description="learning rate (of the scores in HYDRA)")
     lr_schedule: Schedule = Field("cosine", description="schedule of lr")
@@ -238,13 +240,22 @@ class RunConfig(BaseModel):
         return self.lower_steps if self.method == "bip" else 1
 
     @property
+    def dataset_name(self) -> str:
+        """The data set without the published aliases of ImageNet, which named its layout."""
+        return "ImageNet" if self.dataset.startswith("ImageNet") else self.dataset
+
+    @property
     def k_text(self) -> str:
         """k in its shortest decimal form: 0.8000 and 0.8 are the same run."""
         return format(self.k.normalize(), "f")
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all settings that change a run's numbers."""
-        values = self.model_dump(mode="json", exclude=self.UNFINGERPRINTED) | {"k": self.k_text}
+        free = self.UNFINGERPRINTED.union(*self._idle().values())
+        values = self.model_dump(mode="json") | {"k": self.k_text}
+        values["dataset"] = self.dataset_name
+        values["mask_wd"] = self.wd if self.mask_wd is None else self.mask_wd
+        values = {name: value for name, value in values.items() if name not in free}
         values["source_run"] = self.source_run
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -267,6 +278,16 @@ class RunConfig(BaseModel):
 
     def warnings(self) -> list[str]:
         """One line for each group of options that were given and have no effect in this run."""
+        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
+        given = {name for name in self.model_fields_set if getattr(self, name) != defaults[name]}
+        lines = []
+        for reason, names in self._idle().items():
+            if shown := sorted(names & given):
+                lines.append(f"no effect in this run ({reason}): {', '.join(shown)}")
+        return lines
+
+    def _idle(self) -> dict[str, set[str]]:
+        """Settings without effect in this run, by the reason."""
         idle: dict[str, set[str]] = {}
         if self.method != "bip":
             levels = "there is no second level"
@@ -276,7 +297,7 @@ class RunConfig(BaseModel):
             idle["--accelerate leaves the implicit term out"] = {"lr2"}
         if self.exp_mode == "pretrain":
             idle["a dense network is trained"] = {"layer_type", "scope", "recalibrate_bn"}
-            if not self.scale_rand_init and self.k != 1:
+            if not self.scale_rand_init:
                 idle["a dense network is trained"] |= {"k"}
         else:
             idle["the weights come from --source-net"] = {"scale_rand_init"}
@@ -292,13 +313,7 @@ class RunConfig(BaseModel):
             idle["--freeze-bn trains no batch-norm"] = {"bn_wd"}
         if self.optimizer == "adam":
             idle["adam has none"] = {"momentum"}
-        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
-        given = {name for name in self.model_fields_set if getattr(self, name) != defaults[name]}
-        lines = []
-        for reason, names in idle.items():
-            if shown := sorted(names & given):
-                lines.append(f"no effect in this run ({reason}): {', '.join(shown)}")
-        return lines
+        return idle
 
     def batch_per_rank(self, world: int) -> int:
         """Training images of one step on one rank. Raises UserError if it does not divide."""

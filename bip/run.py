@@ -58,6 +58,7 @@ from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, TrainingStep, build_step
 
 STAGING = timedelta(hours=12)  # how long nodes wait for one that copies its data
+DENSE = Path("checkpoint", "model_dense.pth.tar")  # in a run folder, with --save-dense
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -102,6 +103,8 @@ def read_result(config: RunConfig) -> dict[str, Any] | None:
     if source is not None and source.is_file():
         check_same_source(config, finished.get("source_sha256"), sha256_file(source))
     print(f"already finished: {config.run_folder} (top1 {finished['top1']:.2f}%)", flush=True)
+    if config.save_dense and not (config.run_folder / DENSE).exists():
+        print("warning: save_dense: no effect on a finished run; python -m bip export writes it")
     return finished  # type: ignore[no-any-return]
 
 
@@ -129,6 +132,7 @@ class Run:
         self.control = Control(group)
         self.heartbeat = Heartbeat(group, config.rank_timeout, self._record_loss)
         self.lock = RunLock(self.folder)
+        self.resumed: State | None = None
 
     def _open_data(self) -> Data:
         config = self.config
@@ -215,6 +219,8 @@ class Run:
                 state = self.group.ask_first(lambda: read_checkpoint(resume))
                 check_source(self.config, state, "resume")
                 restore_model(self.network, self.pruned, state, str(resume))
+                if self.pruned is not None:
+                    self.pruned.write_followers()
             loop = self._loop(Progress(), RunLog(self.folder, active=False))
             accuracy = loop.evaluate("test")
         finally:
@@ -231,9 +237,9 @@ class Run:
         self.heartbeat.start()
         try:
             # Checked before the folder is made.
-            elsewhere = self.group.ask_first(self._resume_elsewhere)
+            self.group.ask_first(self._read_resume)
             finished = self._take_folder()
-            return finished if finished is not None else self._train(elsewhere)
+            return finished if finished is not None else self._train()
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
@@ -261,9 +267,8 @@ class Run:
             raise Stopped(signal_name(signal), 0)
         return finished
 
-    def _train(self, elsewhere: State | None) -> dict[str, Any]:
-        state = elsewhere or self.group.ask_first(self._newest_checkpoint)
-        del elsewhere
+    def _train(self) -> dict[str, Any]:
+        state = self.group.ask_first(self._furthest)
         progress = Progress(**state["progress"]) if state else Progress()
         if state is not None:
             restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
@@ -308,22 +313,40 @@ class Run:
         if self.group.is_first and self.folder.is_dir():
             self.attempts.record("end", cause=f"rank lost: {message}")
 
-    def _resume_elsewhere(self) -> State | None:
-        """What --resume holds, if that lies outside the run folder."""
-        resume = self.config.resume
-        if resume is None or resume.resolve().parent == self.checkpoints.folder.resolve():
-            return None
-        return self._own_state(read_checkpoint(resume), resume)
+    def _read_resume(self) -> None:
+        """What --resume holds, on rank 0."""
+        if (resume := self.config.resume) is not None:
+            self.resumed = self._own_state(read_checkpoint(resume), resume)
 
-    def _newest_checkpoint(self) -> State | None:
-        """The run folder's newest checkpoint."""
-        state = self.checkpoints.load()
-        return state and self._own_state(state, self.config.resume or self.checkpoints.folder)
+    def _furthest(self) -> State | None:
+        """The run folder's newest checkpoint, or what --resume holds if that is further.
+
+        A requeued task is given the same --resume again, and must not lose what it did since.
+        """
+        given, self.resumed = self.resumed, None
+        own = self.checkpoints.load()
+        if own is None:
+            return given
+        own = self._own_state(own, self.checkpoints.folder)
+        if given is None:
+            return own
+        reached, start = own["progress"]["iteration"], given["progress"]["iteration"]
+        if reached < start:
+            return given
+        if reached > start:
+            print(
+                f"--resume {self.config.resume} is at step {start}; {self.folder} has come to step "
+                f"{reached} and goes on from there (another --exp-name starts at step {start})"
+            )
+        return own
 
     def _own_state(self, state: State, where: Path) -> State:
         """Raises UserError if it is no checkpoint of this run that can be gone on from."""
         if "progress" not in state or "optimizer" not in state:
-            raise UserError(f"resume: {where} holds a finished model; give it as --source-net")
+            raise UserError(
+                f"resume: {where} holds a model without the state of its training; give it as "
+                "--source-net"
+            )
         if state["fingerprint"] != self.config.fingerprint():
             raise UserError(
                 f"resume: {where} was written by a run with other settings: "
@@ -434,8 +457,7 @@ class Run:
             self.lock.check()
             if self.config.save_dense:
                 plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}
-                path = self.checkpoints.folder / "model_dense.pth.tar"
-                write_checkpoint(path, plain)
+                write_checkpoint(self.folder / DENSE, plain)
             # Nothing is left to resume: the optimizers' state would only take space.
             self.checkpoints.save(
                 self._state(progress) | {"optimizer": {}}, progress.iteration, keep_before=0
@@ -458,7 +480,8 @@ class Run:
     ) -> dict[str, Any]:
         config, pruned = self.config, self.pruned
         state = model_state(config, self.network, pruned)
-        total = pruned.layout.size if pruned else sum(p.numel() for p in self.network.parameters())
+        # The same weights are counted for a dense network as for those pruned from it.
+        total = (pruned.layout if pruned else find_prunable(self.network, "unstructured")).size
         kept = pruned.kept() if pruned else total
         weights, mask = split_state(state)
         return {

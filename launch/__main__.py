@@ -14,6 +14,7 @@ from bip.flags import call, nearest, parse_flags
 from launch.arrays import arrays_file, cancel, submit_arrays
 from launch.doctor import check_disk, check_place, examine, preflight
 from launch.doctor import probe as doctor_probe
+from launch.inputs import check_inputs
 from launch.ledger import Record, Sweep
 from launch.profile import LocalProfile, SlurmProfile, load_profile
 from launch.series import SeriesOptions, make_plan
@@ -54,6 +55,9 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while planning; later `run` says how the runs go on
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # as in `status FOLDER | head`; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of a program that SIGPIPE ended
@@ -69,7 +73,7 @@ def series(argv: list[str], command: list[str]) -> int:
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
     plan = make_plan(flags, profile.ranks)
-    sizes = check_networks([point.config for point in plan.points])
+    sizes = check_inputs([point.config for point in plan.points])
     for note in plan.notes:
         print(note)
     for warning in plan.warnings:
@@ -97,7 +101,7 @@ def prepare(
     sizes: dict[str, int],
     records: list[Record],
 ) -> Submission:
-    """All checks of cluster, disk and data. Raises UserError; nothing is created.
+    """All checks of cluster and disk. Raises UserError; nothing is created.
 
     `records` are the points that are to be submitted.
     """
@@ -109,11 +113,6 @@ def prepare(
     lines.append(check_disk(configs, sizes, profile.parallelism))
     for line in lines:
         print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
-    from bip.data.datasets import open_split
-
-    for dataset, data_dir in {(config.dataset, config.data_dir) for config in configs}:
-        for train in (True, False):
-            open_split(dataset, data_dir, train)
     return Submission(profile, limits.max_array_size, per_task)
 
 
@@ -183,7 +182,7 @@ def resume(argv: list[str], command: list[str]) -> int:
         for config in configs:
             config.batch_per_rank(facts.ranks)
         records = [record for record in sweep.records() if record.run_id in missing]
-        submission = prepare(facts, configs, check_networks(configs), records)
+        submission = prepare(facts, configs, check_inputs(configs), records)
         codes.append(run(sweep, missing, submission, command, wait, snapshot))
 
     call({"resume": given}, ["resume", *argv], "python -m launch")
@@ -259,25 +258,6 @@ def doctor(argv: list[str]) -> int:
     words = [word.removeprefix("--profile=") for word in argv if word != "--profile"]
     call({"doctor": given}, ["doctor", *words], "python -m launch")
     return 1 if "error" in levels else 0
-
-
-def check_networks(configs: list[RunConfig]) -> dict[str, int]:
-    """Every network's parameter count, by name; built without memory.
-
-    Raises UserError for an unknown one.
-    """
-    import torch  # seconds to import: only here, after all that is quick to check
-
-    from bip import models
-    from bip.data.datasets import dataset_spec
-
-    sizes = {}
-    for arch, dataset in {(config.arch, config.dataset) for config in configs}:
-        spec = dataset_spec(dataset)
-        with torch.device("meta"):
-            network = models.build(arch, spec.classes, spec.channels)
-        sizes[arch] = sum(weights.numel() for weights in network.parameters())
-    return sizes
 
 
 def show_status(argv: list[str]) -> int:

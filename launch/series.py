@@ -373,6 +373,8 @@ class _Planner:
         for name in self.flags:
             if not _ACTS_IN.get(name, methods) & cast(set[str], methods):
                 yield f"{name}: no effect in any stage of this sweep"
+        if self.flags.get("scale_rand_init") and "prune" in self.stages:
+            yield "scale_rand_init: one dense network serves all k, so it is scaled for its own k"
         seen = {f"{point.stage}: {line}" for point in points for line in point.config.warnings()}
         yield from sorted(seen)
         if "prune" in self.stages and "finetune" not in self.stages:

@@ -118,7 +118,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _last_record(path: Path) -> dict[str, Any]:
-    """The newest whole record of metrics.jsonl that tells the epoch; only the tail is read."""
+    """The newest whole record of a step in metrics.jsonl; only the tail is read."""
     try:
         with open(path, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -131,7 +131,7 @@ def _last_record(path: Path) -> dict[str, Any]:
             record = json.loads(line)
         except ValueError:
             continue  # torn by the cut above, or still being written
-        if isinstance(record, dict) and "epoch" in record:
+        if isinstance(record, dict) and record.get("event") == "step":
             return record
     return {}
 

@@ -214,17 +214,13 @@ def open_data(
     """
     spec = dataset_spec(dataset)
     dim = image_dim or spec.image_dim
-    if loader == "memory" and not spec.small:
-        raise UserError(f"loader: memory is for small sets, not {spec.name}; use lmdb or folder")
-    if loader not in ("auto", "memory") and spec.name == "Digits":
-        raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
+    found = open_splits(dataset, data_dir, loader, num_classes)
     if loader == "auto":
         loader = choose_loader(spec, device)
     in_memory = loader == "memory"
-    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
-    splits = [open_split(dataset, data_dir, part, layout) for part in (True, False)]
-    train, test = (_stage(split, stage_to, in_memory, rank) for split in splits)
-    _check_classes(dataset, data_dir, train.classes, test.classes, num_classes)
+    train, test = (_stage(split, stage_to, in_memory, rank) for split in found)
+    if rank == 0 and skip_bad and (in_memory or isinstance(train, ArraySplit)):
+        print("warning: skip_bad: no effect, the images are decoded before training begins")
 
     def source(split: ImageStore | ArraySplit) -> Source:
         if isinstance(split, ArraySplit):
@@ -254,6 +250,25 @@ def open_data(
         world=world,
         device=device,
     )
+
+
+def open_splits(
+    dataset: str, data_dir: Path, loader: Loader, num_classes: int
+) -> tuple[ImageStore | ArraySplit, ImageStore | ArraySplit]:
+    """The training and the test split that `open_data` reads. Raises UserError as it does."""
+    spec = dataset_spec(dataset)
+    if loader == "memory" and not spec.small:
+        raise UserError(f"loader: memory is for small sets, not {spec.name}; use lmdb or folder")
+    if loader not in ("auto", "memory") and spec.name == "Digits":
+        raise UserError(f"loader: {loader} does not apply to Digits; use auto or memory")
+    layout: Layout = loader if loader in ("lmdb", "folder") else "any"
+    train, test = (open_split(dataset, data_dir, part, layout) for part in (True, False))
+    if loader == "dali" and isinstance(train, ArraySplit):
+        raise UserError(
+            f"loader: dali has nothing to decode in {spec.name}'s archives; use auto or memory"
+        )
+    _check_classes(dataset, data_dir, train.classes, test.classes, num_classes)
+    return train, test
 
 
 def choose_loader(spec: DatasetSpec, device: torch.device) -> Loader:
@@ -298,6 +313,8 @@ def _stage(
 ) -> ImageStore | ArraySplit:
     """The split's copy on the node's disk, if asked for; else a hint where it would help."""
     if isinstance(split, ArraySplit):
+        if stage_to is not None and rank == 0:
+            print("warning: stage_to: no effect, the images are in memory before training begins")
         return split
     if stage_to is not None:
         if isinstance(split, FolderStore):

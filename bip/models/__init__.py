@@ -79,10 +79,14 @@ def _nearest(arch: str, classifiers: list[str]) -> str:
 
 @torch.no_grad()
 def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: int) -> None:
-    """Raise UserError if the network cannot take images of (channels, image_dim, image_dim)."""
+    """Raise UserError if the network cannot take images of (channels, image_dim, image_dim).
+
+    On the "meta" device too, where it costs nothing.
+    """
+    device = next(network.parameters()).device
     modes = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()(torch.zeros(1, channels, image_dim, image_dim))
+        network.eval()(torch.zeros(1, channels, image_dim, image_dim, device=device))
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

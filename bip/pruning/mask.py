@@ -97,17 +97,22 @@ def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
     """The weights of conv and linear modules, tied weights once.
 
     Structured types take convolutions only. `channel` leaves the first convolution (its inputs
-    are the image's colours) and refuses grouped convolutions with UserError.
+    are the image's colours) and refuses grouped convolutions with UserError. `filter` leaves a
+    convolution that comes last of all (its outputs are the classes).
     """
     tensors: list[PrunableTensor] = []
     seen: set[int] = set()
     start = first_group = convolutions = 0
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+    last = [module for module in network.modules() if isinstance(module, kinds)][-1:]
     for module_name, module in network.named_modules():
         is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         convolutions += is_conv
         if not is_conv and not (isinstance(module, nn.Linear) and layer_type == "unstructured"):
             continue
         weight = module.weight
+        if layer_type == "filter" and module in last:
+            continue
         if id(weight) in seen or (layer_type == "channel" and is_conv and convolutions == 1):
             continue
         seen.add(id(weight))

@@ -176,6 +176,11 @@ def decode(data: bytes, where: Path) -> State:
         raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or "state_dict" not in state:
         raise UserError(f"{where}: not a checkpoint: it has no state_dict")
+    if (version := state.get("format", FORMAT)) != FORMAT:
+        raise UserError(
+            f"{where}: checkpoint format {version}, not {FORMAT}; it was written by another "
+            "version of this program"
+        )
     return state
 
 

@@ -1,6 +1,6 @@
 """Accuracy over a whole split: every image counted exactly once, whatever the ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,20 @@ def evaluate(
 def share_statistics(network: nn.Module, group: Group) -> None:
     """Give every rank rank 0's batch-norm statistics, which differ between ranks by nature."""
     if group.world > 1:
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                for buffer in module.buffers(recurse=False):
-                    group.broadcast_(buffer)
+        for buffer in _statistics(network):
+            group.broadcast_(buffer)
+
+
+def average_statistics(network: nn.Module, group: Group) -> None:
+    """Give every rank the mean of all ranks' batch-norm statistics."""
+    if group.world > 1:
+        for buffer in _statistics(network):
+            if buffer.is_floating_point():
+                group.sum_(buffer).div_(group.world)
+        share_statistics(network, group)
+
+
+def _statistics(network: nn.Module) -> Iterator[Tensor]:
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            yield from module.buffers(recurse=False)

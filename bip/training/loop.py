@@ -18,10 +18,10 @@ from bip.distributed.guard import check_finite, compare_ranks, run_state
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import Stopped, UserError
 from bip.pruning.parameters import PrunedParameters
-from bip.training.evaluate import Accuracy, evaluate, share_statistics
+from bip.training.evaluate import Accuracy, average_statistics, evaluate, share_statistics
 from bip.training.metrics import RunLog, RunningMean
 from bip.training.optim import Clock
-from bip.training.steps import BilevelStep, TrainingStep
+from bip.training.steps import BilevelStep, TrainingStep, reseed
 
 
 @dataclass
@@ -78,16 +78,17 @@ class Loop:
             due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             proof = self.pruned.proof if self.pruned is not None else None
             news = self.control.post(self.stop.signal, due, proof)
-            if done % self.config.print_freq == 0 or done == self.clock.iterations:
+            if self.clock.is_due(done, self.config.print_freq):
                 self._report(done, means.take(self.group))
             if news.stop:
                 self._stop(news.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=False)
-            if news.save or done == self.clock.iterations:
-                self._checkpoint()
-                saved = time.monotonic()
-            self._end_epoch_if_due()
+            with means.paused():
+                if news.save or done == self.clock.iterations:
+                    self._checkpoint()
+                    saved = time.monotonic()
+                self._end_epoch_if_due()
 
     def _stop(self, signal: int) -> NoReturn:
         """Leave with this iteration saved; a checkpoint of it may be there already."""
@@ -109,7 +110,8 @@ class Loop:
             values[f"{name}_lr"] = optimizer.param_groups[0]["lr"]
         if isinstance(self.step, BilevelStep) and self.step.upper.term_norms is not None:
             implicit, direct = self.step.upper.term_norms.tolist()
-            values["implicit_over_direct"] = implicit / direct if direct else float("nan")
+            if direct:
+                values["implicit_over_direct"] = implicit / direct
         text = (
             f"epoch {values['epoch']}/{self.epochs} step {done}/{self.clock.iterations} "
             f"loss {means['loss']:.4f} top1 {means['top1']:.2f}% "
@@ -170,12 +172,17 @@ class Loop:
         )  # fmt: skip
 
     def recalibrate(self, batches: int) -> None:
-        """Estimate batch-norm statistics anew, on this many training batches past the last."""
-        stream = self.data.train("lower", self.clock.iterations * self.config.lower_batches)
+        """Estimate batch-norm statistics anew, on this many training batches past the last.
+
+        Every rank takes its share of them; the statistics are the ranks' mean.
+        """
+        first = self.clock.iterations * self.config.lower_batches
+        stream = self.data.train("lower", first)
+        reseed(self.config.seed, first, "lower", self.group.rank)
         torch.optim.swa_utils.update_bn(
             (images for images, _ in itertools.islice(stream, batches)), self.network
         )
-        share_statistics(self.network, self.group)
+        average_statistics(self.network, self.group)
 
     def _checkpoint(self) -> None:
         self.control.finish()

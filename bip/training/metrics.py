@@ -1,7 +1,9 @@
 """What a run reports while it goes: lines on the terminal, metrics.jsonl, TensorBoard."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ class RunningMean:
 
     def add(self, reports: list[Report]) -> None:
         self.reports += reports
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: its time does not count."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.began += time.perf_counter() - began
 
     def take(self, group: Group) -> dict[str, float]:
         """loss, top1 (percent) and images per second of all ranks. Waits for the device."""

@@ -29,6 +29,10 @@ class Clock:
     iterations: int
     per_epoch: int
 
+    def is_due(self, done: int, every: int) -> bool:
+        """Whether something done every so many iterations, and at the end, is due after `done`."""
+        return done % every == 0 or done == self.iterations
+
 
 def lower_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     """`lr` at an iteration: the warm-up epochs, then the schedule over what remains."""

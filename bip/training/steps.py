@@ -55,7 +55,7 @@ class ForwardBackward:
     def __call__(self, batch: Batch, level: str, step: int) -> Report:
         """Run on `batch` = (images (b, C, H, W), labels (b,)), in `accumulate` micro-batches."""
         parts = self.config.accumulate
-        self._reseed(level, step)
+        reseed(self.config.seed, step, level, self.rank)
         self.network.zero_grad(set_to_none=True)
         images, labels = batch[0].chunk(parts), batch[1].chunk(parts)
         loss_sum = torch.zeros((), device=self.device)
@@ -76,10 +76,11 @@ class ForwardBackward:
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
 
-    def _reseed(self, level: str, step: int) -> None:
-        """Dropout is a function of (seed, level, step, rank), so no generator needs saving."""
-        key = np.random.SeedSequence([self.config.seed, step, LEVELS[level], self.rank])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+def reseed(seed: int, step: int, level: str, rank: int) -> None:
+    """Dropout is a function of these four, so no generator needs saving."""
+    key = np.random.SeedSequence([seed, step, LEVELS[level], rank])
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
 
 class TrainingStep(Protocol):
@@ -141,7 +142,7 @@ class UpperStep(PretrainStep):
 
     pruned: PrunedParameters
     inv_gamma: float
-    measure_every: int = 0
+    measures: Callable[[int], bool] = lambda _iteration: False
     term_norms: Tensor | None = None
 
     @property
@@ -151,7 +152,7 @@ class UpperStep(PretrainStep):
     def __call__(self, iteration: int) -> list[Report]:
         set_rate(self.optimizer, self.rate(iteration))
         report = self.run(next(self.batches), "upper", iteration)
-        if self.measure_every and iteration % self.measure_every == 0:
+        if self.measures(iteration):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
         self.optimizer.step()
@@ -222,6 +223,6 @@ def build_step(
         lambda iteration: mask_rate(config, iteration, clock),
         pruned,
         inv_gamma=0.0 if config.accelerate else config.lr2,
-        measure_every=config.print_freq,
+        measures=lambda iteration: clock.is_due(iteration + 1, config.print_freq),
     )
     return BilevelStep(lower, upper, upper_first=config.accelerate)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from bip.config import RunConfig, load_config, read_yaml
@@ -34,7 +35,7 @@ def setting(file: str, key: str) -> Any:
 @pytest.fixture
 def dense(tmp_path: Path) -> Path:
     path = tmp_path / "dense.pth.tar"
-    path.touch()
+    torch.save({"arch": "digits_net", "state_dict": {}}, path)
     return path
 
 
@@ -247,6 +248,38 @@ def test_bad_input_is_one_line_and_creates_nothing(
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+    assert not fake.results.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--stages", "prune", "--source-net", "DENSE", "--archs", "resnet20s"],
+         "source_net: holds the network digits_net, but arch is resnet20s"),
+        (["--stages", "prune", "--source-net", "TEXT"], "not a readable checkpoint"),
+        ([*CHAIN, "--batch-size", "5000"], "batch_size: 5000 is more than the 1437 images"),
+        ([*CHAIN, "--holdout", "5000"], "holdout: 5000 of the 1437"),
+        ([*CHAIN, "--num-classes", "11"], "num_classes: 11, but Digits"),
+        ([*CHAIN, "--loader", "lmdb"], "loader: lmdb does not apply to Digits"),
+        ([*CHAIN, "--dataset", "CIFAR10", "--data-dir", "/nowhere"], "data_dir: /nowhere does not"),
+        ([*CHAIN, "--dataset", "CIFAR10", "--archs", "torchvision/vit_b_16",
+          "--image-dim", "32"],
+         "image_dim: 'torchvision/vit_b_16' cannot take 32x32 images"),
+        ([*CHAIN, "--dataset", "CIFAR10", "--archs", "torchvision/mobilenet_v2",
+          "--image-dim", "32", "--layer-types", "channel"],
+         "layer_type: channel cannot prune the grouped convolution"),
+    ],
+)  # fmt: skip
+def test_what_would_fail_in_every_run_fails_before_any_starts(
+    argv: list[str], named: str, fake: FakeSweep, dense: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "text").write_text("no checkpoint")
+    places = {"DENSE": str(dense), "TEXT": str(tmp_path / "text")}
+    assert fake.series("--series", "0.5,0.1", *(places.get(word, word) for word in argv)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
     assert line.startswith("error: ")
     assert named in line
     assert not fake.results.exists()

@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from bip import models
 from bip.errors import UserError
 from bip.pruning.mask import find_prunable, keep_count
 from bip.pruning.parameters import PrunedParameters
@@ -234,12 +235,22 @@ def test_what_is_not_a_module_weight_is_named_as_dense() -> None:
 
 
 def test_grouped_convolutions() -> None:
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2))
+    network = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(8, 2)
+    )
     with pytest.raises(UserError, match=r"grouped convolution 1\b") as raised:
         find_prunable(network, "channel")
     assert "\n" not in str(raised.value)
     assert len(names(network, "filter")) == 2
-    assert len(names(network, "unstructured")) == 2
+    assert len(names(network, "unstructured")) == 3
+
+
+def test_a_convolution_that_gives_the_classes_keeps_its_filters() -> None:
+    """The other end of the published defect that deletes image colours."""
+    layout = find_prunable(models.build("torchvision/squeezenet1_1", 10), "filter")
+    assert "classifier.1.weight" not in [tensor.name for tensor in layout.tensors]
+    assert "classifier.1.weight" in layout.dense
+    assert len(layout.tensors) == 25
 
 
 def test_nothing_to_prune_is_an_error() -> None:

@@ -1,0 +1,69 @@
+"""What the runs of a sweep read, checked before any of them starts: networks, images, sources."""
+
+from collections.abc import Sequence
+
+from bip.config import RunConfig
+
+
+def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
+    """Check all that the configurations name; every network's parameter count, by its name.
+
+    Networks are built without memory, and a source that the sweep itself will make is not looked
+    for. Raises UserError for what would make a run fail at its start.
+    """
+    from bip.data.datasets import dataset_spec  # with torch, seconds to import
+
+    networks: dict[object, tuple[RunConfig, int]] = {}
+    images: dict[object, tuple[RunConfig, int]] = {}
+    for config in configs:
+        classes = config.num_classes or dataset_spec(config.dataset).classes
+        shape = (config.dataset, classes, config.image_dim)
+        networks.setdefault((config.arch, *shape, config.layer_type), (config, classes))
+        place = (config.dataset, config.data_dir, config.loader, classes)
+        images.setdefault((*place, config.holdout, config.batch_size), (config, classes))
+    sizes = {one.arch: _check_network(one, classes) for one, classes in networks.values()}
+    _check_sources(configs)
+    for one, classes in images.values():
+        _check_images(one, classes)
+    return sizes
+
+
+def _check_network(config: RunConfig, classes: int) -> int:
+    import torch
+
+    from bip import models
+    from bip.data.datasets import dataset_spec
+    from bip.pruning.mask import find_prunable
+
+    spec = dataset_spec(config.dataset)
+    with torch.device("meta"):
+        network = models.build(config.arch, classes, spec.channels)
+    dim = config.image_dim or spec.image_dim
+    models.check_image_size(network, config.arch, spec.channels, dim)
+    if config.layer_type != "dense":
+        find_prunable(network, config.layer_type)
+    return sum(weights.numel() for weights in network.parameters())
+
+
+def _check_images(config: RunConfig, classes: int) -> None:
+    from bip.data.loaders import open_splits
+    from bip.data.order import Order, holdout_split
+
+    train, _ = open_splits(config.dataset, config.data_dir, config.loader, classes)
+    kept, _ = holdout_split(len(train), config.holdout)
+    Order(len(kept), config.batch_size, config.seed)
+
+
+def _check_sources(configs: Sequence[RunConfig]) -> None:
+    from bip.identity import check_source
+    from bip.training.checkpoint import State, read_checkpoint
+
+    states: dict[object, State] = {}
+    for config in configs:
+        path, sweep = config.source_net, config.result_dir / config.exp_name
+        if path is None or sweep.absolute() in path.absolute().parents:
+            continue
+        if path not in states:
+            state = read_checkpoint(path)
+            states[path] = {name: state[name] for name in ("arch", "config") if name in state}
+        check_source(config, states[path])
