@@ -48,6 +48,7 @@ from bip.training.checkpoint import (
     model_state,
     read_checkpoint,
     restore_model,
+    seal,
     split_state,
     write_checkpoint,
 )
@@ -428,7 +429,7 @@ class Run:
         if self.group.is_first:
             self.lock.check()
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(self.checkpoints.best, self._state(progress))
+            write_checkpoint(self.checkpoints.best, seal(self._state(progress)))
 
     def _finish(self, loop: Loop) -> dict[str, Any]:
         """Final mask, final accuracy, the models and, last, result.json."""

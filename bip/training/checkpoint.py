@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import itertools
+import json
 import os
 import pickle
 import warnings
@@ -26,6 +27,7 @@ from bip.pruning.parameters import PrunedParameters
 
 FORMAT = 1
 SCORES = "popup_scores"
+SEAL = "sha256"  # in a state that vouches for itself
 State = dict[str, Any]
 
 
@@ -145,6 +147,25 @@ def hash_tensors(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def seal(state: State) -> State:
+    """The state with a digest of its own, that `decode` verifies wherever the file has gone.
+
+    For models that other runs begin with; of a run's own checkpoints the manifest has the digests,
+    which cost no second pass.
+    """
+    return state | {SEAL: _digest(state)}
+
+
+def _digest(state: State) -> str:
+    """SHA-256 (hex) of all tensors and plain values but the seal."""
+    tensors = dict(state["state_dict"])
+    if state.get("mask") is not None:
+        tensors["mask"] = state["mask"]
+    plain = {name: state[name] for name in state.keys() - {"state_dict", "mask", SEAL}}
+    text = json.dumps(plain, sort_keys=True, default=repr)
+    return hashlib.sha256((hash_tensors(tensors) + text).encode()).hexdigest()
+
+
 def write_checkpoint(path: Path, state: State) -> str:
     """Write a checkpoint file, whole or not at all, and return its SHA-256 (hex)."""
     with atomic_open(path) as stream, DigestWriter(stream) as writer:
@@ -181,15 +202,27 @@ def decode(data: bytes, where: Path) -> State:
             f"{where}: checkpoint format {version}, not {FORMAT}; it was written by another "
             "version of this program"
         )
+    if (digest := state.pop(SEAL, None)) is not None and digest != _digest(state):
+        raise UserError(
+            f"{where}: damaged: its content is not what was written; run what made it again, or "
+            "restore the file"
+        )
     return state
 
 
 def read_checkpoint(path: Path) -> State:
-    """One checkpoint file. Raises UserError naming it."""
+    """One checkpoint file. Raises UserError naming it.
+
+    A damaged one is refused, if it is sealed or still lies in its run's folder.
+    """
     try:
-        return decode(path.read_bytes(), path)
+        data, real = path.read_bytes(), path.resolve()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    known = {entry["name"]: entry["sha256"] for entry in CheckpointFolder(real.parent).entries()}
+    if known.get(real.name) not in (None, hashlib.sha256(data).hexdigest()):
+        raise UserError(f"{path}: damaged: its SHA-256 is not the manifest's; give another one")
+    return decode(data, path)
 
 
 @contextlib.contextmanager
@@ -221,9 +254,18 @@ class CheckpointFolder:
         self.best = folder / "model_best.pth.tar"
 
     def entries(self) -> list[dict[str, Any]]:
-        """The committed checkpoints, newest first: name, sha256, step."""
-        manifest = read_json(self.manifest)
-        return [] if manifest is None else list(manifest["checkpoints"])
+        """The committed checkpoints, newest first: name, sha256, step.
+
+        Where the manifest is damaged, the files that are there, with sha256 None: unverified.
+        """
+        try:
+            found = (read_json(self.manifest) or {"checkpoints": []})["checkpoints"]
+            return [{key: entry[key] for key in ("name", "sha256", "step")} for entry in found]
+        except (UserError, KeyError, TypeError):
+            print(f"{self.manifest}: damaged; taking the checkpoints beside it as they are")
+        steps = {path.name: path.name[5:].split(".")[0] for path in self.folder.glob("step-*.tar")}
+        newest = sorted((name for name in steps if steps[name][:9].isdigit()), reverse=True)
+        return [{"name": n, "sha256": None, "step": int(steps[n][:9])} for n in newest]
 
     def save(self, state: State, step: int, keep_before: int = 1) -> Path:
         """Commit `state` as the newest checkpoint and drop all but the `keep_before` before it.
@@ -263,13 +305,17 @@ class CheckpointFolder:
             path = self.folder / entry["name"]
             try:
                 data = path.read_bytes()
-                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                if entry["sha256"] in (None, hashlib.sha256(data).hexdigest()):
                     return decode(data, path)
                 reason = "its SHA-256 is wrong"
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(path.name + ".damaged"))
             except OSError as error:
                 reason = error.strerror or str(error)
+            except UserError as error:
+                if entry["sha256"] is not None:
+                    raise
+                reason = str(error)
             print(f"checkpoint {path} cannot be used: {reason}; trying the one before", flush=True)
         if entries:
             raise UserError(

@@ -1,5 +1,7 @@
 """Checkpoints: nothing lost, nothing half-written, nothing run; resumed equals uninterrupted."""
 
+import contextlib
+import io
 import os
 import pickle
 import shutil
@@ -9,11 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bip import run
 from bip.__main__ import main
 from bip.config import load_config
-from bip.training.checkpoint import CheckpointFolder, pack_mask, read_checkpoint, unpack_mask
+from bip.errors import UserError
+from bip.training.checkpoint import (
+    CheckpointFolder,
+    pack_mask,
+    read_checkpoint,
+    seal,
+    unpack_mask,
+    write_checkpoint,
+)
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 
 
@@ -66,26 +78,79 @@ def test_masks_pack_to_bits(size: int) -> None:
     assert torch.equal(unpack_mask(bits, size), mask)
 
 
-def test_a_flipped_byte_anywhere_is_found_and_the_one_before_is_used(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    good = CheckpointFolder(tmp_path / "good")
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFolder:
+    """Checkpoints of steps 1 and 2, and a sealed model."""
+    folder = CheckpointFolder(tmp_path_factory.mktemp("saved"))
     for step in (1, 2):
-        path = good.save(state(step), step)
-    data = path.read_bytes()
-    for place in np.linspace(0, len(data) - 1, 60).astype(int):
-        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
-        shutil.copytree(good.folder, tmp_path / "bad", symlinks=True)
-        bad = tmp_path / "bad" / path.name
-        bad.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-        loaded = CheckpointFolder(tmp_path / "bad").load()
-        assert loaded is not None
-        assert_same(loaded, state(1))
-        out = capsys.readouterr().out
-        assert path.name in out
-        assert out.count("\n") == 1
-        assert not bad.exists(), "set aside"
-        assert len(list((tmp_path / "bad").glob(f"{path.name}*"))) == 1, "but kept"
+        folder.save(state(step), step)
+    write_checkpoint(folder.best, seal(model()))
+    return folder
+
+
+def model() -> dict[str, Any]:
+    return {name: value for name, value in state(3).items() if name != "optimizer"}
+
+
+def flipped(folder: CheckpointFolder, name: str, place: float, bit: int) -> CheckpointFolder:
+    """A copy of the folder in which one bit of one file is another."""
+    copy = folder.folder.with_name("flipped")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder.folder, copy, symlinks=True)
+    data = bytearray((copy / name).read_bytes())
+    data[int(place * len(data))] ^= 1 << bit
+    (copy / name).write_bytes(data)
+    return CheckpointFolder(copy)
+
+
+FLIPS = given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+
+
+@FLIPS
+@settings(max_examples=100, deadline=None)
+def test_a_flipped_bit_anywhere_is_found_and_the_one_before_is_used(
+    saved: CheckpointFolder, place: float, bit: int
+) -> None:
+    name = saved.entries()[0]["name"]
+    bad = flipped(saved, name, place, bit)
+    with pytest.raises(UserError, match="damaged"):
+        read_checkpoint(bad.newest)  # as --source-net or --resume
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        loaded = bad.load()
+    assert loaded is not None
+    assert_same(loaded, state(1))
+    assert name in output.getvalue()
+    assert output.getvalue().count("\n") == 1
+    assert not (bad.folder / name).exists(), "set aside"
+    assert len(list(bad.folder.glob(f"{name}*"))) == 1, "but kept"
+
+
+@FLIPS
+@settings(max_examples=200, deadline=None)
+def test_a_flipped_bit_of_a_model_that_others_begin_with_is_found_wherever_it_lies(
+    saved: CheckpointFolder, place: float, bit: int
+) -> None:
+    """It changes nothing that is read, or is an error."""
+    path = flipped(saved, saved.best.name, place, bit).best
+    path = path.rename(path.parent.parent / "elsewhere.pth.tar")
+    try:
+        assert_same(read_checkpoint(path), model())
+        told = str(path)
+    except UserError as error:
+        told = str(error)
+    assert str(path) in told
+    assert "\n" not in told
+
+
+@FLIPS
+@settings(max_examples=200, deadline=None)
+def test_a_flipped_bit_of_the_manifest_costs_at_most_the_newest(
+    saved: CheckpointFolder, place: float, bit: int
+) -> None:
+    loaded = flipped(saved, "manifest.json", place, bit).load()
+    assert loaded is not None
+    assert_same(loaded, state(loaded["progress"]["iteration"]))
 
 
 @pytest.mark.parametrize("damage", ["empty", "short", "gone"])
