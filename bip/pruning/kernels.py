@@ -18,7 +18,7 @@ BLOCK = 64  # counted without branches, then searched only if it holds a candida
 
 Bits = NDArray[np.int32]
 Floats = NDArray[np.floating[Any]]
-i32 = numba.int32
+i32, u32 = numba.int32, numba.uint32
 compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 parallel: Any = numba.njit(cache=True, nogil=True, boundscheck=False, parallel=True)
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]
@@ -132,20 +132,28 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
 
 
 @compiled
+def hash_place(place: int) -> np.uint32:
+    """32 bits that no sum of other places' makes up for: the mask's checksum adds them."""
+    x = u32(u32(place) * u32(0x9E3779B1))
+    x = u32((x ^ (x >> u32(15))) * u32(0x85EBCA77))
+    return u32(x ^ (x >> u32(13)))
+
+
+@compiled
 def write_mask(bits: Bits, key: np.int32, last: int, first: int, mask: Floats) -> tuple[int, int]:
     """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`.
 
-    Returns (ones, checksum): the checksum adds up the places of the ones, `first` being the
+    Returns (ones, checksum): the sum modulo 2^32 of `hash_place` of the ones, `first` being the
     place of bits[0]. It costs nothing beside the writing.
     """
-    kept = checksum = 0
+    kept, checksum = 0, u32(0)
     for i in range(bits.size):
         own = bits[i] & MAGNITUDE
-        keep = i32((own > key) | ((own == key) & (i <= last)))
-        kept += keep
-        checksum += keep * (first + i)
+        keep = (own > key) | ((own == key) & (i <= last))
+        kept += int(keep)
+        checksum = u32(checksum + u32(keep) * hash_place(first + i))
         mask[i] = np.float32(keep)
-    return kept, checksum
+    return kept, int(checksum)
 
 
 @compiled
@@ -161,19 +169,19 @@ def move_mask_and_z(
     """`write_mask`, and z = mask · weights, which must hold before too: from one step to the next
     few weights come or go, and only blocks where one does are written.
     """
-    kept = checksum = 0
+    kept, checksum = 0, u32(0)
     whole = bits.size // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         ties = i32(min(max(last - start, -1), BLOCK))  # equal keys are kept up to this place
-        count, places, moved = i32(0), i32(0), i32(0)
+        count, moved, hashes = i32(0), i32(0), u32(0)
         for j in range(BLOCK):
             own = bits[start + j] & MAGNITUDE
             keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
             count += keep
-            places += keep * i32(j)
+            hashes = u32(hashes + u32(keep) * hash_place(u32(first + start) + u32(j)))
             moved |= i32(mask[start + j] != np.float32(keep))
         kept += int(count)
-        checksum += int(places) + int(count) * (first + start)
+        checksum = u32(checksum + hashes)
         if moved:
             for i in range(start, start + BLOCK):
                 own = bits[i] & MAGNITUDE
@@ -181,12 +189,12 @@ def move_mask_and_z(
                 z[i] = mask[i] * weights[i]
     for i in range(whole, bits.size):
         own = bits[i] & MAGNITUDE
-        keep = i32((own > key) | ((own == key) & (i <= last)))
-        kept += keep
-        checksum += keep * (first + i)
+        keep = (own > key) | ((own == key) & (i <= last))
+        kept += int(keep)
+        checksum = u32(checksum + u32(keep) * hash_place(first + i))
         mask[i] = np.float32(keep)
         z[i] = mask[i] * weights[i]
-    return kept, checksum
+    return kept, int(checksum)
 
 
 @parallel

@@ -22,6 +22,7 @@ from bip.pruning.threshold import (
     Cut,
     Exchange,
     Threshold,
+    add_proofs,
     move_mask_and_z,
     write_mask,
 )
@@ -63,7 +64,7 @@ class PrunedParameters:
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
         self.mask = torch.ones(layout.size, dtype=dtype, device=device)
-        # Of the last selection: the number of ones and the sum of their places, for comparison.
+        # Of the last selection: the number of ones and their checksum, for comparison.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         if layout.layer_type != "unstructured":
@@ -191,7 +192,7 @@ class PrunedParameters:
             out = mask[part] if mask.dtype == torch.float32 else torch.empty(len(mask[part]))
             proofs.append(write_mask(values[part], cut, segment.start, out))
             mask[part] = out
-        self.proof = torch.tensor(proofs).sum(0)
+        self.proof = torch.tensor(add_proofs(proofs))
 
     def _move_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
         proofs = []
@@ -207,7 +208,7 @@ class PrunedParameters:
                 proof = write_mask(values[part], cut, tensor.start, mask)
                 torch.mul(weights.view(tensor.shape), mask.view(tensor.shape), out=z)
             proofs.append(proof)
-        self.proof = torch.tensor(proofs).sum(0)
+        self.proof = torch.tensor(add_proofs(proofs))
 
     def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):

@@ -13,6 +13,7 @@ the same on every rank, and independent of W:
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -277,7 +278,8 @@ def _split(gathered: Bits, like: list[Bits]) -> list[Bits]:
 def write_mask(values: Tensor, cut: Cut, first: int, mask: Tensor) -> tuple[int, int]:
     """mask = 1 where `cut` keeps the flat float32 `values`, else 0; on the CPU.
 
-    Returns (ones, sum of their places), `first` being the place of values[0].
+    Returns (ones, checksum of their places), `first` being the place of values[0]: what ranks
+    compare. The proof of a whole is `add_proofs` of its parts'.
     """
     bits = values.view(torch.int32).numpy()
     kept, checksum = kernels.write_mask(bits, np.int32(cut.key), cut.last, first, mask.numpy())
@@ -297,5 +299,11 @@ def move_mask_and_z(
         kernels.move_mask_and_z_parts(bits, np.int32(cut.key), cut.last, first, *out, proofs)
     else:
         proofs[0] = kernels.move_mask_and_z(bits, np.int32(cut.key), cut.last, first, *out)
-    kept, checksum = proofs.sum(0).tolist()
+    kept, checksum = add_proofs(proofs.tolist())
     return kept, checksum
+
+
+def add_proofs(proofs: Iterable[Sequence[int]]) -> tuple[int, int]:
+    """(ones, checksum) of masks side by side."""
+    kept, checksums = zip(*proofs, strict=True)
+    return sum(kept), sum(checksums) & 0xFFFFFFFF

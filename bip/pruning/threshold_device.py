@@ -12,6 +12,7 @@ from bip.pruning.kernels import INFINITY, MAGNITUDE
 from bip.pruning.mask import Segment
 from bip.pruning.threshold import Exchange
 
+CHUNK = 1 << 24  # elements whose temporaries exist at once
 SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
 
 
@@ -37,8 +38,7 @@ class DeviceThreshold:
         self.segment = torch.repeat_interleave(
             torch.arange(len(segments), device=device, dtype=torch.int32), lengths
         )
-        self.spare = torch.arange(self.end - self.begin, device=device) % SPREAD
-        self.ones = torch.ones(self.end - self.begin, dtype=torch.int32, device=device)
+        self.ones = torch.ones(1, dtype=torch.int32, device=device).expand(self.end - self.begin)
         self.nan = torch.zeros((), dtype=torch.bool, device=device)
 
     @torch.no_grad()
@@ -58,7 +58,7 @@ class DeviceThreshold:
             index = torch.where(
                 inside,
                 self.segment.long() * bins + ((keys >> shift) & (bins - 1)),
-                segments * bins + self.spare,
+                segments * bins + (keys & (SPREAD - 1)),
             )
             counts = torch.zeros(
                 segments * bins + SPREAD, dtype=torch.int32, device=keys.device
@@ -91,15 +91,24 @@ def write_mask(
 ) -> Tensor:
     """mask = 1 on what `DeviceThreshold.select` keeps of each segment, else 0.
 
-    Returns (2,): the ones and the sum of their places, still on the device.
+    Returns (2,): the proof that `bip.pruning.threshold.write_mask` gives, still on the device.
     """
-    index = torch.arange(len(values), device=values.device)
     proof = torch.zeros(2, dtype=torch.int64, device=values.device)
     for row, segment in enumerate(segments):
-        part = slice(segment.start, segment.stop)
-        own = values[part].view(torch.int32) & int(MAGNITUDE)
-        tie = (own == keys[row]) & (index[part] <= lasts[row])
-        kept = tie.logical_or_(own > keys[row])
-        mask[part].copy_(kept)
-        proof += torch.stack([kept.sum(), torch.where(kept, index[part], 0).sum()])
+        for start in range(segment.start, segment.stop, CHUNK):
+            part = slice(start, min(start + CHUNK, segment.stop))
+            place = torch.arange(part.start, part.stop, device=values.device)
+            own = values[part].view(torch.int32) & int(MAGNITUDE)
+            kept = (own == keys[row]) & (place <= lasts[row])
+            kept.logical_or_(own > keys[row])
+            mask[part].copy_(kept)
+            proof += torch.stack([kept.sum(), hash_places(place).mul_(kept).sum()])
+    proof[1] &= 0xFFFFFFFF
     return proof
+
+
+def hash_places(place: Tensor) -> Tensor:
+    """`kernels.hash_place` of int64 `place`, which is overwritten."""
+    place.mul_(0x9E3779B1).bitwise_and_(0xFFFFFFFF)
+    place.bitwise_xor_(place >> 15).mul_(0x85EBCA77).bitwise_and_(0xFFFFFFFF)
+    return place.bitwise_xor_(place >> 13)

@@ -3,13 +3,22 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bip.pruning import kernels
 from bip.pruning.mask import Segment
-from bip.pruning.threshold import ALL_TIES, Alone, Cut, Threshold, move_mask_and_z, write_mask
+from bip.pruning.threshold import (
+    ALL_TIES,
+    Alone,
+    Cut,
+    Threshold,
+    add_proofs,
+    move_mask_and_z,
+    write_mask,
+)
+from bip.pruning.threshold_device import write_mask as write_mask_on_device
 from tests.unit.ranks_in_threads import on_threads
 from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
 
@@ -141,20 +150,51 @@ def test_sweep_counts_and_collects(keys: list[int], low: int, width: int, room: 
     assert found[: min(room, inside)].tolist() == expected[:room]
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 1000, 1 << 19])
-def test_writing_proves_what_was_written(n: int) -> None:
-    """The same from a first write and from moves of an earlier mask, few and many."""
+@pytest.mark.parametrize(("n", "count"), [(1, 1), (63, 1), (64, 1), (1000, 1), (700_001, 3)])
+def test_writing_proves_what_was_written(n: int, count: int) -> None:
+    """The same from a first write and from moves of an earlier mask, few and many, on a CPU or
+    not; with cuts at and around the seams between threads."""
     values, weights = make_scores("ties", n, 5), make_scores("normal", n, 6)
-    key = int(torch.tensor(0.25).view(torch.int32))
-    mask, moved, z = torch.empty(n), torch.ones(n), weights.clone()
-    for last in (-1, 4 * n // 10, 4 * n // 10 + 1, n, int(ALL_TIES), 4 * n // 10):
-        proof = write_mask(values, Cut(key, last), 5000, mask)
-        assert proof == move_mask_and_z(values, Cut(key, last), 5000, weights, moved, z)
-        right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
-        assert torch.equal(mask, right.float())
-        assert torch.equal(moved, mask)
-        assert torch.equal(z, weights * mask)
-        assert proof == (int(right.sum()), int((right * torch.arange(5000, 5000 + n)).sum()))
+    key = torch.tensor(0.25).view(torch.int32)
+    mask, moved, other, z = torch.empty(n), torch.ones(n), torch.empty(n), weights.clone()
+    seams = [n * part // 2 + away for part in (0, 1, 2) for away in (-1, 0, 1)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        for last in (*seams, 4 * n // 10, int(ALL_TIES), 4 * n // 10):
+            cut = Cut(int(key), last)
+            proof = write_mask(values, cut, 0, mask)
+            assert proof == move_mask_and_z(values, cut, 0, weights, moved, z)
+            segments, lasts = (Segment("x", 0, n, 1),), torch.tensor([last])
+            on_device = write_mask_on_device(values, segments, key.view(1), lasts, other)
+            assert proof == tuple(on_device.tolist())
+            right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
+            for written in (mask, moved, other):
+                assert torch.equal(written, right.float())
+            assert torch.equal(z, weights * mask)
+            assert proof[0] == int(right.sum())
+            half = n // 2
+            halves = [
+                write_mask(values[:half], cut, 0, mask[:half]),
+                write_mask(values[half:], Cut(cut.key, last - half), half, mask[half:]),
+            ]
+            assert proof == add_proofs(halves)
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(st.sets(st.integers(0, 40), min_size=1), st.sets(st.integers(0, 40), min_size=1))
+@settings(max_examples=300, deadline=None)
+@example({0, 3}, {1, 2})
+@example({0, 4, 5}, {1, 2, 6})
+def test_other_masks_have_other_proofs(one: set[int], other: set[int]) -> None:
+    """Also those with as many ones, whose places have the same sum or squares."""
+    proofs = []
+    for kept in (one, other):
+        values = torch.zeros(41)
+        values[list(kept)] = 1.0
+        proofs.append(write_mask(values, Cut(0, -1), 1000, torch.empty(41)))
+    assert (proofs[0] == proofs[1]) == (one == other)
 
 
 @pytest.mark.parametrize("layers", [1, 20])
