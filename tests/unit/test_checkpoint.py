@@ -397,6 +397,37 @@ def stop_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CheckpointFolder, "save", save)
 
 
+def test_resume_starts_from_the_file_and_never_goes_back(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A requeued task is given the same --resume again: it goes on from what it did since."""
+    settings = {"source_net": source, "max_steps": 6, "checkpoint_minutes": 1e-9}
+    whole = train("bip", tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(Stopped):
+            train("bip", tmp_path / "first", **settings)
+    (given,) = (tmp_path / "first").rglob("checkpoint.pth.tar")
+    steps = []
+    for _ in range(2):  # two attempts, each stopped after two saves, of a run elsewhere
+        with monkeypatch.context() as patch:
+            stop_after(2, patch)
+            with pytest.raises(Stopped):
+                train("bip", tmp_path / "second", resume=given, **settings)
+        (newest,) = (tmp_path / "second").rglob("checkpoint.pth.tar")
+        steps.append(read_checkpoint(newest)["progress"]["iteration"])
+    assert steps[0] > read_checkpoint(given)["progress"]["iteration"]
+    assert steps[1] > steps[0]
+    assert "goes on from there" in capsys.readouterr().out
+    (older,) = [p for p in newest.parent.glob("step-*") if p.resolve() != newest.resolve()]
+    finished = train("bip", tmp_path / "second", resume=older, **settings)
+    assert "goes on from there" in capsys.readouterr().out
+    assert finished.result["weights_sha256"] == whole.result["weights_sha256"]
+
+
 @pytest.mark.parametrize(("kind", "stop"), [("bip", 1), *((kind, 3) for kind in KINDS)])
 def test_resumed_equals_uninterrupted(
     kind: str,

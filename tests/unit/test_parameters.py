@@ -106,6 +106,16 @@ def test_the_ratio_of_the_two_terms_is_logged(
         assert ratios[1e-1][0] == pytest.approx(1000 * ratios[1e-4][0], rel=1e-6)
 
 
+def test_the_ratio_is_that_of_the_step_it_is_logged_with(source: Path, tmp_path: Path) -> None:
+    ratios = []
+    for print_freq in (1, 3):
+        settings = {"max_steps": 7, "print_freq": print_freq, "source_net": source}
+        records = train("bip", tmp_path / str(print_freq), **settings).records()
+        ratios.append({r["step"]: r["implicit_over_direct"] for r in records})
+    assert ratios[1].keys() == {3, 6, 7}
+    assert ratios[1] == {step: ratios[0][step] for step in ratios[1]}
+
+
 # What was pruned returns
 
 

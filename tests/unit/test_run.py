@@ -244,6 +244,17 @@ def test_k_in_another_spelling_and_alias_is_the_same_run(source: Path, tmp_path:
     assert one == other
 
 
+def test_what_has_no_effect_is_no_other_run(tmp_path: Path) -> None:
+    def named(**settings: Any) -> str:
+        return load_config(arguments("pretrain", tmp_path, **settings)).run_id
+
+    assert named() == named(mask_lr=0.5, lower_steps=3, warmup_lr=0.7)
+    assert named(scale_rand_init=True) != named()
+    imagenet = {"data_dir": tmp_path, "arch": "ResNet18"}
+    aliases = [named(dataset=n, **imagenet) for n in ("ImageNet", "ImageNetLMDB", "ImageNetOrigin")]
+    assert len(set(aliases)) == 1
+
+
 def test_the_run_id_does_not_depend_on_where_results_go(source: Path, tmp_path: Path) -> None:
     assert run_id(source, tmp_path / "here") == run_id(source, tmp_path / "there")
 
@@ -402,6 +413,25 @@ def test_evaluate_a_pruned_network(
         assert f"top1 {finished.result['top1']:.2f}%" in said
         assert "360" in said
     assert not out.exists()
+
+
+def test_a_filter_run_on_its_way_evaluates_alike_as_source_and_to_resume(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pruned filters' batch-norm is not zeroed yet: both ways do it."""
+    settings = {"k": 0.3, "layer_type": "filter"}
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        with pytest.raises(Stopped):
+            train("bip", tmp_path, source_net=source, checkpoint_minutes=1e-9, **settings)
+    (newest,) = tmp_path.rglob("checkpoint.pth.tar")
+    found = [
+        train_run(
+            load_config(arguments("bip", tmp_path, evaluate=True, **{option: newest}, **settings))
+        )
+        for option in ("source_net", "resume")
+    ]
+    assert found[0] == found[1]
 
 
 def test_evaluate_a_dense_network(
