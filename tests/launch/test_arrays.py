@@ -58,38 +58,84 @@ def test_a_chain_of_three_arrays() -> None:
     size=st.integers(1, 9),
     parallelism=st.integers(1, 6),
     done=st.sets(st.integers(0, 40)),
+    dropped=st.sets(st.integers(0, 80)),
+    going=st.sets(st.integers(0, 80)),
 )
 def test_every_plan_runs_each_missing_point_once_after_its_needs(
-    values: int, seeds: int, per_task: int, size: int, parallelism: int, done: set[int]
+    values: int,
+    seeds: int,
+    per_task: int,
+    size: int,
+    parallelism: int,
+    done: set[int],
+    dropped: set[int],
+    going: set[int],
 ) -> None:
-    records = sweep_of(values, seeds)
+    """Of any sweep, also one of several commands, whose stages are no full product."""
+    records: list[Record] = []
+    for at, one in enumerate(sweep_of(values, seeds)):
+        if at not in dropped and {r.run_id for r in records}.issuperset(one.needs):
+            records.append(one)
     by_name = {r.run_id: r for r in records}
     # What is done has its needs done.
     finished: set[str] = set()
     for at, one in enumerate(records):
         if at in done and finished.issuperset(one.needs):
             finished.add(one.run_id)
-    arrays = plan_arrays(records, by_name, finished, {}, parallelism, per_task, size)
+    queued = {
+        one.run_id: f"{one.stage}_{at}"
+        for at, one in enumerate(records)
+        if at in going and one.run_id not in finished
+    }
+    arrays = plan_arrays(records, by_name, finished, queued, parallelism, per_task, size)
     placed = [name for array in arrays for task in array.tasks for name in task]
-    assert sorted(placed) == sorted(set(by_name) - finished)
+    assert sorted(placed) == sorted(set(by_name) - finished - set(queued))
     before: list[Array] = []
     for array in arrays:
         assert len(array.tasks) <= size
-        assert all(len(task) <= per_task for task in array.tasks)
+        assert all(0 < len(task) <= per_task for task in array.tasks)
         for index, task in enumerate(array.tasks):
             for need in {n for name in task for n in by_name[name].needs} - finished:
                 same_index = array.corr is not None and need in array.corr.tasks[index]
-                assert same_index or need in [one[1] for one in array.after]
-            assert {one[1] for one in array.after} <= set(by_name[task[0]].needs), (
-                "for nothing else"
-            )
-        waits = [array.corr, *(one[0] for one in array.after), array.throttled_by]
-        assert all(any(w is b for b in before) for w in waits if w is not None)
+                waits_for = {one if isinstance(one, str) else one[1] for one in array.after}
+                assert same_index or {need, queued.get(need)} & waits_for
+            for one in array.after:  # for nothing else
+                needs = by_name[task[0]].needs
+                assert one in map(queued.get, needs) if isinstance(one, str) else one[1] in needs
+        waits = [array.corr, *array.throttled_by, *array.after]
+        before_it = [wait[0] if isinstance(wait, tuple) else wait for wait in waits]
+        assert all(any(w is b for b in before) for w in before_it if isinstance(w, Array))
         before.append(array)
     for stage in ("pretrain", "prune", "finetune"):
         mine = [array for array in arrays if array.stage == stage]
-        free = [array.parallelism for array in mine if array.throttled_by is None]
-        assert sum(free) == (parallelism if mine else 0)
+        left = parallelism - sum(by_name[run_id].stage == stage for run_id in queued)
+        if left <= 0:
+            assert all(array.throttled_by for array in mine)
+            left = parallelism
+            first = [array for array in mine if array.throttled_by == [stage]]
+        else:
+            first = [array for array in mine if not array.throttled_by]
+        assert sum(array.parallelism for array in first) == (left if mine else 0)
+
+
+def test_tasks_wait_for_their_own_need_where_an_earlier_stage_has_more() -> None:
+    """Two series in one folder, the first without fine-tuning."""
+    records = [r for r in sweep_of(1, seeds=2) if r.run_id != "f0.0"]
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
+    assert [(a.tasks, a.dependency) for a in arrays] == [
+        ([["d1"], ["d0"]], ""),
+        ([["p1.0"], ["p0.0"]], "aftercorr:100"),
+        ([["f1.0"]], "aftercorr:101"),
+    ]
+
+
+def test_tasks_in_the_queue_count_among_those_at_once() -> None:
+    records = sweep_of(6)
+    names = {r.run_id for r in records if r.stage == "prune"}
+    for count, dependency, at_once in ((1, "", 2), (3, "afterany:8", 3), (5, "afterany:8", 3)):
+        queued = {f"p0.{v}": f"8_{v}" for v in range(count)}
+        (array,) = plan_arrays(records, names, {"d0"}, queued, 3)
+        assert (array.dependency, array.parallelism) == (dependency, at_once)
 
 
 def test_seeds_do_not_wait_for_one_another() -> None:
