@@ -196,6 +196,7 @@ def sbatch_parameters(
         "array": f"0-{count - 1}%{array.parallelism}",
         "requeue": True,
         "open-mode": "append",
+        "signal": f"USR2@{profile.signal_lead}",  # submitit's own may be another, by environment
         **{name.replace("_", "-"): v for name, v in profile.sbatch.items() if v is not False},
     }
     if profile.mem is not None:
@@ -226,9 +227,9 @@ def sbatch_parameters(
         "nodes": profile.nodes,
         "ntasks_per_node": profile.ntasks_per_node,
         "cpus_per_task": profile.cpus_per_task,
-        "signal_delay_s": profile.signal_lead,
         "array_parallelism": array.parallelism,
         "setup": setup,
+        "wckey": None,  # submitit's own
         "use_srun": False,  # task.sh starts the ranks, of one point after the other
         "additional_parameters": further,
     }

@@ -17,7 +17,6 @@ from launch import slurm
 from launch.chain import plan_arrays
 from launch.ledger import Record
 from launch.profile import SlurmProfile
-from launch.task import without_job
 
 _PROBE = """
 import os, shutil, socket, sys
@@ -137,8 +136,7 @@ def _accepted(profile: SlurmProfile) -> Finding:
         if value is not None and value is not False
     ]
     try:
-        env = without_job(os.environ)
-        slurm.ask("sbatch", "--test-only", *words, "--wrap=true", env=env)
+        slurm.ask("sbatch", "--test-only", *words, "--wrap=true")
     except slurm.SlurmError as error:
         return Finding("error", f"these resources are refused: {error}")
     return Finding("ok", f"{profile.nodes} nodes x {profile.ntasks_per_node} ranks: accepted")
@@ -221,10 +219,9 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     if profile.gpus_per_node:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
     try:
-        env = without_job(os.environ)
         python = shlex.split(profile.python)
         command = [*words, *profile.srun_args, *python, "-c", _PROBE, str(folder)]
-        lines = slurm.ask(*command, env=env, timeout=180).splitlines()
+        lines = slurm.ask(*command, timeout=180).splitlines()
     except slurm.SlurmError as error:
         yield Finding("error", f"a task on the compute nodes: {error}")
         return

@@ -14,8 +14,22 @@ class SlurmError(UserError):
     """A SLURM command is missing or refused. The message is its first line."""
 
 
-def ask(*command: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> str:
-    """A SLURM command's output. Raises SlurmError if it is missing, refuses or hangs."""
+# What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
+# facts of the job around this process.
+_OPTIONS = re.compile(r"SLURM_(?!CONF$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
+
+
+def without_options(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would change the meaning of SLURM's commands."""
+    return {name: value for name, value in env.items() if not _OPTIONS.match(name)}
+
+
+def ask(*command: str, timeout: float = 60) -> str:
+    """A SLURM command's output, whatever options the environment holds.
+
+    Raises SlurmError if it is missing, refuses or hangs.
+    """
+    env = without_options(os.environ)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env=env, check=False

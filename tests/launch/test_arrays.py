@@ -221,10 +221,10 @@ def test_what_sbatch_is_told(tmp_path: Path) -> None:
     array = Array("prune", [["a"], ["b"]], parallelism=2, after=["5_0"])
     told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now", tmp_path)
     assert told["additional_parameters"] == {
-        "array": "0-1%2", "requeue": True, "open-mode": "append", "reservation": "r", "mem": "4G",
-        "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
+        "array": "0-1%2", "requeue": True, "open-mode": "append", "signal": "USR2@45",
+        "reservation": "r", "mem": "4G", "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
     }  # fmt: skip
-    assert (told["signal_delay_s"], told["gpus_per_node"], told["job_name"]) == (45, 2, "s")
+    assert (told["gpus_per_node"], told["job_name"]) == (2, "s")
     assert told["setup"][1:3] == ["export NAME='two words'", "module load x"]
 
 

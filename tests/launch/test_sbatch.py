@@ -32,6 +32,7 @@ echo "Submitted batch job $((100 + number))"
 SQUEUE = """#!/bin/bash
 cd "$(dirname "$0")"
 echo "$@" >squeue-args
+env >squeue-environment
 first=$(ls queue-* 2>/dev/null | head -n 1)
 cat "${first:-queue}"
 [[ -z $first ]] || rm "$first"
@@ -104,8 +105,31 @@ def test_submission_from_inside_a_job_does_not_inherit_it(
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(sweep)
-    seen = [line for line in (bin / "environment").read_text().splitlines() if "SLURM" in line]
-    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def options(environment: Path) -> list[str]:
+    """What a command that wrote its environment there may have taken for options."""
+    names = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SUBMITIT_")
+    return [line for line in environment.read_text().splitlines() if line.startswith(names)]
+
+
+def test_options_in_the_environment_change_nothing(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SBATCH_PARTITION", "SBATCH_EXPORT", "SQUEUE_STATES", "SACCT_FORMAT"):
+        monkeypatch.setenv(name, "NONE")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    # submitit reads it once in a process.
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmJobEnvironment.USR_SIG", "USR1")
+    submit(sweep)
+    script = (bin / "script-0").read_text()
+    assert "#SBATCH --signal=USR2@120\n" in script
+    assert "USR1" not in script
+    assert "wckey" not in script
+    status(sweep.folder)
+    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+    assert options(bin / "squeue-environment") == ["SLURM_CONF=/etc/slurm.conf"]
 
 
 def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
