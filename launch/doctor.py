@@ -188,11 +188,13 @@ def check_place(folder: Path) -> str | None:
 def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once: int) -> str:
     """What the sweep will write, as a line. Raises UserError if the disk has less.
 
-    `parameters` is each network's size. A finished run keeps two models of weights and scores, a
-    going one two checkpoints with two optimizers' momentum as well.
+    `parameters` is each network's size, `at_once` how many runs of one stage go at once. A finished
+    run keeps two models of weights and scores, a going one two checkpoints with two optimizers'
+    momentum as well.
     """
     sizes = [4 * parameters[config.arch] for config in configs]
-    need = sum(2 * 2 * size for size in sizes) + at_once * 2 * 4 * max(sizes)
+    going = min(len(configs), at_once * len({config.exp_mode for config in configs}))
+    need = sum(2 * 2 * size for size in sizes) + going * 2 * 4 * max(sizes)
     folder = configs[0].result_dir.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -174,8 +174,18 @@ def test_profiles_load(name: str) -> None:
     [
         ("sbatch: {time: 1}\npartition: a\npartition: b", "key 'partition' is written twice"),
         ("time: soon", "time: must be minutes"),
+        ("time: 1-", "time: must be minutes"),
+        ("time: 1:2:3:4", "time: must be minutes"),
+        ("time: '0'", "time: Input should be greater than or equal to 1"),
         ("sbatch: {partition: x}", "sbatch: partition is a key of the profile"),
         ("sbatch: {array: 0-3}", "sbatch: array is set by the launcher"),
+        ("sbatch: {ntasks: 3}", "sbatch: ntasks is set by the launcher"),
+        ("srun_args: [--label, --kill-on-bad=0]", "srun_args: --kill-on-bad is set by the"),
+        ("srun_args: [-N2]", "srun_args: -N2 is set by the launcher"),
+        ("srun_args: [--output, x]", "srun_args: --output is set by the launcher"),
+        ("env: {NCCL-DEBUG: WARN}", "env: 'NCCL-DEBUG' is no name of a shell variable"),
+        ('python: "it\'s"', "python: No closing quotation"),
+        ("gpus_per_node: 2", "gpus_per_node: 2 GPUs for 1 ranks"),
         ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
         ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
         ("retries: {bug: 3}", "unknown key 'retries.bug'"),
@@ -190,18 +200,25 @@ def test_profile_errors_name_the_key(text: str, named: str, tmp_path: Path) -> N
     assert "\n" not in str(error.value)
 
 
-def test_time_limits() -> None:
-    def minutes(text: int | str) -> int:
-        return SlurmProfile(executor="slurm", time=text, signal_lead=0).time  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        (90, 90), ("90", 90), ("30:00", 30), ("0:30", 1), ("30:61", 32), ("1:30:00", 90),
+        ("00:00:30", 1), ("1-2", 1560), ("1-2:3", 1563), ("1-2:3:4", 1564), ("0-0:0:1", 1),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(text: int | str, minutes: int) -> None:
+    assert SlurmProfile(executor="slurm", time=text, signal_lead=0).time == minutes  # type: ignore[arg-type]
 
-    assert [minutes(t) for t in (90, "90", "1:30:00", "1-00:00:00", "00:00:30")] == [
-        90, 90, 90, 1440, 1,
-    ]  # fmt: skip
+
+def test_other_arguments_of_srun_are_the_users() -> None:
+    words = ["--container-image=/x", "--nodelist=n1", "-l", "--cpu-bind=none", "--mpi", "none"]
+    assert SlurmProfile(executor="slurm", srun_args=words).srun_args == words
 
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ('"2:30"', 150), ("90", 90)],
+    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ("150:00", 150), ("90", 90)],
 )
 def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
     """YAML 1.1 reads 2:30:00 as 9000, a number to the base 60."""
@@ -214,7 +231,8 @@ def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
 
 def test_what_sbatch_is_told(tmp_path: Path) -> None:
     profile = SlurmProfile(
-        executor="slurm", partition="low", gpus_per_node=2, mem="4G", signal_lead=45,
+        executor="slurm", partition="low", ntasks_per_node=2, gpus_per_node=2, mem="4G",
+        signal_lead=45,
         sbatch={"reservation": "r", "exclusive": False}, env={"NAME": "two words"},
         setup=["module load x"],
     )  # fmt: skip
