@@ -243,7 +243,8 @@ def test_what_sbatch_is_told(tmp_path: Path) -> None:
         "reservation": "r", "mem": "4G", "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
     }  # fmt: skip
     assert (told["gpus_per_node"], told["job_name"]) == (2, "s")
-    assert told["setup"][1:3] == ["export NAME='two words'", "module load x"]
+    assert told["setup"][1] == "export NAME='two words'"
+    assert told["setup"][3:5] == ["module load x", "trap - ERR"]
 
 
 def test_the_name_of_a_task_is_never_the_bare_id_of_its_array() -> None:
