@@ -23,6 +23,7 @@ from bip.errors import RankError, UserError
 
 BEAT_SECONDS = 5.0
 KILL_WAIT = 30.0  # SLURM's default for the time from SIGTERM to SIGKILL
+KILL_WAIT_NAME = "BIP_KILL_WAIT"  # tells it where there is no scontrol, as in a container
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _attempt_is_over(holder: Holder) -> bool | None:
 
 
 def _kill_wait() -> float:
+    if (told := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
+        return float(told)
     found = re.search(r"KillWait\s*=\s*(\d+)", _scontrol("show", "config") or "")
     return float(found[1]) if found else KILL_WAIT
 
@@ -211,7 +214,10 @@ class RunLock:
             try:
                 os.link(temporary, self._file(number + 1))
             except FileExistsError:
-                return False
+                # Asked again after a lost answer, an NFS server says so of what it did itself.
+                with open(temporary, "rb") as stream:  # opening asks it anew
+                    if os.fstat(stream.fileno()).st_nlink != 2:
+                        return False
             finally:
                 temporary.unlink()
             self._file(number).unlink(missing_ok=True)

@@ -138,6 +138,8 @@ def run(
             print(f"{len(run_ids)} runs in {sweep.folder}; to look: {look_again}")
             return 0
         at_once = f"at most {profile.parallelism} at once"
+        if isinstance(profile, SlurmProfile):
+            at_once = f"at most {profile.parallelism} tasks of a stage at once"
         print(f"{len(run_ids)} runs, {at_once}, in {sweep.folder}", flush=True)
         rows = wait(sweep, run_ids, _console(), isinstance(profile, SlurmProfile))
     except KeyboardInterrupt:
@@ -166,7 +168,7 @@ def resume(argv: list[str], command: list[str]) -> int:
         Args:
             folder: RESULT_DIR/EXP_NAME of a series.
             profile: the cluster's facts (default: those of the last submission).
-            parallelism: runs at once (default: the profile's).
+            parallelism: runs at once, under SLURM of each stage (default: the profile's).
             wait: stay and show the progress.
             snapshot: queued tasks run a copy of the code as it is now.
         """

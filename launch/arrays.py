@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import shlex
+import shutil
 import signal
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ from typing import Any
 
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
+from bip.lock import KILL_WAIT_NAME
 from launch import slurm
 from launch.chain import Array, plan_arrays
 from launch.ledger import Lock, Record, Sweep
@@ -22,6 +24,17 @@ from launch.rank import PROFILE, SUBMITTED, run_point
 from launch.snapshot import ROOT, snapshot
 from launch.task import without_job
 
+# A line of the profile's setup that fails ends the task. (`set -e` would go on into the functions
+# and scripts of `module` and `conda`, which do not bear it.)
+_GUARD = (
+    "trap 'code=$?; ((${#BASH_SOURCE[@]} > 1)) || { "
+    'echo "setup: exit status $code of: $(sed -n "${LINENO}p" "$0")" >&2; exit "$code"; }\' ERR'
+)
+# For ranks where scontrol is missing. The batch script runs outside their container.
+_KILL_WAIT = (
+    f"export {KILL_WAIT_NAME}=$(scontrol show config | "
+    "sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')"
+)
 # A cancelled task's processes may take KillWait to end, and SLURM a while to notice.
 ENDING_SECONDS = 120.0
 
@@ -136,15 +149,20 @@ def _left_out(
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block. For the main thread."""
+    """Ctrl-C, a lost terminal and SIGTERM take effect at the end of the block. For the main thread.
+
+    Those that were ignored before stay so.
+    """
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: came.append(number)) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
+        for ours, handler in before.items():
+            signal.signal(ours, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _stamp(now: datetime) -> str:
@@ -164,8 +182,15 @@ def submit_array(
     points = folder / f"points-{_stamp(now)}.txt"
     lines = "".join(" ".join(task) + "\n" for task in array.tasks)
     atomic_write_bytes(points, lines.encode())
-    executor = _executor(folder, profile, sweep.folder.absolute(), points)
     submitted = now.isoformat(timespec="milliseconds")
+
+    def taken(job: str) -> None:  # in the queue, whatever goes wrong after it
+        array.job = job
+        facts_of_it = {"job": job, "stage": array.stage, "tasks": array.tasks}
+        more = {"time": submitted, "dependency": array.dependency, "code": code.name}
+        append_jsonl(arrays_file(sweep), facts_of_it | more)
+
+    executor = _executor(folder, profile, sweep.folder.absolute(), points, taken)
     executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
     # A task that starts at once must not find the note of its last failure.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
@@ -177,14 +202,9 @@ def submit_array(
     except (FailedJobError, FailedSubmissionError, OSError) as error:
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     finally:
-        if executor.taken is None:
+        if not array.job:
             for path, note in notes.items():
                 atomic_write_bytes(path, note)
-        else:  # in the queue, whatever went wrong after it
-            array.job = executor.taken
-            facts_of_it = {"job": array.job, "stage": array.stage, "tasks": array.tasks}
-            more = {"time": submitted, "dependency": array.dependency, "code": code.name}
-            append_jsonl(arrays_file(sweep), facts_of_it | more)
 
 
 def sbatch_parameters(
@@ -196,6 +216,7 @@ def sbatch_parameters(
         "array": f"0-{count - 1}%{array.parallelism}",
         "requeue": True,
         "open-mode": "append",
+        "signal": f"USR2@{profile.signal_lead}",  # submitit's own may be another, by environment
         **{name.replace("_", "-"): v for name, v in profile.sbatch.items() if v is not False},
     }
     if profile.mem is not None:
@@ -207,10 +228,11 @@ def sbatch_parameters(
     path = shlex.quote(str(code.absolute()))
     setup = [
         *exports,
-        *profile.setup,
+        *([_GUARD, *profile.setup, "trap - ERR"] if profile.setup else []),
         f"export {SUBMITTED}={now} {PROFILE}={shlex.quote(str(facts.absolute()))}",
         # The snapshot before whatever is installed, and instead of the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *([_KILL_WAIT] if profile.requeue_by == "batch" else []),
         f"source {path}/slurm/task.sh || exit 1",
     ]
     optional = {
@@ -226,22 +248,22 @@ def sbatch_parameters(
         "nodes": profile.nodes,
         "ntasks_per_node": profile.ntasks_per_node,
         "cpus_per_task": profile.cpus_per_task,
-        "signal_delay_s": profile.signal_lead,
         "array_parallelism": array.parallelism,
         "setup": setup,
+        "wckey": None,  # submitit's own
         "use_srun": False,  # task.sh starts the ranks, of one point after the other
         "additional_parameters": further,
     }
 
 
-def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) -> Any:
-    """submitit's executor, with three edges taken off."""
+def _executor(
+    folder: Path, profile: SlurmProfile, sweep: Path, points: Path, taken: Callable[[str], None]
+) -> Any:
+    """submitit's executor, with three edges taken off. `taken` hears the job's ID at once."""
     import submitit  # slow, and only needed here
     from submitit.core.utils import JobPaths
 
     class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
-        taken: str | None = None  # the job's ID, from when SLURM has it
-
         @property
         def _submitit_command_str(self) -> str:
             start = [*shlex.split(profile.python), "-u", "-m", "submitit.core._submit"]
@@ -253,13 +275,15 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
             kept = without_job(os.environ)
             foreign = [name for name in os.environ if name not in kept]
             unset = [part for name in [*foreign, "CUDA_VISIBLE_DEVICES"] for part in ("-u", name)]
-            # Ended by the terminal's Ctrl-C, sbatch might leave a job that nobody knows of.
-            deaf = ["sh", "-c", "trap '' INT; exec sbatch \"$0\"", str(submission_file_path)]
+            # Ended with its terminal, sbatch might leave a job that nobody knows of.
+            command = "trap '' INT HUP TERM; exec sbatch \"$0\""
+            deaf = ["sh", "-c", command, str(submission_file_path)]
             return ["env", *unset, *deaf]
 
         def _get_job_id_from_submission_command(self, string: bytes | str) -> str:  # type: ignore[override]
-            self.taken = str(super()._get_job_id_from_submission_command(string))
-            return self.taken
+            job = str(super()._get_job_id_from_submission_command(string))
+            taken(job)
+            return job
 
         def submit_tasks(self, sweep_folder: str, count: int) -> None:
             """An array of `count` tasks, by sbatch's own option: submitit makes an array with an
@@ -269,9 +293,14 @@ def _executor(folder: Path, profile: SlurmProfile, sweep: Path, points: Path) ->
             for name, path in names.items():
                 text = str(path).replace("%j", "%A_%a").replace("%t", "0")
                 self.parameters["additional_parameters"][name] = text
-            pickle = self.submit(run_point, sweep_folder).paths.submitted_pickle
+            job = self.submit(run_point, sweep_folder)
+            pickle = job.paths.submitted_pickle
             for index in range(count):
-                os.link(pickle, JobPaths(folder, f"{self.taken}_{index}").submitted_pickle)
+                own = JobPaths(folder, f"{job.job_id}_{index}").submitted_pickle
+                try:
+                    os.link(pickle, own)
+                except OSError:  # ext4 has at most 65,000 links of a file, some systems none
+                    shutil.copyfile(pickle, own)
 
     return ArrayExecutor(folder)
 

@@ -1,7 +1,8 @@
 """Which arrays a sweep becomes: one per stage and need, chunked, chained and throttled."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from bip.errors import UserError
 from launch.ledger import Record
@@ -13,8 +14,8 @@ class Array:
     """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
 
     Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
-    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
-    end).
+    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (arrays
+    of this submission, or jobs in the queue, that must end).
     """
 
     stage: str
@@ -22,7 +23,7 @@ class Array:
     parallelism: int = 1
     corr: "Array | None" = None
     after: list["tuple[Array, str] | str"] = field(default_factory=list)
-    throttled_by: "Array | None" = None
+    throttled_by: list["Array | str"] = field(default_factory=list)
     job: str = ""
 
     def task_of(self, run_id: str) -> str:
@@ -36,7 +37,8 @@ class Array:
         names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
         parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
         parts += [f"afterok:{':'.join(names)}"] if names else []
-        parts += [f"afterany:{self.throttled_by.job}"] if self.throttled_by else []
+        jobs = [one if isinstance(one, str) else one.job for one in self.throttled_by]
+        parts += [f"afterany:{':'.join(jobs)}"] if jobs else []
         return ",".join(parts)
 
 
@@ -52,6 +54,7 @@ def plan_arrays(
     """The arrays that run `run_ids`, in an order in which they can be submitted.
 
     `done` points need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
+    At most `parallelism` tasks of one stage run at once, those in the queue among them.
     Raises UserError for a point whose need is neither done, queued nor among `run_ids`.
     """
     wanted = [r for r in records if r.run_id in run_ids and r.run_id not in {*done, *queued}]
@@ -62,9 +65,21 @@ def plan_arrays(
             followers.setdefault(need, []).append(run_id)
     # need -> the one point that waits for it and for nothing else
     partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
+
+    def followed(run_id: str) -> int:
+        """How many points wait for this one, in a chain from partner to partner."""
+        return 1 + followed(partner[run_id]) if run_id in partner else 0
+
+    def chunks(run_ids: list[str]) -> list[Array]:
+        # The longest chains first: the arrays that follow then have no gaps among their tasks.
+        ordered = sorted(run_ids, key=followed, reverse=True)
+        per_task, size = points_per_task, max_array_size
+        tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
+        return [Array(stage, tasks[at : at + size]) for at in range(0, len(tasks), size)]
+
     place: dict[str, Array] = {}  # RUN_ID -> its array in this submission
     for stage in STAGES:
-        free, corresponding, other = [], [], []
+        free, corresponding, other = [], set(), []
         for record in [record for record in wanted if record.stage == stage]:
             run_id, needed = record.run_id, needs[record.run_id]
             if missing := [n for n in needed if n not in place and n not in queued]:
@@ -75,27 +90,30 @@ def plan_arrays(
             if not needed:
                 free.append(run_id)
             elif needed[0] in place and partner.get(needed[0]) == run_id:
-                corresponding.append(run_id)
+                corresponding.add(run_id)
             else:
                 other.append(run_id)
-        groups = list(_chunks(stage, free, partner, points_per_task, max_array_size))
+        groups = chunks(free)
         for before in unique(place.values()):
-            # `before` has the points with partners first: same index, same task.
-            follow = [partner[n] for task in before.tasks for n in task if n in partner]
-            follow = [run_id for run_id in follow if run_id in corresponding]
-            for array in _chunks(stage, follow, {}, points_per_task, max_array_size):
-                array.corr = before
-                groups.append(array)
+            follow = [
+                [partner[n] for n in task if partner.get(n) in corresponding]
+                for task in before.tasks
+            ]
+            tasks = list(takewhile(bool, follow))  # task i is what waits for task i
+            if tasks:
+                groups.append(Array(stage, tasks, corr=before))
+            other += [run_id for task in follow[len(tasks) :] for run_id in task]
         # An array for each need: what waits for one task must not fail with the task beside it.
         alike: dict[tuple[str, ...], list[str]] = {}
         for run_id in other:
             alike.setdefault(tuple(needs[run_id]), []).append(run_id)
         for needed_by_all, run_ids_alike in alike.items():
-            for array in _chunks(stage, run_ids_alike, partner, points_per_task, max_array_size):
+            for array in chunks(run_ids_alike):
                 array.after += [(place[n], n) for n in needed_by_all if n in place]
                 array.after += sorted({queued[n] for n in needed_by_all if n not in place})
                 groups.append(array)
-        _share(groups, parallelism)
+        going = {queued[r.run_id] for r in records if r.stage == stage and r.run_id in queued}
+        _share(groups, going, parallelism)
         place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
     return unique(place.values())
 
@@ -104,21 +122,19 @@ def unique(arrays: Iterable[Array]) -> list[Array]:
     return list({id(array): array for array in arrays}.values())
 
 
-def _chunks(
-    stage: str, run_ids: list[str], partner: Collection[str], per_task: int, size: int
-) -> Iterator[Array]:
-    """Arrays of at most `size` tasks of `per_task` points, those with a partner first."""
-    ordered = sorted(run_ids, key=lambda run_id: run_id not in partner)
-    tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
-    for at in range(0, len(tasks), size):
-        yield Array(stage, tasks[at : at + size])
+def _share(arrays: list[Array], going: set[str], parallelism: int) -> None:
+    """Throttles that, with the tasks `going`, add up to `parallelism`.
 
-
-def _share(arrays: list[Array], parallelism: int) -> None:
-    """Throttles that add up to `parallelism`; arrays beyond it wait for one before them."""
-    together = arrays[:parallelism]
+    Arrays beyond it wait for one before them; all of them where `going` leaves no room for one.
+    """
+    free = parallelism - len(going)
+    if free <= 0:
+        free = parallelism
+        for array in arrays[:free]:
+            array.throttled_by += sorted({task.split("_")[0] for task in going})
+    together = arrays[:free]
     for number, array in enumerate(together):
-        array.parallelism = parallelism // len(together) + (number < parallelism % len(together))
-    for number, array in enumerate(arrays[parallelism:]):
+        array.parallelism = free // len(together) + (number < free % len(together))
+    for number, array in enumerate(arrays[free:]):
         array.parallelism = 1
-        array.throttled_by = arrays[number]
+        array.throttled_by.append(arrays[number])

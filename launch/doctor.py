@@ -17,7 +17,6 @@ from launch import slurm
 from launch.chain import plan_arrays
 from launch.ledger import Record
 from launch.profile import SlurmProfile
-from launch.task import without_job
 
 _PROBE = """
 import os, shutil, socket, sys
@@ -48,6 +47,7 @@ class Limits:
     max_array_size: int
     max_submit: int | None  # jobs of this user, an array's tasks counted one by one
     in_queue: int = 0  # that are there now
+    unknown: str = ""  # why accounting could not be asked
 
 
 def limits(profile: SlurmProfile) -> Limits:
@@ -58,33 +58,40 @@ def limits(profile: SlurmProfile) -> Limits:
     size = slurm.number(slurm.settings().get("MaxArraySize", ""), 1001) or 1
     user = pwd.getpwuid(os.getuid()).pw_name
     account = profile.account
-    if account is None:
-        default = slurm.accounting("user", "defaultaccount", f"name={user}")
-        account = default[0]["defaultaccount"] if default else None
-    found = [record["maxsubmitjobs"] for record in _associations(user, account, profile)]
-    found += [record["maxsubmitjobsperuser"] for record in qos_records(profile, user, account)]
-    most = min((int(text) for text in found if text.isdigit()), default=None)
+    try:
+        if account is None:
+            default = slurm.accounting("user", "defaultaccount", f"name={user}")
+            account = default[0]["defaultaccount"] if default else None
+        found = _associations(user, account, profile) + qos_records(profile, user, account)
+    except slurm.AccountingError as error:
+        return Limits(size, None, unknown=str(error))
+    # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
+    names = ("maxsubmitjobs", "maxsubmitjobsperuser", "grpsubmitjobs")
+    bounds = [record.get(name, "") for record in found for name in names]
+    most = min((int(text) for text in bounds if text.isdigit()), default=None)
     return Limits(size, most, 0 if most is None else slurm.jobs_of_user())
 
 
 def _associations(user: str, account: str | None, profile: SlurmProfile) -> list[dict[str, str]]:
-    """Of the user in the account (None: in any); those for the profile's partition alone count."""
+    """Of the user in the account (None: in any); those for other partitions do not count."""
+    names = ("", *(profile.partition or "").split(","))
     where = [f"user={user}", *([f"account={account}"] if account else [])]
-    found = slurm.accounting("assoc", "partition,defaultqos,maxsubmitjobs", *where)
-    return [record for record in found if record["partition"] in ("", profile.partition)]
+    fields = "partition,defaultqos,maxsubmitjobs,grpsubmitjobs"
+    found = slurm.accounting("assoc", fields, *where)
+    return [record for record in found if record["partition"] in names]
 
 
 def qos_records(
     profile: SlurmProfile, user: str | None = None, account: str | None = None
 ) -> list[dict[str, str]]:
-    """Accounting's records of the QOS that the profile's jobs get, then of the partition's own."""
+    """Accounting's records of the QOS that the profile's jobs get, then of the partitions' own."""
     user = user or pwd.getpwuid(os.getuid()).pw_name
     names = [profile.qos or ""]
     if profile.qos is None:
         found = _associations(user, account or profile.account, profile)
         names = [record["defaultqos"] or "normal" for record in found]  # as slurmctld does
-    names.append((slurm.partition(profile.partition) or {}).get("QoS", ""))
-    fields = "name,maxsubmitjobsperuser,gracetime,preemptmode"
+    names += [partition.get("QoS", "") for partition in slurm.partitions(profile.partition)]
+    fields = "name,maxsubmitjobsperuser,gracetime,preemptmode,grpsubmitjobs"
     known = {record["name"]: record for record in slurm.accounting("qos", fields)}
     return [known[name] for name in dict.fromkeys(names) if name in known]
 
@@ -97,27 +104,30 @@ def examine(profile: SlurmProfile) -> Iterator[Finding]:
             return
     try:
         settings = slurm.settings()
-        partition = slurm.partition(profile.partition)
+        partitions = slurm.partitions(profile.partition)
+        found = limits(profile)
     except slurm.SlurmError as error:
         yield Finding("error", str(error))
         return
     yield Finding("ok", f"SLURM {settings.get('SLURM_VERSION', '?')} answers")
-    if partition is None:
-        yield Finding("error", f"partition: there is no {profile.partition or 'default one'}")
-        return
-    name = partition["PartitionName"]
-    if partition.get("State") != "UP":
-        yield Finding("error", f"partition: {name} is {partition.get('State')}")
+    down = [partition for partition in partitions if partition.get("State") != "UP"]
+    for partition in down:
+        text = f"partition: {partition['PartitionName']} is {partition.get('State')}"
+        yield Finding("error" if down == partitions else "warning", text)
     yield _accepted(profile)
-    yield from _preemption(settings, partition, profile)
+    for partition in partitions:
+        where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
+        yield from _preemption(settings, partition, profile, where)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
     yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
     if settings.get("JobRequeue") == "0":
         yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
     if "none" in settings.get("AccountingStorageType", "none"):
         yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
-    found = limits(profile)
+    if found.unknown:
+        yield Finding("warning", f"limits of the account and QOS are not known: {found.unknown}")
     most = "no limit on jobs" if found.max_submit is None else f"{found.max_submit} jobs a user"
+    most = "unknown limits on jobs" if found.unknown else most
     most += f" ({found.in_queue} are in the queue)" * (found.max_submit is not None)
     yield Finding("ok", f"submission: arrays of {found.max_array_size} tasks, {most}")
 
@@ -137,25 +147,30 @@ def _accepted(profile: SlurmProfile) -> Finding:
         if value is not None and value is not False
     ]
     try:
-        env = without_job(os.environ)
-        slurm.ask("sbatch", "--test-only", *words, "--wrap=true", env=env)
+        slurm.ask("sbatch", "--test-only", *words, "--wrap=true")
     except slurm.SlurmError as error:
         return Finding("error", f"these resources are refused: {error}")
     return Finding("ok", f"{profile.nodes} nodes x {profile.ntasks_per_node} ranks: accepted")
 
 
 def _preemption(
-    settings: dict[str, str], partition: dict[str, str], profile: SlurmProfile
+    settings: dict[str, str], partition: dict[str, str], profile: SlurmProfile, where: str
 ) -> Iterator[Finding]:
-    """What happens to a preempted task, and how long it has to save."""
+    """What happens to a preempted task, and how long it has to save. `where` is for the texts."""
     mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF")).upper()
     grace = slurm.number(partition.get("GraceTime", "0"), 0)
-    if "qos" in settings.get("PreemptType", "") and (found := qos_records(profile)):
-        grace = int(slurm.seconds_of(found[0]["gracetime"]))
-        own = found[0]["preemptmode"].upper()
-        mode = settings.get("PreemptMode", "OFF").upper() if own in ("", "CLUSTER") else own
+    if "qos" in settings.get("PreemptType", ""):
+        try:
+            found = qos_records(profile)
+        except slurm.AccountingError as error:
+            yield Finding("warning", f"preemption{where}: that of the QOS is not known: {error}")
+            return
+        if found:
+            grace = int(slurm.seconds_of(found[0]["gracetime"]))
+            own = found[0]["preemptmode"].upper()
+            mode = settings.get("PreemptMode", "OFF").upper() if own in ("", "CLUSTER") else own
     if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
-        yield Finding("ok", "preemption: none in this partition")
+        yield Finding("ok", f"preemption{where or ' in this partition'}: none")
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
     told = "the user signal" if "send_user_signal" in options else "SIGTERM"
@@ -165,13 +180,12 @@ def _preemption(
     if mode == "CANCEL":
         yield Finding(
             "warning",
-            "PreemptMode=CANCEL: SLURM ends preempted tasks for good; those that it does not let "
-            "requeue themselves are resubmitted by python -m launch resume FOLDER",
+            f"PreemptMode=CANCEL{where}: SLURM ends preempted tasks for good; those that it does "
+            "not let requeue themselves are resubmitted by python -m launch resume FOLDER",
         )
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
-    yield Finding(
-        level, f"preemption ({mode}): {told}, then {seconds} s to finish a step and save ({kind})"
-    )
+    then = f"{told}, then {seconds} s to finish a step and save ({kind})"
+    yield Finding(level, f"preemption{where} ({mode}): {then}")
 
 
 def check_place(folder: Path) -> str | None:
@@ -190,11 +204,13 @@ def check_place(folder: Path) -> str | None:
 def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once: int) -> str:
     """What the sweep will write, as a line. Raises UserError if the disk has less.
 
-    `parameters` is each network's size. A finished run keeps two models of weights and scores, a
-    going one two checkpoints with two optimizers' momentum as well.
+    `parameters` is each network's size, `at_once` how many runs of one stage go at once. A finished
+    run keeps two models of weights and scores, a going one two checkpoints with two optimizers'
+    momentum as well.
     """
     sizes = [4 * parameters[config.arch] for config in configs]
-    need = sum(2 * 2 * size for size in sizes) + at_once * 2 * 4 * max(sizes)
+    going = min(len(configs), at_once * len({config.exp_mode for config in configs}))
+    need = sum(2 * 2 * size for size in sizes) + going * 2 * 4 * max(sizes)
     folder = configs[0].result_dir.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -221,10 +237,9 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     if profile.gpus_per_node:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
     try:
-        env = without_job(os.environ)
         python = shlex.split(profile.python)
         command = [*words, *profile.srun_args, *python, "-c", _PROBE, str(folder)]
-        lines = slurm.ask(*command, env=env, timeout=180).splitlines()
+        lines = slurm.ask(*command, timeout=180).splitlines()
     except slurm.SlurmError as error:
         yield Finding("error", f"a task on the compute nodes: {error}")
         return

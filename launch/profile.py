@@ -1,6 +1,7 @@
 """A profile: the facts of the machine or cluster that a sweep runs on."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -21,21 +22,31 @@ from bip.errors import UserError
 from bip.flags import nearest, one_line
 
 LOCAL = Path(__file__).parent.parent / "slurm" / "profiles" / "local.yml"
-_DURATION = re.compile(r"(?:(?P<d>\d+)-)?(?P<h>\d+):(?P<m>\d\d)(?::(?P<s>\d\d))?")
-# Written by the launcher from the profile's own keys; given twice they would contradict.
+# Options of sbatch that the launcher writes from the profile's own keys, or that would make
+# something else of an array of tasks, each with its runs.
 _OURS = {"array", "requeue", "no_requeue", "open_mode", "signal", "output", "error", "dependency"}
-_OURS |= {"kill_on_invalid_dep", "job_name", "export", "parsable", "wrap", "wait"}
+_OURS |= {"kill_on_invalid_dep", "job_name", "export", "export_file", "wrap", "wait", "input"}
+_OURS |= {"ntasks", "tasks_per_node", "ntasks_per_core", "ntasks_per_socket", "ntasks_per_gpu"}
+_OURS |= {"quiet", "parsable", "test_only", "help", "usage", "version", "clusters", "chdir"}
+# The same of srun, with their letters.
+_OURS_OF_SRUN = {"kill-on-bad-exit": "K", "output": "o", "error": "e", "input": "i", "ntasks": "n"}
+_OURS_OF_SRUN |= {"nodes": "N", "cpus-per-task": "c", "open-mode": "", "ntasks-per-node": ""}
+_OURS_OF_SRUN |= {"export": "", "multi-prog": "", "pty": ""}
 
 
 def _minutes(value: object) -> object:
-    """A time limit in whole minutes, from minutes or SLURM's [D-]HH:MM[:SS]."""
-    if isinstance(value, str) and not value.isdigit():
-        match = _DURATION.fullmatch(value)
-        if match is None:
-            raise ValueError("must be minutes, or HH:MM:SS or D-HH:MM:SS")
-        d, h, m, s = (int(part or 0) for part in match.groups())
-        return max(1, (d * 24 + h) * 60 + m + (s > 0))
-    return value
+    """A time limit in whole minutes, rounded up, from minutes or any other of sbatch's forms."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value)
+    if match is None:
+        raise ValueError("must be minutes, M:SS, H:MM:SS, D-H, D-H:MM or D-H:MM:SS")
+    days, *clock = match.groups()
+    parts = [int(part) for part in clock if part is not None]
+    if days is None and len(parts) < 3:
+        parts.insert(0, 0)  # without days one number is minutes, and two are minutes and seconds
+    hours, minutes, seconds = [*parts, 0, 0][:3]
+    return (int(days or 0) * 24 + hours) * 60 + minutes + -(-seconds // 60)
 
 
 class Profile(BaseModel):
@@ -82,22 +93,25 @@ class SlurmProfile(Profile):
     """A SLURM cluster: what one array task asks for, and how it is requeued."""
 
     executor: Literal["slurm"] = Field(description="what starts the jobs")
+    parallelism: int = Field(2, ge=1, description="array tasks of one stage at once")
     # What a task asks for
-    partition: str | None = Field(None, description="partition")
+    partition: str | None = Field(None, description="partition, or several: a,b")
     account: str | None = Field(None, description="account")
     qos: str | None = Field(None, description="quality of service")
     constraint: str | None = Field(None, description="node features")
     time: Annotated[int, BeforeValidator(_minutes)] = Field(
-        60, ge=1, description="time limit of one attempt: minutes, or [D-]HH:MM:SS"
+        60, ge=1, description="time limit of one attempt: minutes, H:MM:SS or D-H:MM:SS"
     )
     nodes: int = Field(1, ge=1, description="nodes of one run")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node: one per rank")
     mem: str | None = Field(None, description="memory of a node, such as 64G")
     sbatch: dict[str, str | int | bool] = Field(
         default_factory=dict, description="further sbatch options, such as {reservation: NAME}"
     )
     # How its ranks start
-    setup: list[str] = Field(default_factory=list, description="shell lines before the ranks start")
+    setup: list[str] = Field(
+        default_factory=list, description="shell lines before the ranks start; none may fail"
+    )
     srun_args: list[str] = Field(default_factory=list, description="further srun arguments")
     python: str = Field(sys.executable, description="python of the ranks, on the compute nodes")
     points_per_task: int = Field(1, ge=1, description="runs that one array task does in turn")
@@ -121,10 +135,42 @@ class SlurmProfile(Profile):
                 raise ValueError(f"{name} is set by the launcher; leave it out")
         return options
 
+    @field_validator("srun_args")
+    @classmethod
+    def _not_ours(cls, words: list[str]) -> list[str]:
+        for word in words:
+            name = word.partition("=")[0]
+            # srun takes a long name's beginning for all of it.
+            long = name[2:] and [ours for ours in _OURS_OF_SRUN if ours.startswith(name[2:])]
+            short = name[1:2] in [*_OURS_OF_SRUN.values()]
+            if (name.startswith("--") and long) or (re.match(r"-\w", name) and short):
+                raise ValueError(f"{name} is set by the launcher; leave it out")
+        return words
+
+    @field_validator("env")
+    @classmethod
+    def _shell_names(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+                raise ValueError(f"{name!r} is no name of a shell variable")
+        return env
+
+    @field_validator("python")
+    @classmethod
+    def _words(cls, python: str) -> str:
+        if not shlex.split(python):  # raises ValueError for an open quote
+            raise ValueError("must name a program")
+        return python
+
     @model_validator(mode="after")
-    def _time_to_save(self) -> Self:
+    def _fits_together(self) -> Self:
         if self.signal_lead >= 60 * self.time:
             raise ValueError(f"signal_lead: {self.signal_lead} s is not less than the time limit")
+        if self.gpus_per_node not in (0, self.ntasks_per_node):
+            raise ValueError(
+                f"gpus_per_node: {self.gpus_per_node} GPUs for {self.ntasks_per_node} ranks "
+                "(ntasks_per_node); a rank uses one GPU, and shares none"
+            )
         return self
 
     @property

@@ -69,7 +69,9 @@ class SeriesOptions(BaseModel):
     profile: Path | None = Field(
         None, description="the cluster's facts (default: slurm/profiles/local.yml)"
     )
-    parallelism: int | None = Field(None, description="runs at once (default: the profile's)")
+    parallelism: int | None = Field(
+        None, description="runs at once, under SLURM of each stage (default: the profile's)"
+    )
     wait: bool = Field(True, description="stay and show the progress")
     snapshot: bool = Field(
         True, description="SLURM: queued tasks run a copy of the code as it is now"

@@ -14,8 +14,22 @@ class SlurmError(UserError):
     """A SLURM command is missing or refused. The message is its first line."""
 
 
-def ask(*command: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> str:
-    """A SLURM command's output. Raises SlurmError if it is missing, refuses or hangs."""
+# What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
+# facts of the job around this process.
+_OPTIONS = re.compile(r"SLURM_(?!CONF$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
+
+
+def without_options(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would change the meaning of SLURM's commands."""
+    return {name: value for name, value in env.items() if not _OPTIONS.match(name)}
+
+
+def ask(*command: str, timeout: float = 60) -> str:
+    """A SLURM command's output, whatever options the environment holds.
+
+    Raises SlurmError if it is missing, refuses or hangs.
+    """
+    env = without_options(os.environ)
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout, env=env, check=False
@@ -119,14 +133,21 @@ def settings() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs if value}
 
 
-def partition(name: str | None) -> dict[str, str] | None:
-    """The fields of one partition (None: the default one); None if there is no such partition."""
+def partitions(names: str | None) -> list[dict[str, str]]:
+    """The fields of each of these partitions (`a,b`; None: the default one).
+
+    Raises SlurmError for one that does not exist.
+    """
     lines = ask("scontrol", "show", "partition", "-o").splitlines()
-    found = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
-    for fields in found:
-        if fields.get("PartitionName") == name or (name is None and fields.get("Default") == "YES"):
-            return fields
-    return None
+    known = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    if names is None:
+        if found := [fields for fields in known if fields.get("Default") == "YES"]:
+            return found
+        raise SlurmError("partition: there is no default one; name one in the profile")
+    by_name = {fields.get("PartitionName", ""): fields for fields in known}
+    if missing := [name for name in names.split(",") if name not in by_name]:
+        raise SlurmError(f"partition: there is no {missing[0]}")
+    return [by_name[name] for name in names.split(",")]
 
 
 def hosts() -> set[str]:
@@ -135,12 +156,18 @@ def hosts() -> set[str]:
     return {name.split(".")[0] for name in re.findall(r"\bNodeHostName=(\S+)", lines)}
 
 
+class AccountingError(SlurmError):
+    """There is accounting, but it does not answer."""
+
+
 def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
-    """sacctmgr's records of a kind; none where there is no accounting."""
+    """sacctmgr's records of a kind; none where there is no accounting. Raises AccountingError."""
     try:
         answer = ask("sacctmgr", "-nP", "show", kind, "where", *where, f"format={fields}")
-    except SlurmError:
-        return []
+    except SlurmError as error:
+        if "not running a supported accounting_storage plugin" in str(error):
+            return []
+        raise AccountingError(str(error)) from None
     names = fields.split(",")
     return [dict(zip(names, line.split("|"), strict=True)) for line in answer.splitlines() if line]
 

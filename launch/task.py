@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from launch import slurm
 from launch.ledger import FINAL, Lock, Queue, Record, Sweep
 
 TRAIN = [sys.executable, "-m", "bip", "train"]
@@ -19,7 +20,7 @@ VISIBLE_GPUS = "BIP_LAUNCH_CUDA_VISIBLE_DEVICES"
 
 # These would tell a run that it is one rank of something that it is not.
 _FOREIGN = re.compile(
-    r"SLURM_(?!CONF$)|SUBMITIT_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|"
+    r"SUBMITIT_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|"
     r"MASTER_PORT)$|TORCHELASTIC_"
 )
 
@@ -116,8 +117,10 @@ def _ranks(queue: Queue) -> list[str]:
 
 
 def without_job(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without the variables of a job, or of ranks, that this process is part of."""
-    return {name: value for name, value in env.items() if not _FOREIGN.match(name)}
+    """The environment without options of SLURM's commands, and without the variables of a job, or
+    of ranks, that this process is part of."""
+    kept = slurm.without_options(env)
+    return {name: value for name, value in kept.items() if not _FOREIGN.match(name)}
 
 
 def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str]:

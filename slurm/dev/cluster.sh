@@ -37,8 +37,9 @@ usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; }
 # ---- what belongs to this cluster ------------------------------------------------------------
 # The marker file in the folder holds the cluster's id and the folder's path. Every daemon carries
 # SLURM_DEV_CLUSTER=ID/NAME in its environment, and slurmstepd inherits its slurmd's. A job's
-# processes carry SLURM's own SLURMD_NODENAME and this cluster's SLURM_CONF; the shell of somebody
-# who uses the cluster has no SLURMD_NODENAME. Nothing else is ever signalled.
+# processes carry this cluster's SLURM_CONF and one of its nodes as SLURM's own SLURMD_NODENAME; the
+# shell of somebody who uses the cluster has none, or that of another cluster around it. Nothing
+# else is ever signalled, and nothing that this script runs under.
 
 use() { # an existing folder, if it is ours
   [[ -e $dir ]] || { echo "no cluster in $dir"; [[ $action == down ]]; exit; }
@@ -48,12 +49,27 @@ use() { # an existing folder, if it is ours
     die "$dir was not made by cluster.sh up: left as it is"
 }
 
+nodes() { # names of the cluster's nodes
+  local file
+  for file in "$dir"/run/n[0-9]*.pid; do [[ ! -e $file ]] || basename "$file" .pid; done
+}
+
+ancestors() { # pids of this script and of all above it
+  local pid=$$
+  while ((pid)); do
+    echo "$pid"
+    pid=$(sed -n 's/^PPid:\t//p' "/proc/$pid/status")
+  done
+}
+
 processes() { # [NAME]: pids of the cluster's processes, or of one daemon's and its jobs'
+  local names
+  names=$(sed 's/^/SLURMD_NODENAME=/' <<<"${1:-$(nodes)}")
   {
     grep -lzs "^SLURM_DEV_CLUSTER=$id/${1:-.*}$" /proc/[0-9]*/environ || true
     grep -lzsxF "SLURM_CONF=$SLURM_CONF" /proc/[0-9]*/environ |
-      xargs -r grep -lzs "^SLURMD_NODENAME=${1:-.*}$" || true
-  } | tr -dc '0-9\n'
+      xargs -r grep -lzsxF "$names" || true
+  } | tr -dc '0-9\n' | grep -vxF "$(ancestors)" || true
 }
 
 kill_all() { # [NAME]
@@ -235,13 +251,12 @@ recover() { # NODE
 }
 
 restart() { # DAEMON
-  local file name
+  local name
   ! running "$1" || kill "$(<"$dir/run/$1.pid")"
   while running "$1"; do sleep 0.1; done
   launch "$1"
   [[ $1 == slurmctld ]] || return 0
-  for file in "$dir"/run/n*.pid; do # it knows no node before that has registered again
-    name=$(basename "$file" .pid)
+  for name in $(nodes); do # it knows no node before that has registered again
     ! running "$name" || await "$name"
   done
 }
@@ -284,6 +299,7 @@ options() { # of the action; sets dir and value
 }
 
 (($#)) || { usage >&2; exit 2; }
+given=("$@")
 action=$1 name=
 shift
 case $action in
@@ -296,6 +312,8 @@ case $action in
 esac
 options "$@"
 ((EUID == 0)) || code=3 die "root is needed to run a cluster"
+# Inside a job, what this script starts is not to look like the job's processes.
+[[ ! -v SLURMD_NODENAME ]] || exec env -u SLURMD_NODENAME bash "${BASH_SOURCE[0]}" "${given[@]}"
 unset "${!SLURM@}" "${!SBATCH_@}" "${!SINFO_@}" "${!SQUEUE_@}" # those of another cluster
 export SLURM_CONF=$dir/etc/slurm.conf
 [[ $action == up ]] || use

@@ -58,38 +58,84 @@ def test_a_chain_of_three_arrays() -> None:
     size=st.integers(1, 9),
     parallelism=st.integers(1, 6),
     done=st.sets(st.integers(0, 40)),
+    dropped=st.sets(st.integers(0, 80)),
+    going=st.sets(st.integers(0, 80)),
 )
 def test_every_plan_runs_each_missing_point_once_after_its_needs(
-    values: int, seeds: int, per_task: int, size: int, parallelism: int, done: set[int]
+    values: int,
+    seeds: int,
+    per_task: int,
+    size: int,
+    parallelism: int,
+    done: set[int],
+    dropped: set[int],
+    going: set[int],
 ) -> None:
-    records = sweep_of(values, seeds)
+    """Of any sweep, also one of several commands, whose stages are no full product."""
+    records: list[Record] = []
+    for at, one in enumerate(sweep_of(values, seeds)):
+        if at not in dropped and {r.run_id for r in records}.issuperset(one.needs):
+            records.append(one)
     by_name = {r.run_id: r for r in records}
     # What is done has its needs done.
     finished: set[str] = set()
     for at, one in enumerate(records):
         if at in done and finished.issuperset(one.needs):
             finished.add(one.run_id)
-    arrays = plan_arrays(records, by_name, finished, {}, parallelism, per_task, size)
+    queued = {
+        one.run_id: f"{one.stage}_{at}"
+        for at, one in enumerate(records)
+        if at in going and one.run_id not in finished
+    }
+    arrays = plan_arrays(records, by_name, finished, queued, parallelism, per_task, size)
     placed = [name for array in arrays for task in array.tasks for name in task]
-    assert sorted(placed) == sorted(set(by_name) - finished)
+    assert sorted(placed) == sorted(set(by_name) - finished - set(queued))
     before: list[Array] = []
     for array in arrays:
         assert len(array.tasks) <= size
-        assert all(len(task) <= per_task for task in array.tasks)
+        assert all(0 < len(task) <= per_task for task in array.tasks)
         for index, task in enumerate(array.tasks):
             for need in {n for name in task for n in by_name[name].needs} - finished:
                 same_index = array.corr is not None and need in array.corr.tasks[index]
-                assert same_index or need in [one[1] for one in array.after]
-            assert {one[1] for one in array.after} <= set(by_name[task[0]].needs), (
-                "for nothing else"
-            )
-        waits = [array.corr, *(one[0] for one in array.after), array.throttled_by]
-        assert all(any(w is b for b in before) for w in waits if w is not None)
+                waits_for = {one if isinstance(one, str) else one[1] for one in array.after}
+                assert same_index or {need, queued.get(need)} & waits_for
+            for one in array.after:  # for nothing else
+                needs = by_name[task[0]].needs
+                assert one in map(queued.get, needs) if isinstance(one, str) else one[1] in needs
+        waits = [array.corr, *array.throttled_by, *array.after]
+        before_it = [wait[0] if isinstance(wait, tuple) else wait for wait in waits]
+        assert all(any(w is b for b in before) for w in before_it if isinstance(w, Array))
         before.append(array)
     for stage in ("pretrain", "prune", "finetune"):
         mine = [array for array in arrays if array.stage == stage]
-        free = [array.parallelism for array in mine if array.throttled_by is None]
-        assert sum(free) == (parallelism if mine else 0)
+        left = parallelism - sum(by_name[run_id].stage == stage for run_id in queued)
+        if left <= 0:
+            assert all(array.throttled_by for array in mine)
+            left = parallelism
+            first = [array for array in mine if array.throttled_by == [stage]]
+        else:
+            first = [array for array in mine if not array.throttled_by]
+        assert sum(array.parallelism for array in first) == (left if mine else 0)
+
+
+def test_tasks_wait_for_their_own_need_where_an_earlier_stage_has_more() -> None:
+    """Two series in one folder, the first without fine-tuning."""
+    records = [r for r in sweep_of(1, seeds=2) if r.run_id != "f0.0"]
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
+    assert [(a.tasks, a.dependency) for a in arrays] == [
+        ([["d1"], ["d0"]], ""),
+        ([["p1.0"], ["p0.0"]], "aftercorr:100"),
+        ([["f1.0"]], "aftercorr:101"),
+    ]
+
+
+def test_tasks_in_the_queue_count_among_those_at_once() -> None:
+    records = sweep_of(6)
+    names = {r.run_id for r in records if r.stage == "prune"}
+    for count, dependency, at_once in ((1, "", 2), (3, "afterany:8", 3), (5, "afterany:8", 3)):
+        queued = {f"p0.{v}": f"8_{v}" for v in range(count)}
+        (array,) = plan_arrays(records, names, {"d0"}, queued, 3)
+        assert (array.dependency, array.parallelism) == (dependency, at_once)
 
 
 def test_seeds_do_not_wait_for_one_another() -> None:
@@ -128,8 +174,18 @@ def test_profiles_load(name: str) -> None:
     [
         ("sbatch: {time: 1}\npartition: a\npartition: b", "key 'partition' is written twice"),
         ("time: soon", "time: must be minutes"),
+        ("time: 1-", "time: must be minutes"),
+        ("time: 1:2:3:4", "time: must be minutes"),
+        ("time: '0'", "time: Input should be greater than or equal to 1"),
         ("sbatch: {partition: x}", "sbatch: partition is a key of the profile"),
         ("sbatch: {array: 0-3}", "sbatch: array is set by the launcher"),
+        ("sbatch: {ntasks: 3}", "sbatch: ntasks is set by the launcher"),
+        ("srun_args: [--label, --kill-on-bad=0]", "srun_args: --kill-on-bad is set by the"),
+        ("srun_args: [-N2]", "srun_args: -N2 is set by the launcher"),
+        ("srun_args: [--output, x]", "srun_args: --output is set by the launcher"),
+        ("env: {NCCL-DEBUG: WARN}", "env: 'NCCL-DEBUG' is no name of a shell variable"),
+        ('python: "it\'s"', "python: No closing quotation"),
+        ("gpus_per_node: 2", "gpus_per_node: 2 GPUs for 1 ranks"),
         ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
         ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
         ("retries: {bug: 3}", "unknown key 'retries.bug'"),
@@ -144,18 +200,25 @@ def test_profile_errors_name_the_key(text: str, named: str, tmp_path: Path) -> N
     assert "\n" not in str(error.value)
 
 
-def test_time_limits() -> None:
-    def minutes(text: int | str) -> int:
-        return SlurmProfile(executor="slurm", time=text, signal_lead=0).time  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        (90, 90), ("90", 90), ("30:00", 30), ("0:30", 1), ("30:61", 32), ("1:30:00", 90),
+        ("00:00:30", 1), ("1-2", 1560), ("1-2:3", 1563), ("1-2:3:4", 1564), ("0-0:0:1", 1),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_sbatch_reads_them(text: int | str, minutes: int) -> None:
+    assert SlurmProfile(executor="slurm", time=text, signal_lead=0).time == minutes  # type: ignore[arg-type]
 
-    assert [minutes(t) for t in (90, "90", "1:30:00", "1-00:00:00", "00:00:30")] == [
-        90, 90, 90, 1440, 1,
-    ]  # fmt: skip
+
+def test_other_arguments_of_srun_are_the_users() -> None:
+    words = ["--container-image=/x", "--nodelist=n1", "-l", "--cpu-bind=none", "--mpi", "none"]
+    assert SlurmProfile(executor="slurm", srun_args=words).srun_args == words
 
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ('"2:30"', 150), ("90", 90)],
+    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ("150:00", 150), ("90", 90)],
 )
 def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
     """YAML 1.1 reads 2:30:00 as 9000, a number to the base 60."""
@@ -168,18 +231,20 @@ def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
 
 def test_what_sbatch_is_told(tmp_path: Path) -> None:
     profile = SlurmProfile(
-        executor="slurm", partition="low", gpus_per_node=2, mem="4G", signal_lead=45,
+        executor="slurm", partition="low", ntasks_per_node=2, gpus_per_node=2, mem="4G",
+        signal_lead=45,
         sbatch={"reservation": "r", "exclusive": False}, env={"NAME": "two words"},
         setup=["module load x"],
     )  # fmt: skip
     array = Array("prune", [["a"], ["b"]], parallelism=2, after=["5_0"])
     told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now", tmp_path)
     assert told["additional_parameters"] == {
-        "array": "0-1%2", "requeue": True, "open-mode": "append", "reservation": "r", "mem": "4G",
-        "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
+        "array": "0-1%2", "requeue": True, "open-mode": "append", "signal": "USR2@45",
+        "reservation": "r", "mem": "4G", "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
     }  # fmt: skip
-    assert (told["signal_delay_s"], told["gpus_per_node"], told["job_name"]) == (45, 2, "s")
-    assert told["setup"][1:3] == ["export NAME='two words'", "module load x"]
+    assert (told["gpus_per_node"], told["job_name"]) == (2, "s")
+    assert told["setup"][1] == "export NAME='two words'"
+    assert told["setup"][3:5] == ["module load x", "trap - ERR"]
 
 
 def test_the_name_of_a_task_is_never_the_bare_id_of_its_array() -> None:

@@ -54,7 +54,8 @@ class FakeCluster:
 
     def partition(self, **values: str) -> None:
         values = {"PartitionName": "low", "Default": "YES", "State": "UP"} | values
-        self.file("partition", " ".join(f"{k}={v}" for k, v in values.items()) + "\n")
+        line = " ".join(f"{k}={v}" for k, v in values.items())
+        self.file("partition", f"{line}\nPartitionName=gpu Default=NO State=UP\n")
 
     def accounting(self, assoc: str, qos: str) -> None:
         self.file("user", "mine\n")
@@ -75,23 +76,36 @@ def profile(**values: object) -> SlurmProfile:
     return SlurmProfile(executor="slurm", **values)  # type: ignore[arg-type]
 
 
-ASSOC = "mine ||90\nother |tiny|1\nmine gpu|fast|7\n"
-QOS = "normal|80|00:01:30|cluster\ntiny|2|00:00:00|cancel\nfast|60|00:00:10|requeue\n"
+ASSOC = "mine ||90|\nother |tiny|1|\nmine gpu|fast|7|\n"
+QOS = "normal|80|00:01:30|cluster|\ntiny|2|00:00:00|cancel|\nfast|60|00:00:10|requeue|55\n"
 
 
 def test_limits_are_those_of_the_account_and_qos_that_are_used(cluster: FakeCluster) -> None:
     cluster.accounting(ASSOC, QOS)
     assert limits(profile()) == doctor.Limits(500, 80)
-    assert limits(profile(qos="fast")).max_submit == 60
+    assert limits(profile(qos="fast")).max_submit == 55, "of all users of the QOS"
     assert limits(profile(account="other")).max_submit == 1
     assert limits(profile(qos="tiny")).max_submit == 2
     assert limits(profile(partition="gpu")).max_submit == 7
     cluster.partition(QoS="tiny")
     assert limits(profile()).max_submit == 2
+    assert limits(profile(partition="low,gpu")).max_submit == 2
 
 
 def test_without_accounting_there_is_no_limit(cluster: FakeCluster) -> None:
     assert limits(profile()) == doctor.Limits(500, None)
+    assert "no limit on jobs" in list(examine(profile()))[-1].text
+
+
+def test_accounting_that_does_not_answer_is_told(cluster: FakeCluster) -> None:
+    cluster.file("sacctmgr", "#!/bin/bash\necho 'Unable to contact slurm dbd' >&2; exit 1\n")
+    cluster.settings(PreemptType="preempt/qos", PreemptMode="REQUEUE")
+    warnings = [finding.text for finding in examine(profile()) if finding.level == "warning"]
+    assert warnings == [
+        "preemption: that of the QOS is not known: sacctmgr -nP: Unable to contact slurm dbd",
+        "limits of the account and QOS are not known: sacctmgr -nP: Unable to contact slurm dbd",
+    ]
+    assert preflight(profile(), sweep_of(3))[0].max_submit is None
 
 
 def test_points_share_tasks_until_all_tasks_fit_beside_what_is_queued(cluster: FakeCluster) -> None:
@@ -109,7 +123,7 @@ def test_points_share_tasks_until_all_tasks_fit_beside_what_is_queued(cluster: F
 
 
 def test_a_limit_of_none_at_all(cluster: FakeCluster) -> None:
-    cluster.accounting(ASSOC, "normal|0|00:00:00|cluster\n")
+    cluster.accounting(ASSOC, "normal|0|00:00:00|cluster|\n")
     with pytest.raises(UserError, match="this user may submit 0 jobs"):
         preflight(profile(), sweep_of(3))
 
@@ -125,7 +139,24 @@ def test_seconds_to_save_are_those_of_the_partition(cluster: FakeCluster) -> Non
     cluster.partition(PreemptMode="REQUEUE", GraceTime="0")
     assert "30 s to finish a step and save (KillWait; GraceTime is 0)" in preemption(cluster)[0][1]
     cluster.partition(PreemptMode="OFF")
-    assert preemption(cluster) == [("ok", "preemption: none in this partition")]
+    assert preemption(cluster) == [("ok", "preemption in this partition: none")]
+
+
+def test_several_partitions_are_examined_each(cluster: FakeCluster) -> None:
+    lines = "PartitionName=low State=UP PreemptMode=REQUEUE GraceTime=40\n"
+    lines += "PartitionName=gpu State=DOWN PreemptMode=OFF GraceTime=0\nPartitionName=x State=UP\n"
+    cluster.file("partition", lines)
+    assert preemption(cluster, partition="low,gpu") == [
+        ("ok", "preemption in low (REQUEUE): SIGTERM, then 40 s to finish a step and save "
+         "(GraceTime)"),
+        ("ok", "preemption in gpu: none"),
+    ]  # fmt: skip
+    found = {(finding.level, finding.text) for finding in examine(profile(partition="low,gpu"))}
+    assert ("warning", "partition: gpu is DOWN") in found
+    (finding,) = examine(profile(partition="low,none"))
+    assert (finding.level, finding.text) == ("error", "partition: there is no none")
+    (finding,) = examine(profile())
+    assert finding.text == "partition: there is no default one; name one in the profile"
 
 
 def test_where_the_qos_is_preempted_its_own_facts_count(cluster: FakeCluster) -> None:

@@ -1,7 +1,11 @@
 """Submission, resubmission and cancelling of arrays, with fake sbatch, squeue and scancel."""
 
+import errno
 import json
+import multiprocessing
 import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -25,13 +29,14 @@ cp "$1" script-$(ls script-* 2>/dev/null | wc -l)
 env >environment
 number=$(ls script-* | wc -l)
 if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
-if [[ -e interrupt-$number ]]; then kill -INT $PPID $$; fi
+if [[ -e interrupt-$number ]]; then kill -$(<interrupt-$number) $PPID $$; fi
 echo "Submitted batch job $((100 + number))"
 """
 # The lines of queue-1, queue-2 ... in turn; then those of `queue`.
 SQUEUE = """#!/bin/bash
 cd "$(dirname "$0")"
 echo "$@" >squeue-args
+env >squeue-environment
 first=$(ls queue-* 2>/dev/null | head -n 1)
 cat "${first:-queue}"
 [[ -z $first ]] || rm "$first"
@@ -104,8 +109,31 @@ def test_submission_from_inside_a_job_does_not_inherit_it(
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     submit(sweep)
-    seen = [line for line in (bin / "environment").read_text().splitlines() if "SLURM" in line]
-    assert [line for line in seen if line.startswith("SLURM_")] == ["SLURM_CONF=/etc/slurm.conf"]
+    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+
+
+def options(environment: Path) -> list[str]:
+    """What a command that wrote its environment there may have taken for options."""
+    names = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SUBMITIT_")
+    return [line for line in environment.read_text().splitlines() if line.startswith(names)]
+
+
+def test_options_in_the_environment_change_nothing(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SBATCH_PARTITION", "SBATCH_EXPORT", "SQUEUE_STATES", "SACCT_FORMAT"):
+        monkeypatch.setenv(name, "NONE")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    # submitit reads it once in a process.
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmJobEnvironment.USR_SIG", "USR1")
+    submit(sweep)
+    script = (bin / "script-0").read_text()
+    assert "#SBATCH --signal=USR2@120\n" in script
+    assert "USR1" not in script
+    assert "wckey" not in script
+    status(sweep.folder)
+    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+    assert options(bin / "squeue-environment") == ["SLURM_CONF=/etc/slurm.conf"]
 
 
 def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
@@ -129,10 +157,24 @@ def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
 
 
 def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, bin: Path) -> None:
-    (bin / "interrupt-1").touch()
+    (bin / "interrupt-1").write_text("INT")
     with pytest.raises(UserError, match="interrupted; submitted so far: pretrain 101; python -m"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
+    assert not (bin / "script-1").exists()
+
+
+@pytest.mark.parametrize("name", ["HUP", "TERM"])
+def test_a_lost_terminal_during_sbatch_leaves_no_unknown_array(
+    sweep: Sweep, bin: Path, name: str
+) -> None:
+    (bin / "interrupt-1").write_text(name)
+    process = multiprocessing.get_context("fork").Process(target=submit, args=(sweep,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.Signals[f"SIG{name}"]
+    assert recorded(sweep) == ["101"]
+    assert (sweep.jobs / "slurm" / "101_0_submitted.pkl").exists()
     assert not (bin / "script-1").exists()
 
 
@@ -143,9 +185,50 @@ def test_an_array_that_slurm_took_is_recorded_whatever_follows(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "link", fail)
+    monkeypatch.setattr("shutil.copyfile", fail)
     with pytest.raises(UserError, match="disk full; submitted so far: pretrain 101"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
+
+
+def test_a_pickle_with_too_many_links_is_copied(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMLINK, "Too many links")
+
+    monkeypatch.setattr(os, "link", fail)
+    submit(sweep)
+    folder = sweep.jobs / "slurm"
+    one, other = (folder / f"102_{index}_submitted.pkl" for index in (0, 1))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_a_setup_line_that_fails_ends_the_task(sweep: Sweep, bin: Path) -> None:
+    """With its name; what fails inside a function or a sourced file is that one's affair."""
+    (bin / "inner.sh").write_text("false; inner() { false; true; }\n")
+    setup = [f"source {bin}/inner.sh", "inner", "if false; then", "true", "fi", "echo here"]
+    for lines, told in ((setup, "here\n"), ([*setup, "test 1 = 2 # no"], "here\n")):
+        profile = SlurmProfile(executor="slurm", setup=lines)
+        names = [sweep.records()[0].run_id]
+        submit_arrays(sweep, profile, names, 1001, keep_code=False)
+        newest = max(bin.glob("script-*"))
+        text = newest.read_text().replace("\n# command", "\nexit 0")
+        newest.write_text(text)
+        done = subprocess.run(["bash", newest], capture_output=True, text=True, check=False)
+        assert done.stdout == told
+        failed = lines != setup
+        assert done.returncode == failed
+        assert done.stderr == "setup: exit status 1 of: test 1 = 2 # no\n" * failed
+
+
+def test_a_batch_shell_tells_its_ranks_of_kill_wait(sweep: Sweep, bin: Path) -> None:
+    (bin / "scontrol").write_text("#!/bin/bash\necho 'KillWait                = 45 sec'\n")
+    (bin / "scontrol").chmod(0o755)
+    profile = SlurmProfile(executor="slurm", requeue_by="batch")
+    submit_arrays(sweep, profile, [sweep.records()[0].run_id], 1001, keep_code=False)
+    text = (bin / "script-0").read_text().replace("\n# command", "\necho $BIP_KILL_WAIT; exit 0")
+    assert subprocess.check_output(["bash", "-c", text], text=True) == "45\n"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep) -> None:

@@ -56,10 +56,10 @@ def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -
     metrics = sweep.folder / running.folder / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     for epoch in range(1, 4):
-        append_jsonl(metrics, {"event": "epoch", "step": 9 * epoch, "epoch": epoch, "epochs": 15,
+        append_jsonl(metrics, {"event": "step", "step": 9 * epoch, "epoch": epoch, "epochs": 15,
                                "loss": 1 / epoch})  # fmt: skip
     with open(metrics, "a") as stream:
-        stream.write('{"event": "epoch", "epoch": 4, "epo')  # killed in mid-write
+        stream.write('{"event": "step", "epoch": 4, "epo')  # killed in mid-write
     claim = sweep.claim_path(running.run_id)
     claim.write_text(json.dumps({"started": time.time() - 60, "worker": 1}))
     with open(claim) as held:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bip.errors import UserError
 from launch.ledger import Lock, Queue, Sweep
@@ -247,8 +248,8 @@ def test_several_ranks_start_through_torchrun(fake: FakeSweep, tmp_path: Path) -
 def test_a_planned_run_never_changes_its_source(fake: FakeSweep, tmp_path: Path) -> None:
     """Another --source-net is refused, unless the RUN_ID tells the two apart."""
     one, other = tmp_path / "one.pth", tmp_path / "other.pth"
-    one.write_text("1")
-    other.write_text("2")
+    for number, path in enumerate((one, other)):
+        torch.save({"state_dict": {}, "number": number}, path)
     assert fake.series("--series", "0.5", "--source-net", str(one)) == 0
     before = {path: path.read_bytes() for path in fake.folder.glob("points/*")}
     code = fake.series("--series", "0.5", "--source-net", str(other))

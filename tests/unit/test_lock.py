@@ -141,6 +141,34 @@ def test_a_holder_that_was_taken_over_stops_writing(tmp_path: Path) -> None:
     later.release()
 
 
+def test_a_link_that_was_made_counts_whatever_the_server_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An NFS client repeats a request whose answer was lost, and hears that the name exists."""
+    link = os.link
+
+    def twice(*names: Path) -> None:
+        link(*names)
+        link(*names)
+
+    monkeypatch.setattr(os, "link", twice)
+    lock = RunLock(tmp_path)
+    assert lock.acquire()
+    assert lock.path == tmp_path / ".lock.1"
+    with pytest.raises(UserError, match="in use by process"):
+        RunLock(tmp_path).acquire()
+    lock.release()
+
+
+def test_kill_wait_where_there_is_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_scontrol", lambda *_: None)
+    assert module._kill_wait() == 30
+    monkeypatch.setenv("BIP_KILL_WAIT", "")  # the batch script could not find out either
+    assert module._kill_wait() == 30
+    monkeypatch.setenv("BIP_KILL_WAIT", "120")
+    assert module._kill_wait() == 120
+
+
 def test_a_told_attempt_gives_up_waiting(tmp_path: Path) -> None:
     first = RunLock(tmp_path)
     first.acquire()
