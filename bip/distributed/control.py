@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bip.distributed.group import Group
+from bip.distributed.group import COLLECTIVE, Group
 from bip.errors import RankError
 
 
@@ -28,7 +28,9 @@ class Control:
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
+        self.channel = None
+        if group.world > 1:
+            self.channel = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         self.pending: tuple[Tensor, dist.Work | None] | None = None
         self.proof_on_host: Tensor | None = None
         self.copied: torch.cuda.Event | None = None

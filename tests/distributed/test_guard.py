@@ -1,10 +1,14 @@
 """Ranks that drift apart are caught and named; a rank that is lost ends the run in bounded time."""
 
+import errno
+import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from io import BytesIO
 from pathlib import Path
@@ -293,37 +297,77 @@ def test_a_signal_before_the_first_step_leaves_nothing(source: Path, tmp_path: P
 # A rank that is gone
 
 
+def heart(rank: int, world: int, **settings: Any) -> tuple[Heartbeat, TCPStore]:
+    """A heartbeat whose rounds the test makes itself, and a store."""
+    group = Group(Ranks(rank, world, rank, world), torch.device("cpu"))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return Heartbeat(group, **settings), store
+
+
 @pytest.mark.parametrize(
     ("pauses", "is_lost"),
     [([5] * 12, True), ([5, 3600, 5, 5], False), ([5, 3600] + [5] * 12, True)],
 )
 def test_a_suspended_job_is_not_a_lost_rank(
-    pauses: list[int], is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pauses: list[int], is_lost: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """scontrol suspend stops all ranks; the first to wake finds the others' beats old."""
     now = 0.0
-    said: list[str] = []
-    heartbeat = Heartbeat(Group(Ranks(0, 2, 0, 2), torch.device("cpu")), 30, said.append)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    store.set("beat/1", "0 7 host pid 1")  # and never again
-
-    class Ended:
-        def wait(self, _: float) -> bool:
-            nonlocal now
-            if not pauses or said:
-                return True
-            now += pauses.pop(0)
-            return False
-
-        def is_set(self) -> bool:
-            return False
-
-    heartbeat.store, heartbeat.ended = store, Ended()  # type: ignore[assignment]
     monkeypatch.setattr("time.monotonic", lambda: now)
-    monkeypatch.setattr("os._exit", lambda _: None)
-    heartbeat._run()
-    assert bool(said) == is_lost
-    assert not said or "rank 1 (host pid 1) has not answered" in said[0]
+    heartbeat, store = heart(0, 2, timeout=30)
+    store.set("beat/1", '{"host": "host pid 1", "step": 7}')  # and never again
+    for pause in pauses:
+        now += pause
+        heartbeat._round(store)
+    expected = "rank 1 (host pid 1) has not answered for 30 s; its last step was 7"
+    assert heartbeat.lost == (expected if is_lost else None)
+
+
+def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It beats, but has not come as far as the others, who wait for it."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    told = []
+    for passed in (8, 9):
+        heartbeat, store = heart(0, 3, timeout=30, stall=100)
+        heartbeat.group.passed = 9
+        heartbeat.main = threading.get_ident()
+        for beat in range(50):
+            now += 5
+            for rank, far in ((1, passed), (2, 9)):
+                facts = {"beat": beat, "passed": far, "step": 4, "where": "it", "host": f"h{rank}"}
+                store.set(f"beat/{rank}", json.dumps(facts))
+            heartbeat._round(store)
+            if beat == 15:
+                assert heartbeat.lost is None
+                heartbeat.note_alive()  # rank 0 waits for something outside: from the start again
+            if heartbeat.lost is not None:
+                break
+        assert beat > 30
+        told.append(heartbeat.lost)
+    assert told[0] == "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
+    assert told[1].startswith("no progress for 100 s; all ranks are equally far: rank 0 (")
+
+
+def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed stderr and a full disk."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+
+    def full(_cause: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    heartbeat, _ = heart(0, 2, timeout=30, on_end=full)
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    with pytest.raises(OSError, match="No space"):
+        heartbeat._end("rank 1 is lost")
+    assert codes == [1]
+    monkeypatch.setattr("bip.distributed.heartbeat.GRACE", 0.1)
+    heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
+    heartbeat._end("rank 1 is lost")
+    assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
 
 
 @pytest.mark.parametrize(
