@@ -1,15 +1,7 @@
 """Ranks that drift apart are caught and named; a rank that is lost ends the run in bounded time."""
 
-import errno
-import io
-import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import threading
-import time
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,14 +10,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.distributed import TCPStore
 
 from bip.config import load_config
 from bip.data.writer import LmdbWriter
 from bip.distributed.control import Control
-from bip.distributed.group import Group, Ranks
+from bip.distributed.group import Group
 from bip.distributed.guard import compare_ranks, hash_tensor, run_state
-from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest
 from bip.errors import RankError, Stopped, UserError
 from bip.files import read_jsonl
@@ -292,132 +282,3 @@ def test_a_signal_before_the_first_step_leaves_nothing(source: Path, tmp_path: P
         train_run(config, stop)
     assert stopped.value.step == 0
     assert not list(tmp_path.rglob("*.pth.tar"))
-
-
-# A rank that is gone
-
-
-def heart(rank: int, world: int, **settings: Any) -> tuple[Heartbeat, TCPStore]:
-    """A heartbeat whose rounds the test makes itself, and a store."""
-    group = Group(Ranks(rank, world, rank, world), torch.device("cpu"))
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    return Heartbeat(group, **settings), store
-
-
-@pytest.mark.parametrize(
-    ("pauses", "is_lost"),
-    [([5] * 12, True), ([5, 3600, 5, 5], False), ([5, 3600] + [5] * 12, True)],
-)
-def test_a_suspended_job_is_not_a_lost_rank(
-    pauses: list[int], is_lost: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """scontrol suspend stops all ranks; the first to wake finds the others' beats old."""
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    heartbeat, store = heart(0, 2, timeout=30)
-    store.set("beat/1", '{"host": "host pid 1", "step": 7}')  # and never again
-    for pause in pauses:
-        now += pause
-        heartbeat._round(store)
-    expected = "rank 1 (host pid 1) has not answered for 30 s; its last step was 7"
-    assert heartbeat.lost == (expected if is_lost else None)
-
-
-def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It beats, but has not come as far as the others, who wait for it."""
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    told = []
-    for passed in (8, 9):
-        heartbeat, store = heart(0, 3, timeout=30, stall=100)
-        heartbeat.group.passed = 9
-        heartbeat.main = threading.get_ident()
-        for beat in range(50):
-            now += 5
-            for rank, far in ((1, passed), (2, 9)):
-                facts = {"beat": beat, "passed": far, "step": 4, "where": "it", "host": f"h{rank}"}
-                store.set(f"beat/{rank}", json.dumps(facts))
-            heartbeat._round(store)
-            if beat == 15:
-                assert heartbeat.lost is None
-                heartbeat.note_alive()  # rank 0 waits for something outside: from the start again
-            if heartbeat.lost is not None:
-                break
-        assert beat > 30
-        told.append(heartbeat.lost)
-    assert told[0] == "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
-    assert told[1].startswith("no progress for 100 s; all ranks are equally far: rank 0 (")
-
-
-def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A closed stderr and a full disk."""
-    codes: list[int] = []
-    monkeypatch.setattr("os._exit", codes.append)
-
-    def full(_cause: str) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    heartbeat, _ = heart(0, 2, timeout=30, on_end=full)
-    closed = io.StringIO()
-    closed.close()
-    monkeypatch.setattr("sys.stderr", closed)
-    with pytest.raises(OSError, match="No space"):
-        heartbeat._end("rank 1 is lost")
-    assert codes == [1]
-    monkeypatch.setattr("bip.distributed.heartbeat.GRACE", 0.1)
-    heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
-    heartbeat._end("rank 1 is lost")
-    assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
-
-
-@pytest.mark.parametrize(
-    ("how", "victim"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGSTOP, 2)]
-)
-def test_a_lost_rank_ends_the_others_and_is_named(how: int, victim: int, tmp_path: Path) -> None:
-    """Real processes joined by env://, as torchrun starts them."""
-    limit = 4
-    flags = arguments("pretrain", tmp_path, epochs=100_000, eval_every=100_000, rank_timeout=limit)
-    # The store is this process's, like torchrun's agent's.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = []
-    for rank in range(3):
-        env = os.environ | {
-            "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "3",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }  # fmt: skip
-        command = [sys.executable, "-m", "bip", "train", *flags, "--batch-size", "66"]
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env=env,
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        deadline = time.monotonic() + 90
-        while time.monotonic() < deadline:
-            records = [r for f in tmp_path.rglob("metrics.jsonl") for r in read_jsonl(f)]
-            if len(records) > 3:
-                break
-            time.sleep(0.2)
-        else:
-            pytest.fail("training did not start")
-        time.sleep(2)  # a few beats
-        ranks[victim].send_signal(how)
-        struck = time.monotonic()
-        for rank, process in enumerate(ranks):
-            if rank == victim:
-                continue
-            _, stderr = process.communicate(timeout=60)
-            assert process.returncode == 1, stderr
-            assert f"rank {victim} (" in stderr, stderr
-            assert "has not answered" in stderr
-        assert time.monotonic() - struck < 10 * limit
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
