@@ -150,8 +150,9 @@ class RunConfig(BaseModel):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
     check_ranks: int = Field(0, ge=0, description="compare all ranks' state every so many steps")
     rank_timeout: float = Field(
-        120.0, ge=1, description="seconds after which a rank that does not answer ends the run"
-    )
+        120.0, ge=1, le=86_400, allow_inf_nan=False,
+        description="seconds after which a rank that does not answer ends the run",
+    )  # fmt: skip
     compile: bool = Field(False, description="torch.compile the network")
     deterministic: bool = Field(False, description="only deterministic GPU kernels")
 

@@ -81,10 +81,21 @@ def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
         "code of bip": code_version()[:16],
         "torch": torch.__version__,
         "number of ranks": str(group.world),
-        "kind of device": group.device.type,
+        "world layout": f"{group.local_world} ranks on a node",
+        **_arithmetic(group.device),
         **{name: str(plain[name]) for name in plain if name not in of_a_node},
         "settings": config.fingerprint()[:16],
     }
+
+
+def _arithmetic(device: torch.device) -> dict[str, str]:
+    """What decides the last bits of the replicated updates: they must be equal on every rank."""
+    facts = {"kind of device": device.type}
+    if device.type == "cuda":
+        # The CPUs of two GPU nodes may differ: what they compute is either exact or broadcast.
+        return facts | {"GPU": torch.cuda.get_device_name(device)}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return facts | {"CPU capability": capability, "threads": str(torch.get_num_threads())}
 
 
 def compare_starts(own: dict[str, str], group: Group) -> None:

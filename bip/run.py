@@ -1,8 +1,10 @@
 """One run, composed: the only file that knows every part."""
 
+import contextlib
 import copy
 import errno
 import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -10,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from bip import models
@@ -19,10 +20,10 @@ from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data, stage_data
 from bip.distributed.control import Control
-from bip.distributed.group import TIMEOUT, Group, join, wrap
+from bip.distributed.group import MEETING, Group, join, wrap
 from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest, signal_name
-from bip.errors import RankError, Stopped, UserError
+from bip.errors import Stopped, UserError
 from bip.files import (
     atomic_write_bytes,
     atomic_write_json,
@@ -79,15 +80,18 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
         stage_data(
             config.dataset, config.data_dir, config.stage_to, config.loader, stop.raise_if_set
         )
-    patience = STAGING if config.stage_to is not None else TIMEOUT
+    patience = STAGING if config.stage_to is not None else MEETING
     group = join(config.result_dir / ".rendezvous", patience=patience, stop=stop)
-    # Rank 0 looks for all: an attempt that is just ending may write the result between two looks.
-    finished = group.ask_first(lambda: read_result(config))
-    if finished is not None and not config.evaluate:
-        group.close()
-        return dict(finished)
-    run = Run(config, group, stop)
-    result = run.evaluate() if config.evaluate else run.train()
+    heartbeat = Heartbeat(group, config.rank_timeout)
+    with heartbeat.watching():
+        # Rank 0 looks for all: an attempt that is just ending may write it between two looks.
+        finished = group.ask_first(lambda: read_result(config))
+        if finished is not None and not config.evaluate:
+            result = dict(finished)
+            group.barrier()
+        else:
+            run = Run(config, group, stop, heartbeat)
+            result = run.evaluate() if config.evaluate else run.train()
     group.close()
     return result
 
@@ -112,8 +116,15 @@ def read_result(config: RunConfig) -> dict[str, Any] | None:
 class Run:
     """The parts of one run on this rank. Making one reads and checks all input, writes nothing."""
 
-    def __init__(self, config: RunConfig, group: Group, stop: StopRequest | None = None) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        group: Group,
+        stop: StopRequest | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.config, self.group, self.stop = config, group, stop or StopRequest()
+        self.heartbeat = heartbeat or Heartbeat(group, config.rank_timeout)
         self.folder = config.run_folder
         self.attempts = Attempts(self.folder)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoint")
@@ -131,7 +142,6 @@ class Run:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
         self.control = Control(group)
-        self.heartbeat = Heartbeat(group, config.rank_timeout, self._record_loss)
         self.lock = RunLock(self.folder)
         self.resumed: State | None = None
 
@@ -214,8 +224,7 @@ class Run:
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""
-        self.heartbeat.start()
-        try:
+        with self.heartbeat.watching():
             if (resume := self.config.resume) is not None:
                 state = self.group.ask_first(lambda: read_checkpoint(resume))
                 check_source(self.config, state, "resume")
@@ -224,7 +233,7 @@ class Run:
                     self.pruned.write_followers()
             loop = self._loop(Progress(), RunLog(self.folder, active=False))
             accuracy = loop.evaluate("test")
-        finally:
+            self.group.barrier()
             self.heartbeat.stop()
         if self.group.is_first:
             print(
@@ -235,12 +244,20 @@ class Run:
 
     def train(self) -> dict[str, Any]:
         """Train from the start or the newest checkpoint to the end; write and return the result."""
-        self.heartbeat.start()
         try:
-            # Checked before the folder is made.
-            self.group.ask_first(self._read_resume)
-            finished = self._take_folder()
-            return finished if finished is not None else self._train()
+            with self.heartbeat.watching(), self._writing():
+                # Checked before the folder is made.
+                self.group.ask_first(self._read_resume)
+                finished = self._take_folder()
+                return finished if finished is not None else self._train()
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A disk that takes no more is for the user to mend."""
+        try:
+            yield
         except OSError as error:
             if error.errno not in _DISK_ERRORS:
                 raise
@@ -248,9 +265,19 @@ class Run:
                 f"result_dir: {self.folder}: {error.strerror}; the newest checkpoint is kept, and "
                 "the same command goes on from it"
             ) from None
-        finally:
-            self.heartbeat.stop()
-            self.lock.release()
+
+    def _write(self, call: Callable[[], None]) -> None:
+        """Rank 0 writes; nobody goes on before it is done, and its failure is everyone's.
+
+        A rank that left earlier would have SLURM end rank 0 in the midst of it.
+        """
+
+        def write() -> None:
+            with self._writing():
+                self.lock.check()
+                call()
+
+        self.group.ask_first(write)
 
     def _take_folder(self) -> dict[str, Any] | None:
         """Lock the run folder on rank 0. Returns the result if the holder before has finished it.
@@ -258,8 +285,12 @@ class Run:
         Raises Stopped if this attempt is told to stop while it waits.
         """
 
+        def give_up() -> bool:
+            self.heartbeat.note_alive()
+            return self.stop.signal != 0
+
         def take() -> tuple[int, dict[str, Any] | None]:
-            if not self.lock.acquire(give_up=lambda: self.stop.signal != 0):
+            if not self.lock.acquire(give_up=give_up):
                 return self.stop.signal, None
             return 0, read_result(self.config)
 
@@ -274,6 +305,7 @@ class Run:
         if state is not None:
             restore_model(self.network, self.pruned, state, str(self.checkpoints.folder))
         self.group.ask_first(lambda: self._open_folder(progress))
+        self.heartbeat.on_end = lambda cause: self._record_end(cause, progress)
         with self.group.together():
             log = RunLog(self.folder, self.group.is_first, progress.iteration, progress.evaluated)
         loop = self._loop(progress, log)
@@ -281,38 +313,34 @@ class Run:
             for name, optimizer in loop.step.optimizers.items():
                 optimizer.load_state_dict(state["optimizer"][name])
         del state
-        cause = "finished"
         try:
-            loop.run()
-            return self._finish(loop)
-        except Stopped as stopped:
-            cause = stopped.cause
-            raise
-        except KeyboardInterrupt:
-            cause = "interrupted"
-            raise
-        except Exception as error:
-            cause = f"error: {error}"
-            self._explain(error)
-            raise
+            try:
+                loop.run()
+                result = self._finish(loop)
+            except Stopped as stopped:
+                self._leave(stopped.cause, progress)
+                raise
+            self._leave("finished", progress)
+            return result
         finally:
             log.close()
             self.data.close()
-            if self.group.is_first:
-                with suppress(OSError):  # on a full disk the first error is the one to tell
-                    self.attempts.record("end", cause=cause, step=progress.iteration)
 
-    def _explain(self, error: Exception) -> None:
-        """Tell the others about this rank's own failure; name the rank behind a collective's."""
-        own = not isinstance(error, dist.DistError) and "gloo" not in str(error).lower()
-        if own:
-            self.heartbeat.report(f"{type(error).__name__}: {error}")
-        elif (message := self.heartbeat.explain()) is not None:
-            raise RankError(message) from error
+    def _leave(self, cause: str, progress: Progress) -> None:
+        """The agreed end: after it any rank may exit at any time, and nobody misses it."""
 
-    def _record_loss(self, message: str) -> None:
-        if self.group.is_first and self.folder.is_dir():
-            self.attempts.record("end", cause=f"rank lost: {message}")
+        def write() -> None:
+            self._record_end(cause, progress)
+            self.lock.release()
+
+        self.group.ask_first(write)
+        self.group.barrier()
+        self.heartbeat.stop()
+
+    def _record_end(self, cause: str, progress: Progress) -> None:
+        if self.group.is_first:
+            with suppress(OSError):  # on a full disk the first error is the one to tell
+                self.attempts.record("end", cause=cause, step=progress.iteration)
 
     def _read_resume(self) -> None:
         """What --resume holds, on rank 0."""
@@ -400,7 +428,8 @@ class Run:
             config, self.network, ddp, self.group.rank, self.group.device
         )
         step = build_step(
-            config, self.network, self.pruned, forward_backward, self.data.train, clock,
+            config, self.network, self.pruned, forward_backward,
+            lambda level, start: self.group.counted(self.data.train(level, start)), clock,
             progress.iteration,
         )  # fmt: skip
         return Loop(
@@ -418,18 +447,19 @@ class Run:
         }
 
     def _save(self, step: TrainingStep, progress: Progress) -> None:
-        if not self.group.is_first:
-            return
-        self.lock.check()
-        optimizers = {name: o.state_dict() for name, o in step.optimizers.items()}
-        state = self._state(progress) | {"optimizer": optimizers}
-        self.checkpoints.save(state, progress.iteration)
+        def write() -> None:
+            optimizers = {name: o.state_dict() for name, o in step.optimizers.items()}
+            state = self._state(progress) | {"optimizer": optimizers}
+            self.checkpoints.save(state, progress.iteration)
+
+        self._write(write)
 
     def _save_best(self, progress: Progress) -> None:
-        if self.group.is_first:
-            self.lock.check()
+        def write() -> None:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(self.checkpoints.best, seal(self._state(progress)))
+
+        self._write(write)
 
     def _finish(self, loop: Loop) -> dict[str, Any]:
         """Final mask, final accuracy, the models and, last, result.json."""
@@ -454,8 +484,8 @@ class Run:
         result = self._result(final, best, progress, loop.epochs)
         if progress.top1_before_bn_mask is not None:
             result["top1_before_bn_mask"] = progress.top1_before_bn_mask
-        if self.group.is_first:
-            self.lock.check()
+
+        def write() -> None:
             if self.config.save_dense:
                 plain = {"state_dict": self.network.state_dict(), "arch": self.config.arch}
                 write_checkpoint(self.folder / DENSE, plain)
@@ -465,7 +495,8 @@ class Run:
             )
             atomic_write_json(self.folder / "result.json", result)
             print(f"finished: {self.folder} top1 {final.top1:.2f}%", flush=True)
-        self.group.barrier()
+
+        self._write(write)
         return result
 
     def _finalise(self, loop: Loop) -> Accuracy:

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bip.distributed.group import Group
+from bip.distributed.group import COLLECTIVE, Group
+from bip.distributed.guard import tell_apart
 from bip.errors import RankError
+
+LAG = 4  # iterations that the host may run ahead of the GPU, the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -23,22 +26,42 @@ class News:
     save: bool
 
 
+class _Slot:
+    """A proof on its way from the GPU to the host."""
+
+    def __init__(self) -> None:
+        self.proof = torch.zeros(2, dtype=torch.int64, pin_memory=True)
+        self.copied = torch.cuda.Event()
+
+    def read(self) -> tuple[int, int]:
+        """What was written last, zeros before. Waits for the GPU to come to that iteration."""
+        self.copied.synchronize()
+        return int(self.proof[0]), int(self.proof[1])
+
+    def write(self, proof: Tensor) -> None:
+        self.proof.copy_(proof, non_blocking=True)
+        self.copied.record()
+
+
 class Control:
     """The exchange of one rank. `post` every iteration, on every rank, in the same order."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
-        self.channel = dist.new_group(backend="gloo") if group.world > 1 else None
+        self.channel = None
+        if group.world > 1:
+            self.channel = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         self.pending: tuple[Tensor, dist.Work | None] | None = None
-        self.proof_on_host: Tensor | None = None
-        self.copied: torch.cuda.Event | None = None
+        self.slots: list[_Slot] = []
+        self.proofs = 0
 
     def post(self, stop: int, save: bool, proof: Tensor | None) -> News:
         """Post this iteration's numbers; return the news of the iteration before (alone: now).
 
         `proof` (2,) is the mask's count and checksum, perhaps still on the GPU: then it travels
-        one iteration later. Raises RankError if two ranks' masks differed.
+        LAG iterations later. Raises RankError if two ranks' masks differed.
         """
+        self.group.passed += 1
         news = self._collect()
         kept, checksum = self._proof(proof)
         own = torch.tensor([stop, int(save), kept, checksum])
@@ -70,16 +93,12 @@ class Control:
             return 0, 0
         if not proof.is_cuda:
             return int(proof[0]), int(proof[1])
-        before = (0, 0)
-        if self.proof_on_host is None:
-            self.proof_on_host = torch.zeros(2, dtype=torch.int64, pin_memory=True)
-            self.copied = torch.cuda.Event()
-        elif self.copied is not None:
-            self.copied.synchronize()  # of the iteration before: long done
-            before = (int(self.proof_on_host[0]), int(self.proof_on_host[1]))
-        self.proof_on_host.copy_(proof, non_blocking=True)
-        assert self.copied is not None
-        self.copied.record()
+        if not self.slots:
+            self.slots = [_Slot() for _ in range(LAG)]
+        slot = self.slots[self.proofs % LAG]
+        self.proofs += 1
+        before = slot.read()
+        slot.write(proof)
         return before
 
     def _collect(self) -> News:
@@ -89,12 +108,9 @@ class Control:
         self.pending = None
         if work is not None:
             work.wait()
-        masks = [tuple(row) for row in rows[:, 2:].tolist()]
-        if len(set(masks)) > 1:
-            usual = max(set(masks), key=masks.count)
-            odd = [rank for rank, mask in enumerate(masks) if mask != usual]
+        proofs = [f"{kept} with checksum {checksum}" for kept, checksum in rows[:, 2:].tolist()]
+        if who := tell_apart(proofs):
             raise RankError(
-                f"mask: rank {', '.join(map(str, odd))} keeps other weights than the others "
-                f"({masks[odd[0]][0]} kept, the others {usual[0]}); the last checkpoint is good"
+                f"mask: the weights kept differ between ranks ({who}); the last checkpoint is good"
             )
         return News(int(rows[:, 0].max()), bool(rows[0, 1]))

@@ -5,7 +5,7 @@ import inspect
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +18,16 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous as rendezvous_of
 from torch.nn.parallel import DistributedDataParallel
 
-from bip.distributed.preemption import StopRequest
-from bip.errors import RankError, UserError
+from bip.distributed.preemption import StopRequest, signal_name
+from bip.errors import RankError, Stopped, UserError
 from bip.files import atomic_write_bytes
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)
+MEETING = timedelta(minutes=10)  # until all ranks are here
+# After that no clock but the heartbeat's ends a run: a suspended job, a long save or slow data
+# may keep a collective waiting.
+COLLECTIVE = timedelta(days=7)
+_VERDICT = "verdict"  # in the store: "go", "late", or "stop" and the signal
 
 
 @dataclass(frozen=True)
@@ -59,28 +63,45 @@ def find_ranks(env: Mapping[str, str]) -> Ranks:
 class Group:
     """The run's process group; with one rank there is none and every call is local."""
 
-    def __init__(self, ranks: Ranks, device: torch.device) -> None:
-        self.rank, self.world = ranks.rank, ranks.world
+    def __init__(self, ranks: Ranks, device: torch.device, store_holder: str = "rank 0") -> None:
+        self.rank, self.world, self.local_world = ranks.rank, ranks.world, ranks.local_world
         self.device = device
+        self.store_holder = store_holder
+        # Places that every rank comes by in the same order: of ranks that all wait, the one that
+        # has passed fewer is the one that is waited for.
+        self.passed = 0
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def holds_store(self) -> bool:
+        return self.store_holder == f"rank {self.rank}"
+
+    def counted(self, batches: Iterable[T]) -> Iterator[T]:
+        """`batches`, of which every rank takes the same number; the arrival of each is a place."""
+        for batch in batches:
+            self.passed += 1
+            yield batch
+
     def sum_(self, values: Tensor) -> Tensor:
         """Sum over ranks, in place."""
+        self.passed += 1
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast_(self, values: Tensor) -> Tensor:
         """Rank 0's values, in place."""
+        self.passed += 1
         if self.world > 1:
             dist.broadcast(values, 0)
         return values
 
     def gather(self, values: Tensor) -> Tensor:
         """Every rank's `values` (m,), the same m on all, as (W, m)."""
+        self.passed += 1
         if self.world == 1:
             return values[None]
         gathered = values.new_empty(self.world * len(values))
@@ -89,6 +110,7 @@ class Group:
 
     def from_first(self, value: Any) -> Any:
         """Rank 0's object, on every rank."""
+        self.passed += 1
         if self.world == 1:
             return value
         box = [value]
@@ -117,6 +139,7 @@ class Group:
 
     def all_objects(self, value: Any) -> list[Any]:
         """Every rank's object, in rank order."""
+        self.passed += 1
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -142,6 +165,7 @@ class Group:
                 raise UserError(message) if is_known else RankError(message)
 
     def barrier(self) -> None:
+        self.passed += 1
         if self.world > 1:
             dist.barrier()
 
@@ -188,29 +212,32 @@ def pick_device(ranks: Ranks) -> torch.device:
 def join(
     rendezvous: Path,
     env: Mapping[str, str] = os.environ,
-    patience: timedelta = TIMEOUT,
+    patience: timedelta = MEETING,
     stop: StopRequest | None = None,
 ) -> Group:
     """Find this process's rank and join the others, who may come later by up to `patience`.
 
     Under torchrun the store is torch's own. Under srun rank 0 binds a free port itself and
     publishes it in the shared folder `rendezvous`, keyed by job, restart and step, so that
-    neither two tasks on a node nor two attempts of one job can meet. Raises Stopped when `stop` is
-    set while this rank waits for others.
+    neither two tasks on a node nor two attempts of one job can meet. Raises Stopped when a rank is
+    told to stop before all are here.
     """
     ranks = find_ranks(env)
     device = pick_device(ranks)
+    holder = "rank 0"
     if ranks.world > 1:
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            holder = "torchrun's agent"
         stop = stop or StopRequest()
         try:
             _meet(ranks, device, rendezvous, env, patience, stop)
         except dist.DistError as error:
-            # Rank 0, which holds the store, has gone: mostly for a signal that comes here as well.
+            # Who holds the store has gone: mostly for a signal that comes here as well.
             for _ in range(50):
                 stop.raise_if_set()
                 time.sleep(0.1)
-            raise RankError(f"rank 0 went away while the ranks met ({error})") from error
-    return Group(ranks, device)
+            raise RankError(f"{holder} went away while the ranks met ({error})") from error
+    return Group(ranks, device, holder)
 
 
 def _meet(
@@ -226,21 +253,48 @@ def _meet(
         names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
         address = rendezvous / ".".join(env.get(name, "0") for name in names)
         store = _srun_store(ranks, address, env, deadline, stop)
-    # All are here before the first collective, whose time-out is for ranks that are lost.
-    everyone = "everyone is here"
-    if store.add("here", 1) == ranks.world:
-        store.set(everyone, "")
-    _wait(lambda: store.check([everyone]), deadline, stop, "the other ranks did not come")
-    store.set_timeout(TIMEOUT)
+    _go_or_leave(store, ranks.world, deadline, stop)
+    store.set_timeout(MEETING)
     dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=TIMEOUT
+        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=MEETING
     )
     # Gloo connects each pair in its own time: a rank that has met all and soon leaves (the run is
     # finished) would be taken for a crash by one that still waits for a third.
     dist.all_reduce(torch.zeros(1))
+    store.set_timeout(COLLECTIVE)
+    _set_timeout(COLLECTIVE)
     if ranks.rank == 0 and address is not None:
         # All have read it; a cluster may count its jobs from 1 again.
         address.unlink(missing_ok=True)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Of the default group. The function got its public name in torch 2.14."""
+    inner: Any = dist.distributed_c10d
+    change = getattr(dist, "set_timeout", None) or inner._set_pg_timeout
+    change(timeout)
+
+
+def _go_or_leave(store: Any, world: int, deadline: float, stop: StopRequest) -> None:
+    """Wait until all are here. The first word in the store decides for all: to go on or to leave.
+
+    A rank that left on its own word could leave the others waiting in the first collective.
+    """
+    try:
+        if store.add("here", 1) == world:
+            verdict = store.compare_set(_VERDICT, "", "go")
+        else:
+            _wait(lambda: store.check([_VERDICT]), deadline, stop, "the others did not come")
+            verdict = store.get(_VERDICT)
+    except Stopped:
+        verdict = store.compare_set(_VERDICT, "", f"stop {stop.signal}")
+    except UserError:
+        verdict = store.compare_set(_VERDICT, "", "late")
+    word, *signals = verdict.decode().split()
+    if word == "stop":
+        raise Stopped(signal_name(int(signals[0])), 0)
+    if word == "late":
+        raise UserError("ranks: the other ranks did not come in time")
 
 
 def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest, problem: str) -> None:
@@ -260,7 +314,7 @@ def _srun_store(
     if ranks.rank == 0:
         host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
         store = TCPStore(
-            host, 0, ranks.world, is_master=True, timeout=TIMEOUT, wait_for_workers=False
+            host, 0, ranks.world, is_master=True, timeout=MEETING, wait_for_workers=False
         )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -270,4 +324,4 @@ def _srun_store(
         return store
     _wait(path.exists, deadline, stop, f"rank 0 did not publish {path} (is it shared?)")
     host, port = path.read_text().split()
-    return TCPStore(host, int(port), ranks.world, is_master=False, timeout=TIMEOUT)
+    return TCPStore(host, int(port), ranks.world, is_master=False, timeout=MEETING)

@@ -1,105 +1,295 @@
-"""A rank that dies or stalls is named, and the others end in bounded time."""
+"""A rank that dies, freezes or gets stuck is named, and the others end in bounded time."""
 
+import contextlib
+import json
 import os
 import platform
 import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
 from bip.distributed.group import Group
+from bip.errors import Stopped
 
-LOST = "lost"
+STALL = 600.0  # seconds without progress, at the least, before a rank that beats is stuck
+GRACE = 10.0  # seconds to record an end in: the disk may be what has failed
+_LOST = "lost"
+_TOLD = "told"  # how many ranks know that the run ends
 
 
 class Heartbeat:
-    """A thread that beats for this rank and watches the next one (rank + 1).
+    """Two threads of each rank: one beats and looks, the other watches the first.
 
-    A process that is stopped or killed stops beating whatever it was doing. Its watcher writes
-    its name into the store, and every rank that reads it says so and exits with code 1, from
-    this thread, because the main thread may hang in a collective. One beat and one look per
-    rank and interval: the load on the store grows with the ranks, not with their square.
+    The first writes this rank's beat into the store, and reads that of the next rank: one that is
+    killed or stopped does not beat, whatever it was doing. A rank whose main thread is stuck does
+    beat, but every rank waits for it soon: then rank 0 reads how many places each has passed
+    (`Group.passed`) and names the one behind. A lost rank's name goes into the store, and each
+    rank that reads it exits with code 1 from this thread, as the main one may hang in a
+    collective. One beat and one look per rank and interval: the load on the store grows with the
+    ranks, not with their square.
+
+    The second thread touches no store. A store whose holder is frozen blocks its callers for
+    ever; it ends the process when the first thread has had no answer for `timeout` seconds.
+
+    `on_end` is called with the cause when the run ends here, before the others are told.
     """
 
-    def __init__(self, group: Group, timeout: float, on_loss: Callable[[str], None]) -> None:
-        self.group, self.timeout, self.on_loss = group, timeout, on_loss
+    def __init__(
+        self,
+        group: Group,
+        timeout: float,
+        on_end: Callable[[str], None] = lambda _cause: None,
+        stall: float | None = None,
+    ) -> None:
+        self.group, self.timeout, self.on_end = group, timeout, on_end
+        self.stall = stall or max(STALL, 10 * timeout)
         self.interval = min(5.0, timeout / 4)
         self.step = 0
-        self.ended = threading.Event()
-        self.thread: threading.Thread | None = None
+        self.alive = 0
+        self.rounds = 0
+        self.main: int | None = None
+        self.threads: list[threading.Thread] = []
+        self.stopped, self.wake = threading.Event(), threading.Event()
+        self.failure: str | None = None  # of this rank itself
+        self.reported, self.everyone_knows = threading.Event(), threading.Event()
+        self.lost: str | None = None
+        self.rounds_to_end = 0
+        self.ending, self.end_told = threading.Lock(), threading.Lock()
+        self.next = _Silence(2 * self.interval)
+        self.own = _Silence(2 * self.interval)
+
+    # The main thread's part
 
     def note_step(self, step: int) -> None:
         self.step = step
 
-    def start(self) -> None:
-        """Begin, with more than one rank."""
-        if self.group.world == 1:
-            return
-        # A connection of its own: the process group's may be blocked in a wait.
-        self.store = dist.distributed_c10d._get_default_store().clone()
-        self.store.set_timeout(timedelta(seconds=self.timeout))
-        self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self.thread.start()
+    def note_alive(self) -> None:
+        """Rank 0 waits for something outside the run, and may do so for long."""
+        self.alive += 1
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Beat while the body runs; within another such body, go on.
+
+        A failure in the body is told to the others; where it is only the echo of another rank's
+        end, that one is named instead, and this process ends.
+        """
+        is_outer = not self.threads
+        if is_outer:
+            self._start()
+        try:
+            yield
+        except Stopped:
+            raise
+        except KeyboardInterrupt:
+            if not self.stopped.is_set():
+                self._tell_end("interrupted")
+            raise
+        except Exception as error:
+            if not self.stopped.is_set() and self.failure is None:
+                self._fail(error)
+            raise
+        finally:
+            if is_outer:
+                self.stop()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell why this rank ends. Who holds the store stays until the others know."""
+        if self.threads and _is_echo(error):
+            self.stopped.wait(self.timeout + 6 * self.interval)  # the threads end it first
+        self._tell_end(f"error: {error}")
+        self.failure = f"{type(error).__name__}: {error}"
+        if self.threads:
+            self.wake.set()
+            self.reported.wait(2 * self.interval)
+            if self.group.holds_store:
+                self.everyone_knows.wait(2 * self.interval)
 
     def stop(self) -> None:
-        self.ended.set()
-        if self.thread is not None:
-            self.thread.join()
+        """From now on the others may leave. Never waits long, whatever the store does."""
+        self.stopped.set()
+        self.wake.set()
+        for thread in self.threads:
+            thread.join(self.interval)
 
-    def report(self, message: str) -> None:
-        """Tell the other ranks why this one ends."""
-        if self.thread is not None and not self.store.check([LOST]):
-            self.store.set(LOST, f"rank {self.group.rank}: {message}")
+    def _start(self) -> None:
+        if self.group.world == 1:
+            return
+        self.main = threading.get_ident()
+        # A connection of its own: the process group's may be blocked in a wait.
+        store: Any = dist.distributed_c10d._get_default_store()
+        self.threads = [
+            threading.Thread(target=self._beat, args=(store,), name="heartbeat", daemon=True),
+            threading.Thread(target=self._watch, name="watchdog", daemon=True),
+        ]
+        for thread in self.threads:
+            thread.start()
 
-    def explain(self) -> str | None:
-        """After a collective failed: who is gone, if it is known within the time-out."""
-        if self.thread is None:
-            return None
-        deadline = time.monotonic() + self.timeout + 2 * self.interval
-        try:
-            while time.monotonic() < deadline:
-                if self.store.check([LOST]):
-                    return str(self.store.get(LOST).decode())
-                time.sleep(self.interval / 4)
-        except RuntimeError:
-            return "rank 0, which holds the rendezvous store, does not answer"
-        return None
+    # The first thread
 
-    def _run(self) -> None:
-        watched = (self.group.rank + 1) % self.group.world
-        seen, since = b"", time.monotonic()
-        looked = since
-        while not self.ended.wait(self.interval):
+    def _beat(self, origin: Any) -> None:
+        store = origin
+        fresh = False
+        while not self.stopped.is_set():
+            if self.lost is not None and self.failure is None:
+                if self.rounds_to_end == 0:
+                    self._end(self.lost)
+                self.rounds_to_end -= 1
             try:
-                name = f"{platform.node()} pid {os.getpid()}"
-                self.store.set(f"beat/{self.group.rank}", f"{time.time()} {self.step} {name}")
-                # Reading a beat that is not there yet would wait, and blame the store.
-                there = self.store.check([f"beat/{watched}"])
-                beat = self.store.get(f"beat/{watched}") if there else b""
-                lost = self.store.get(LOST).decode() if self.store.check([LOST]) else None
+                if not fresh:
+                    store = store.clone()
+                    store.set_timeout(timedelta(seconds=max(1.0, 2 * self.interval)))
+                    fresh = True
+                self._round(store)
+                self.rounds += 1
             except RuntimeError:
-                if not self.ended.is_set():
-                    self._end("rank 0, which holds the rendezvous store, does not answer")
-                return
-            now = time.monotonic()
-            # A rank that was itself suspended (with the whole job, mostly) has not watched.
-            slept, looked = now - looked > self.timeout / 2 + self.interval, now
-            if beat != seen or slept:
-                seen, since = beat, now
-            elif now - since > self.timeout and lost is None:
-                _, step, host = (beat.decode() or "0 0 never heard of").split(" ", 2)
-                lost = (
-                    f"rank {watched} ({host}) has not answered for {self.timeout:.0f} s; "
-                    f"its last step was {step}"
+                fresh = False  # a new connection next time; `_watch` ends this at the time-out
+            waiting = self.failure is not None and not self.everyone_knows.is_set()
+            self.wake.wait(min(0.1, self.interval) if waiting else self.interval)
+            self.wake.clear()
+
+    def _round(self, store: Any) -> None:
+        """Beat once and look once. Raises RuntimeError if the store does not answer."""
+        store.set(f"beat/{self.group.rank}", self._own_beat())
+        if self.failure is not None:
+            if not self.reported.is_set():
+                store.compare_set(_LOST, "", f"rank {self.group.rank}: {self.failure}")
+                store.add(_TOLD, 1)
+                self.reported.set()
+            if store.add(_TOLD, 0) >= self.group.world:
+                self.everyone_knows.set()
+        elif self.lost is None:
+            lost = self._missing(store) or self._stuck(store)
+            if lost is not None:
+                self.lost = store.compare_set(_LOST, "", lost).decode()
+            elif store.check([_LOST]):
+                self.lost = store.get(_LOST).decode()
+            if self.lost is not None:
+                store.add(_TOLD, 1)
+                # One round more: the main thread may meet the same trouble, and tells it better.
+                # With the store the news would go as well: its holder stays for all to hear it.
+                self.rounds_to_end = 3 if self.group.holds_store else 1
+
+    def _own_beat(self) -> str:
+        beat = {
+            "round": self.rounds,
+            "passed": self.group.passed,
+            "step": self.step,
+            "where": _where(self.main),
+            "host": f"{platform.node()} pid {os.getpid()}",
+        }
+        return json.dumps(beat)
+
+    def _missing(self, store: Any) -> str | None:
+        """That the next rank does not beat any more, in words."""
+        watched = (self.group.rank + 1) % self.group.world
+        # Reading a beat that is not there yet would wait, and blame the store.
+        beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
+        if self.next.seconds(beat) <= self.timeout:
+            return None
+        known = json.loads(beat or '{"host": "never heard of", "step": 0}')
+        return (
+            f"rank {watched} ({known['host']}) has not answered for {self.timeout:.0f} s; "
+            f"its last step was {known['step']}"
+        )
+
+    def _stuck(self, store: Any) -> str | None:
+        """On rank 0: who keeps the others waiting, when nothing has moved for too long."""
+        if not self.group.is_first:
+            return None
+        if self.own.seconds((self.group.passed, self.alive)) <= self.stall:
+            return None
+        keys = [f"beat/{rank}" for rank in range(self.group.world)]
+        beats = [json.loads(beat) for beat in store.multi_get(keys)]
+        least = min(beat["passed"] for beat in beats)
+        behind = {r: beat for r, beat in enumerate(beats) if beat["passed"] == least}
+        who = "; ".join(
+            f"rank {rank} ({beat['host']}) at step {beat['step']} in {beat['where']}"
+            for rank, beat in list(behind.items())[:8]
+        )
+        equal = len(behind) == self.group.world
+        waiting = "all ranks are equally far" if equal else "the others wait for"
+        return f"no progress for {self.stall:.0f} s; {waiting}{':' * equal} {who}"
+
+    # The second thread
+
+    def _watch(self) -> None:
+        answers = _Silence(2 * self.interval)
+        while not self.stopped.wait(self.interval):
+            if answers.seconds(self.rounds) > self.timeout:
+                self._end(
+                    f"{self.group.store_holder}, which holds the rendezvous store, has not "
+                    f"answered for {self.timeout:.0f} s"
                 )
-                self.store.set(LOST, lost)
-            if lost is not None and not self.ended.is_set():
-                self._end(lost)
+
+    # Any
+
+    def _tell_end(self, cause: str) -> None:
+        if self.end_told.acquire(blocking=False):
+            self.on_end(cause)
 
     def _end(self, message: str) -> None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        self.on_loss(message)
-        os._exit(1)
+        """Exit with code 1, whatever the disk and stderr do."""
+        if self.stopped.is_set() or not self.ending.acquire(blocking=False):
+            return
+        try:
+            backstop = threading.Timer(GRACE, os._exit, (1,))
+            backstop.daemon = True
+            backstop.start()
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            self._tell_end(f"rank lost: {message}")
+        finally:
+            os._exit(1)
+
+
+class _Silence:
+    """For how long something has not changed, in seconds for which this process was awake.
+
+    A suspended job watches nothing: a pause counts as `longest` seconds at most.
+    """
+
+    def __init__(self, longest: float) -> None:
+        self.longest = longest
+        self.looked = time.monotonic()
+        self.seen: object = None
+        self.total = 0.0
+
+    def seconds(self, now_seen: object) -> float:
+        now = time.monotonic()
+        same = now_seen == self.seen
+        self.total = self.total + min(now - self.looked, self.longest) if same else 0.0
+        self.seen, self.looked = now_seen, now
+        return self.total
+
+
+def _where(thread: int | None) -> str:
+    """The innermost line of this package that the thread is at."""
+    frame = sys._current_frames().get(thread or 0)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.startswith("bip."):
+            return f"{module}, line {frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "code outside of this package"
+
+
+def _is_echo(error: Exception) -> bool:
+    """Whether this may be a collective that failed because another rank has gone.
+
+    Gloo raises plain RuntimeErrors, also out of a backward pass, where DDP sums gradients. One
+    that was this rank's own after all is only told to the others later.
+    """
+    if isinstance(error, dist.DistError):
+        return True
+    if type(error) is not RuntimeError or error.__traceback__ is None:
+        return False
+    (*_, (innermost, _line)) = traceback.walk_tb(error.__traceback__)
+    ways = ("torch.distributed", "torch.autograd", "torch.nn.parallel", "bip.distributed")
+    return str(innermost.f_globals.get("__name__")).startswith(ways)

@@ -60,14 +60,14 @@ def evaluate(
 
 
 def share_statistics(network: nn.Module, group: Group) -> None:
-    """Give every rank rank 0's batch-norm statistics, which differ between ranks by nature."""
+    """Give every rank rank 0's running statistics, which differ between ranks by nature."""
     if group.world > 1:
         for buffer in _statistics(network):
             group.broadcast_(buffer)
 
 
 def average_statistics(network: nn.Module, group: Group) -> None:
-    """Give every rank the mean of all ranks' batch-norm statistics."""
+    """Give every rank the mean of all ranks' running statistics."""
     if group.world > 1:
         for buffer in _statistics(network):
             if buffer.is_floating_point():
@@ -76,6 +76,7 @@ def average_statistics(network: nn.Module, group: Group) -> None:
 
 
 def _statistics(network: nn.Module) -> Iterator[Tensor]:
+    """Those of batch-norm, of an instance-norm that tracks them, and of anything alike."""
     for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(getattr(module, "running_mean", None), Tensor):
             yield from module.buffers(recurse=False)

@@ -179,9 +179,8 @@ class Loop:
         first = self.clock.iterations * self.config.lower_batches
         stream = self.data.train("lower", first)
         reseed(self.config.seed, first, "lower", self.group.rank)
-        torch.optim.swa_utils.update_bn(
-            (images for images, _ in itertools.islice(stream, batches)), self.network
-        )
+        taken = self.group.counted(itertools.islice(stream, batches))
+        torch.optim.swa_utils.update_bn((images for images, _ in taken), self.network)
         average_statistics(self.network, self.group)
 
     def _checkpoint(self) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import load_config
 from bip.distributed.group import Group
+from bip.distributed.guard import hash_tensor, run_state
 from bip.run import Run
 from bip.training.steps import ForwardBackward
 from tests.distributed.harness import run_ranks, world_size
@@ -166,6 +167,54 @@ def test_two_ranks_follow_one(
     for name, value in ranks[0]["network"].items():
         assert torch.equal(value, ranks[1]["network"][name]), name
     assert ranks[0]["result"].keys() == ranks[1]["result"].keys()
+
+
+def trajectory(group: Group, kind: str, folder: Path, settings: dict[str, Any]) -> list[Any]:
+    """After every step: hashes of this rank's whole state, and the mask."""
+    run = Run(load_config(arguments(kind, folder, **settings)), group)
+    assert run.pruned is not None
+    pruned, found = run.pruned, []
+    made = run._loop
+
+    def loop_of(*args: Any) -> Any:
+        loop = made(*args)
+
+        def note(_step: int) -> None:
+            state = run_state(run.network, pruned, loop.step.optimizers, buffers=True)
+            hashes = {name: int(hash_tensor(tensor)) for name, tensor in state}
+            found.append((hashes, pruned.mask.clone()))
+
+        loop.on_step = note
+        return loop
+
+    run._loop = loop_of  # type: ignore[method-assign]
+    run.train()
+    return found
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_four_ranks_follow_one_at_every_step(layer_type: str, source: Path, tmp_path: Path) -> None:
+    """Bit for bit among themselves; up to the order of summation like one rank."""
+    settings = {"freeze_bn": True, "max_steps": 12, "k": 0.3, "source_net": source}
+    settings["layer_type"] = layer_type
+    (one,) = run_ranks(1, trajectory, "bip", tmp_path / "one", settings)
+    ranks = run_ranks(4, trajectory, "bip", tmp_path / "four", settings)
+    losses = []
+    for name in ("one", "four"):
+        (path,) = (tmp_path / name).rglob("metrics.jsonl")
+        lines = map(json.loads, path.read_text().splitlines())
+        losses.append([record["loss"] for record in lines if record["event"] == "step"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(one) == len(losses[0]) == 12
+    moved = False
+    for step, (_, mask) in enumerate(one):
+        for rank in ranks:
+            hashes, own = rank[step]
+            assert hashes == ranks[0][step][0], f"step {step + 1}"
+            assert own.sum() == mask.sum()
+            assert (own == mask).float().mean() > 0.999, f"step {step + 1}"
+        moved |= not torch.equal(mask, one[0][1])
+    assert moved
 
 
 def test_batch_statistics_of_rank_0_are_everyones(source: Path, tmp_path: Path) -> None:

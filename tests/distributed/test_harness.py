@@ -4,13 +4,20 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from bip import errors
-from bip.distributed.group import Group, join
+from bip.distributed import group as group_module
+from bip.distributed.control import Control
+from bip.distributed.group import Group, _go_or_leave, join, wrap
+from bip.distributed.heartbeat import _is_echo
 from bip.distributed.preemption import StopRequest
 from bip.errors import Stopped, UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
@@ -108,6 +115,105 @@ def test_a_signal_while_the_ranks_meet_stops_them_all(tmp_path: Path) -> None:
     told = run_ranks(3, leave_while_meeting, tmp_path, join=False)
     assert told == [told[0], told[0], "never came"]
     assert told[0].startswith("stopped by SIGTERM at step 0")
+
+
+class Slow:
+    """A store in which the last rank comes between this one's look and its word."""
+
+    def __init__(self, store: TCPStore, comes: bool) -> None:
+        self.store, self.comes = store, comes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def check(self, keys: list[str]) -> bool:
+        seen = self.store.check(keys)
+        if self.comes:
+            self.comes = False
+            _go_or_leave(self.store, 2, time.monotonic() + 5, StopRequest())
+        return bool(seen)
+
+
+def test_all_ranks_go_on_or_none() -> None:
+    told = StopRequest()
+    told.signal = signal.SIGUSR2
+    for comes in (True, False):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        soon = time.monotonic() + 5
+        if comes:  # told to stop just when the last has seen that all are here: both go on
+            _go_or_leave(Slow(store, comes), 2, soon, told)
+            continue
+        for stop in (told, StopRequest()):  # the other was not told, and leaves as well
+            with pytest.raises(Stopped, match="stopped by SIGUSR2 at step 0"):
+                _go_or_leave(Slow(store, comes), 2, soon, stop)
+
+
+def test_who_comes_too_late_finds_nobody_waiting() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        with pytest.raises(UserError, match="ranks: the other ranks did not come in time"):
+            _go_or_leave(store, 2, time.monotonic() + 0.2, StopRequest())
+
+
+def wait_long() -> str:
+    """A collective and an exchange for which one rank comes later than ranks may meet."""
+    group_module.MEETING = timedelta(seconds=3)
+    group = join(Path("rendezvous"))
+    control = Control(group)
+    for call in (group.barrier, lambda: control.ask(0)):
+        time.sleep(5 * group.rank)
+        call()
+    group.close()
+    return "met"
+
+
+def test_no_collective_has_a_clock_of_its_own() -> None:
+    assert run_ranks(2, wait_long, join=False) == ["met", "met"]
+
+
+class Odd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("a bug, in a folder called gloo")
+
+
+def which_are_echoes(group: Group) -> list[tuple[str, bool]]:
+    """Errors of rank 0: its own, then those of collectives that rank 1 does not come to."""
+    network = torch.nn.Linear(3, 1)
+    ddp = wrap(network, group.device)
+    for _ in range(2):
+        ddp(torch.ones(2, 3)).sum().backward()
+    found = []
+
+    def note(name: str, call: Callable[[], Any]) -> None:
+        with pytest.raises(RuntimeError) as raised:
+            call()
+        found.append((name, _is_echo(raised.value)))
+
+    note("forward", lambda: ddp(torch.ones(2, 4)))
+    note("own backward", lambda: Odd.apply(torch.ones(1, requires_grad=True)).backward())
+    group.barrier()
+    if group.rank == 1:
+        group.close()
+        return []
+    note("DDP's sum", lambda: ddp(torch.ones(2, 3)).sum().backward())
+    note("barrier", group.barrier)
+    note("gather", lambda: group.gather(torch.ones(1)))
+    return found
+
+
+def test_errors_of_collectives_are_told_from_a_ranks_own() -> None:
+    found, _ = run_ranks(2, which_are_echoes)
+    assert found == [
+        ("forward", False), ("own backward", False),
+        ("DDP's sum", True), ("barrier", True), ("gather", True),
+    ]  # fmt: skip
+    assert not _is_echo(RuntimeError("gloo"))
+    assert _is_echo(torch.distributed.DistNetworkError("Broken pipe"))
 
 
 def problem_on_last(group: Group) -> str:

@@ -1,4 +1,4 @@
-"""The sharded threshold on real gloo ranks: each rank's mask is the plain sort's."""
+"""Both sharded selections on real gloo ranks: each rank's mask is the plain sort's."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_m
 SIZES = (1, 2, 3, 5, 64, 1000, 30_011)
 
 
-def check_all(group: Group) -> int:
+def check_all(group: Group, device_way: bool) -> int:
     """Every kind, size and keep count, cold and warm, whole and in layers; how many."""
     checked = 0
     for kind in KINDS:
@@ -25,15 +25,31 @@ def check_all(group: Group) -> int:
                     low = Segment("a", 0, cut, max(1, keep * cut // n))
                     layouts.append((low, Segment("b", cut, n, max(1, keep * (n - cut) // n))))
                 for segments in layouts:
-                    selector = Selector(segments, n, group)
+                    selector = Selector(segments, n, group, device_way)
                     for values in (first, moved):
                         assert torch.equal(selector(values), sorted_mask(values, segments)), (
-                            kind, n, keep, segments, group.rank, group.world,
+                            kind, n, keep, segments, group.rank, group.world, device_way,
                         )  # fmt: skip
                         checked += 1
     return checked
 
 
+@pytest.mark.parametrize("device_way", [False, True])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_mask_is_the_sorts(world: int) -> None:
-    assert len(set(run_ranks(world, check_all, timeout=240))) == 1
+def test_every_mask_is_the_sorts(world: int, device_way: bool) -> None:
+    assert len(set(run_ranks(world, check_all, device_way, timeout=240))) == 1
+
+
+def find_nan(group: Group) -> tuple[str, bool]:
+    values = make_scores("normal", 1000, 0)
+    values[900] = float("nan")  # in the last rank's slice
+    segments = (Segment("a", 0, 500, 10), Segment("b", 500, 1000, 10))
+    with pytest.raises(ValueError, match="NaN") as raised:
+        Selector(segments, 1000, group)(values)
+    other = Selector(segments, 1000, group, device_way=True)
+    other(values)
+    return str(raised.value), bool(other.inner.nan)  # type: ignore[union-attr]
+
+
+def test_a_nan_in_one_ranks_slice_is_every_ranks() -> None:
+    assert run_ranks(3, find_nan) == [("NaN in b (in the slice of rank 2)", True)] * 3

@@ -1,4 +1,17 @@
-"""Bytes that really leave a rank's sockets, as the kernel counts them."""
+"""Bytes that really leave and reach a rank's sockets, as the kernel counts them.
+
+What one selection adds to an iteration, on W ranks: each rank puts m bytes into gathers; gloo's
+ring sends (W - 1) * m from each rank, and as many reach it. At most m is, for S segments (one in
+the global scope, one per pruned layer in the layer scope, whatever the layer type):
+
+    scope   state   sample         counts           digits              ties
+    global  cold    65536 / W    + 24             + 3 * 4 * 2048      + 8
+    global  warm    0            + 24             + 2 * 4 * 2048      + 8
+    layer   cold    65536 / W    + 24 * S         + 4 * 4 * 256 * S   + 8 * S
+    layer   warm    0            + 24 * S         + 3 * 4 * 256 * S   + 8 * S
+
+Cold: the first time. Warm: the threshold lies where the last one lets expect it.
+"""
 
 import os
 import socket
@@ -7,18 +20,31 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from bip.distributed.group import Group, wrap
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, build_step
 from tests.distributed.harness import run_ranks
+from tests.runs import LAYER_TYPES
 from tests.unit.networks import make_config, prune, random_batch, small_net
 
+# Layers of the network below that stay dense: the classifier, and the images' channels.
+DENSE = {"unstructured": 0, "filter": 1, "channel": 2}
 
-def bytes_sent() -> int:
-    """Payload that this process's TCP connections have sent: tcp_info.tcpi_bytes_acked and what
-    is not acknowledged yet is small."""
-    total = 0
+
+def most(scope: str, world: int, segments: int, cold: bool) -> float:
+    """The table above."""
+    digits = (2 + cold) * 4 * 2048 if scope == "global" else (3 + cold) * 4 * 256 * segments
+    return cold * 65536 / world + 24 * segments + digits + 8 * segments
+
+
+def bytes_moved() -> tuple[int, int]:
+    """Payload that this process's TCP connections have (sent, received).
+
+    Sent is tcp_info.tcpi_bytes_acked; what is not acknowledged yet is small.
+    """
+    sent = received = 0
     for name in os.listdir("/proc/self/fd"):
         try:
             if not os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
@@ -29,19 +55,42 @@ def bytes_sent() -> int:
                 info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
         except OSError:
             continue  # listening, or closed meanwhile
-        # struct tcp_info: 8 bytes, 24 u32, two u64 rates, then u64 tcpi_bytes_acked.
-        total += struct.unpack_from("Q", info, 8 + 24 * 4 + 16)[0]
-    return total
+        # struct tcp_info: 8 bytes, 24 u32, two u64 rates, u64 tcpi_bytes_acked and _received.
+        acked, arrived = struct.unpack_from("QQ", info, 8 + 24 * 4 + 16)
+        sent, received = sent + acked, received + arrived
+    return sent, received
 
 
-def measure(group: Group, layer_type: str, scope: str | None) -> dict[str, Any]:
-    """Bytes per iteration: of two plain DDP steps, and of a BiP iteration, cold and warm."""
-    figures = {}
+def network_of(layers: int) -> nn.Module:
+    """`layers` prunable ones; the smallest is small_net."""
+    network = small_net().float()
+    for number in range(layers - 4):
+        network.conv2 = nn.Sequential(network.conv2, nn.Conv2d(6, 6, 3, padding=1, bias=False))
+        assert number < 100
+    return network
+
+
+def measure(group: Group, layer_type: str, scope: str, layers: int) -> dict[str, Any]:
+    """Bytes (sent, received) of two plain DDP steps, and what a BiP iteration adds to them.
+
+    `put`: what the selection put into gathers, and how many there were.
+    """
+    gather, put = group.gather, [0, 0]
+
+    def counting(values: Tensor) -> Tensor:
+        put[0] += values.numel() * values.element_size()
+        put[1] += 1
+        return gather(values)
+
+    group.gather = counting  # type: ignore[method-assign]
+    figures: dict[str, list[tuple[Tensor, list[int]]]] = {}
     for method in ("plain", "bip"):
-        network = small_net().float()
+        network = network_of(layers)
         pruned = (
-            prune(network, layer_type, scope=scope, exchange=group) if method == "bip" else None
-        )  # type: ignore[arg-type]
+            prune(network, layer_type, scope=scope, exchange=group)  # type: ignore[arg-type]
+            if method == "bip"
+            else None
+        )
         mode = {"exp_mode": "prune", "trainer": "bilevel", "layer_type": layer_type}
         config = make_config(**(mode if pruned else {"exp_mode": "pretrain"}))
         run = ForwardBackward(
@@ -55,45 +104,50 @@ def measure(group: Group, layer_type: str, scope: str | None) -> dict[str, Any]:
         step(0)  # DDP rebuilds its buckets
         if pruned is not None:
             pruned.threshold.hints = [None] * len(pruned.segments)  # type: ignore[union-attr]
-        costs = []
+            segments = len(pruned.segments)
+        figures[method] = []
         for iteration in range(1, 8):
             group.barrier()
-            before = bytes_sent()
+            put[:] = [0, 0]
+            before = torch.tensor(bytes_moved())
             step(iteration)
             if method == "plain":
                 step(iteration)
             group.barrier()
-            costs.append(bytes_sent() - before)
-        figures[method] = costs
-    plain = sorted(figures["plain"])[3]
-    parameters = sum(parameter.numel() for parameter in small_net().parameters())
+            figures[method].append((torch.tensor(bytes_moved()) - before, [*put]))
+    plain = torch.stack([moved for moved, _ in figures["plain"]]).median(0).values
+    (cold, cold_put), *_, (warm, warm_put) = figures["bip"]
     return {
-        "parameters": parameters,
-        "plain": plain,
-        "cold": figures["bip"][0] - plain,
-        "warm": figures["bip"][-1] - plain,
+        "parameters": sum(parameter.numel() for parameter in network_of(layers).parameters()),
+        "plain": plain.tolist(),
+        "segments": segments,
+        "cold": ((cold - plain).tolist(), cold_put),
+        "warm": ((warm - plain).tolist(), warm_put),
     }
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_a_global_iteration_adds_at_most_64_kib(world: int) -> None:
-    """Cold: a sample of 64 KiB / W per rank and a few counts; warm: the counts alone.
-
-    A gather of m bytes sends (W − 1) · m per rank in gloo's ring.
-    """
-    for cost in run_ranks(world, measure, "unstructured", "global"):
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("layer_type", "scope", "layers"),
+    [
+        ("unstructured", "global", 4),
+        ("unstructured", "global", 12),
+        *((layer_type, "layer", layers) for layer_type in LAYER_TYPES for layers in (4, 12)),
+    ],
+)
+def test_what_an_iteration_adds(world: int, layer_type: str, scope: str, layers: int) -> None:
+    for cost in run_ranks(world, measure, layer_type, scope, layers):
+        assert cost["segments"] == (1 if scope == "global" else layers - DENSE[layer_type])
         # A ring all-reduce of the gradients, twice.
-        assert cost["plain"] >= 2 * 2 * (world - 1) / world * 4 * cost["parameters"]
-        assert 0 < cost["warm"] < 16 * 1024 * (world - 1)
-        assert 0 < cost["cold"] < 64 * 1024 * (world - 1)
-        assert cost["warm"] < cost["cold"]
-
-
-def test_a_layer_iteration_adds_kilobytes_per_layer() -> None:
-    layers = 4
-    for cost in run_ranks(2, measure, "unstructured", "layer"):
-        assert 0 < cost["warm"] < layers * 4096
-        assert 0 < cost["cold"] < 64 * 1024 + layers * 8192
+        for plain in cost["plain"]:
+            assert plain >= 2 * 2 * (world - 1) / world * 4 * cost["parameters"] * 0.99
+        for state in ("cold", "warm"):
+            moved, (put, gathers) = cost[state]
+            assert 0 < put <= most(scope, world, cost["segments"], cold=state == "cold")
+            for way, count in zip(("sent", "received"), moved, strict=True):
+                beyond = count - (world - 1) * put  # gloo's headers
+                assert -512 < beyond < 512 + 256 * world * gathers, (state, way, count, put)
+        assert cost["warm"][1][0] < cost["cold"][1][0]
 
 
 def test_counting_counts() -> None:
@@ -102,27 +156,29 @@ def test_counting_counts() -> None:
         sender = socket.create_connection(server.getsockname())
         receiver, _ = server.accept()
         with sender, receiver:
-            before = bytes_sent()
+            before = bytes_moved()
             sender.sendall(b"x" * 50_000)
             left = 50_000
             while left:
                 left -= len(receiver.recv(left))
             receiver.sendall(b"y")
             sender.recv(1)
-            assert abs(bytes_sent() - before - 50_001) <= 1
+            for now, then in zip(bytes_moved(), before, strict=True):
+                assert abs(now - then - 50_001) <= 1
 
 
 @pytest.mark.parametrize("elements", [1000, 100_000])
-def test_what_a_gather_sends_grows_with_ranks_only(elements: int) -> None:
-    for sent in run_ranks(3, gather_once, elements):
-        assert 2 * 4 * elements <= sent < 2 * 4 * elements + 4096
+def test_what_a_gather_moves_grows_with_ranks_only(elements: int) -> None:
+    for moved in run_ranks(3, gather_once, elements):
+        for count in moved:
+            assert 2 * 4 * elements <= count < 2 * 4 * elements + 4096
 
 
-def gather_once(group: Group, elements: int) -> int:
+def gather_once(group: Group, elements: int) -> list[int]:
     values = torch.zeros(elements, dtype=torch.int32)
     group.gather(values)
     group.barrier()
-    before = bytes_sent()
+    before = torch.tensor(bytes_moved())
     group.gather(values)
     group.barrier()
-    return bytes_sent() - before
+    return list((torch.tensor(bytes_moved()) - before).tolist())

@@ -1,5 +1,6 @@
 """What only a GPU can show. Skipped without one; run on one with `python -m pytest tests/gpu`."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,14 +9,18 @@ import torch
 
 from bip import models
 from bip.config import load_config
+from bip.distributed.control import LAG, Control
+from bip.distributed.group import Group, Ranks, wrap
+from bip.distributed.guard import compare_ranks, hash_tensor, run_state
 from bip.pruning.mask import Segment, find_prunable
 from bip.pruning.parameters import PrunedParameters
 from bip.pruning.threshold import Alone
 from bip.pruning.threshold_device import DeviceThreshold, write_mask
 from bip.run import train as train_run
 from bip.training.optim import Clock
-from bip.training.steps import Batch, ForwardBackward, build_step
-from tests.runs import arguments, train
+from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step
+from tests.distributed.harness import run_ranks
+from tests.runs import LAYER_TYPES, arguments, train
 from tests.unit.networks import make_config
 from tests.unit.scores_for_ranking import KINDS, make_scores, sorted_mask
 
@@ -40,29 +45,51 @@ def _halves(n: int) -> tuple[Segment, ...]:
     return (Segment("a", 0, n // 2, max(1, n // 7)), Segment("b", n // 2, n, max(1, n // 9)))
 
 
-@pytest.mark.parametrize("layer_type", ["unstructured", "filter", "channel"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str) -> None:
-    network = models.build("resnet18", 10).cuda().to(memory_format=torch.channels_last)
+def bip_on_gpu(
+    group: Group | None, layer_type: str, precision: str
+) -> tuple[PrunedParameters, TrainingStep]:
+    """A BiP step on this process's GPU, of one rank or of all."""
+    device = group.device if group else torch.device("cuda")
+    network = models.build("resnet18", 10).to(device).to(memory_format=torch.channels_last)
     scope = "global" if layer_type == "unstructured" else "layer"
     config = make_config(
         trainer="bilevel", layer_type=layer_type, precision=precision, print_freq=1
     )
     layout = find_prunable(network, layer_type)  # type: ignore[arg-type]
-    pruned = PrunedParameters(network, layout, config.k, scope)  # type: ignore[arg-type]
+    pruned = PrunedParameters(network, layout, config.k, scope, group)  # type: ignore[arg-type]
     with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()] if group else []:
+            group.broadcast_(tensor)  # type: ignore[union-attr]
+        pruned.weights.copy_(torch.cat([z.reshape(-1) for z in pruned.z]))
         pruned.scores.copy_(pruned.weights)
     pruned.update_mask_and_z()
+    rank = group.rank if group else 0
+    torch.manual_seed(rank)
     batch: Batch = (
-        torch.randn(8, 3, 32, 32, device="cuda"), torch.randint(10, (8,), device="cuda"),
+        torch.randn(8, 3, 32, 32, device=device), torch.randint(10, (8,), device=device),
     )  # fmt: skip
 
     def batches(_level: str, _start: int) -> Iterator[Batch]:
         while True:
             yield batch
 
-    run = ForwardBackward(config, network, None, 0, torch.device("cuda"))
-    step = build_step(config, network, pruned, run, batches, Clock(100, 10))
+    ddp = wrap(network, device) if group else None
+    run = ForwardBackward(config, network, ddp, rank, device)
+    return pruned, build_step(config, network, pruned, run, batches, Clock(100, 10))
+
+
+def check_product(pruned: PrunedParameters) -> None:
+    assert pruned.kept() == sum(mask.sum() for mask in pruned.views(pruned.mask))
+    for z, mask, weight in zip(
+        pruned.z, pruned.views(pruned.mask), pruned.views(pruned.weights), strict=True
+    ):
+        assert torch.equal(z, mask * weight)
+
+
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str) -> None:
+    pruned, step = bip_on_gpu(None, layer_type, precision)
     step(0)  # libraries load and optimizers make their state
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -70,11 +97,51 @@ def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str
         step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert pruned.kept() == sum(mask.sum() for mask in pruned.views(pruned.mask))
-    for z, mask, weight in zip(
-        pruned.z, pruned.views(pruned.mask), pruned.views(pruned.weights), strict=True
-    ):
-        assert torch.equal(z, mask * weight)
+    check_product(pruned)
+
+
+def iterate_with_nccl(group: Group, layer_type: str) -> list[int]:
+    """Iterations with their exchange; hashes of the state, which all ranks must share."""
+    assert group.device == torch.device("cuda", group.rank)
+    pruned, step = bip_on_gpu(group, layer_type, "fp32")
+    control = Control(group)
+    for iteration in range(3):  # DDP rebuilds its buckets, NCCL connects
+        step(iteration)
+        control.post(0, False, pruned.proof)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for iteration in range(3, 3 + 2 * LAG):
+            step(iteration)
+            control.post(0, False, pruned.proof)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    control.finish()
+    check_product(pruned)
+    compare_ranks(run_state(torch.nn.Module(), pruned, step.optimizers, buffers=False), group)
+    return [int(hash_tensor(tensor)) for tensor in (pruned.weights, pruned.scores, pruned.mask)]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_two_ranks_over_nccl_never_wait_for_the_gpu(layer_type: str) -> None:
+    first, second = run_ranks(2, iterate_with_nccl, layer_type, timeout=300)
+    assert first == second
+
+
+def test_the_host_runs_ahead_of_the_gpu() -> None:
+    """By LAG iterations, as far as the exchange of the masks' proofs goes."""
+    control = Control(Group(Ranks(0, 1, 0, 1), torch.device("cuda")))
+    proof = torch.tensor([3, 4], device="cuda")
+    control.post(0, False, proof)  # the slots are made
+    torch.cuda.synchronize()
+    began = time.monotonic()
+    for _ in range(LAG - 1):
+        torch.cuda._sleep(500_000_000)  # cycles: a fifth of a second and more
+        control.post(0, False, proof)
+    queued = time.monotonic() - began
+    torch.cuda.synchronize()
+    assert queued < 0.2 * (time.monotonic() - began)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra"])

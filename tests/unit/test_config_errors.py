@@ -52,7 +52,7 @@ INVALID: dict[str, list[Any]] = {
     "k": [0, -0.1, 1.0001, "nan", "inf", "half", "", "1e-3000"],
     "epochs": [0, -1, 1.5, "ten", "inf", "nan"],
     "check_ranks": [-1, 1.5, "x"],
-    "rank_timeout": [0, -1, "nan", "x"],
+    "rank_timeout": [0, -1, "nan", "inf", "x"],
     "max_steps": [0, -3, "x"],
     "batch_size": [0, -64, 1.5, "x", 2000],  # 2000 is more than the training set
     "test_batch_size": [0, "x"],

@@ -1,0 +1,333 @@
+"""A rank that is killed, frozen, stuck or in trouble of its own ends the run, named, in time.
+
+And nobody is taken for lost who only ends: real processes, joined as torchrun or srun would.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed import TCPStore
+
+from bip.distributed.group import Group, Ranks
+from bip.distributed.heartbeat import Heartbeat
+from bip.files import read_jsonl
+from tests.runs import arguments
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 4  # rank_timeout
+
+
+def heart(rank: int, world: int, **settings: Any) -> tuple[Heartbeat, TCPStore]:
+    """A heartbeat whose rounds the test makes itself, and a store."""
+    group = Group(Ranks(rank, world, rank, world), torch.device("cpu"))
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return Heartbeat(group, **settings), store
+
+
+@pytest.mark.parametrize(
+    ("pauses", "is_lost"),
+    [([5] * 12, True), ([5, 3600, 5, 5], False), ([5, 3600] + [5] * 12, True)],
+)
+def test_a_suspended_job_is_not_a_lost_rank(
+    pauses: list[int], is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """scontrol suspend stops all ranks; the first to wake finds the others' beats old."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    heartbeat, store = heart(0, 2, timeout=30)
+    store.set("beat/1", '{"host": "host pid 1", "step": 7}')  # and never again
+    for pause in pauses:
+        now += pause
+        heartbeat._round(store)
+    expected = "rank 1 (host pid 1) has not answered for 30 s; its last step was 7"
+    assert heartbeat.lost == (expected if is_lost else None)
+
+
+def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It beats, but has not come as far as the others, who wait for it."""
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    told = []
+    for passed in (8, 9):
+        heartbeat, store = heart(0, 3, timeout=30, stall=100)
+        heartbeat.group.passed = 9
+        heartbeat.main = threading.get_ident()
+        for beat in range(50):
+            now += 5
+            for rank, far in ((1, passed), (2, 9)):
+                facts = {"beat": beat, "passed": far, "step": 4, "where": "it", "host": f"h{rank}"}
+                store.set(f"beat/{rank}", json.dumps(facts))
+            heartbeat._round(store)
+            if beat == 15:
+                assert heartbeat.lost is None
+                heartbeat.note_alive()  # rank 0 waits for something outside: from the start again
+            if heartbeat.lost is not None:
+                break
+        assert beat > 30
+        told.append(heartbeat.lost)
+    assert told[0] == "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
+    assert told[1].startswith("no progress for 100 s; all ranks are equally far: rank 0 (")
+
+
+def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed stderr and a full disk."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+
+    def full(_cause: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    heartbeat, _ = heart(0, 2, timeout=30, on_end=full)
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr("sys.stderr", closed)
+    with pytest.raises(OSError, match="No space"):
+        heartbeat._end("rank 1 is lost")
+    assert codes == [1]
+    monkeypatch.setattr("bip.distributed.heartbeat.GRACE", 0.1)
+    heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
+    heartbeat._end("rank 1 is lost")
+    assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
+
+
+# Whole runs
+
+
+class Process(subprocess.Popen[str]):
+    """One rank."""
+
+    def ended(self, timeout: float = 60) -> tuple[int, str]:
+        """(exit code, stderr)."""
+        _, stderr = self.communicate(timeout=timeout)
+        return self.returncode, stderr
+
+
+@contextlib.contextmanager
+def running(world: int, flags: list[str], under: str, change: str = "") -> Iterator[list[Process]]:
+    """The ranks of one run, `under` "torchrun" (the store is not theirs) or "srun" (rank 0's).
+
+    `change` is Python that a rank executes first, `rank` being its number.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    script = f"import os, sys, time\nrank = int(os.environ['TEST_RANK'])\n{change}\n"
+    script += "from bip.__main__ import main\nsys.exit(main(['train', *sys.argv[1:]]))"
+    ranks = []
+    for rank in range(world):
+        place = {
+            "torchrun": {
+                "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            },
+            "srun": {
+                "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(world),
+                "SLURM_LOCALID": str(rank), "SLURM_STEP_TASKS_PER_NODE": str(world),
+                "SLURMD_NODENAME_ADDR": "127.0.0.1",
+            },
+        }[under]  # fmt: skip
+        ranks.append(
+            Process(
+                [sys.executable, "-c", script, *flags],
+                env=os.environ | place | {"OMP_NUM_THREADS": "1", "TEST_RANK": str(rank)},
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def endless(folder: Path, **settings: Any) -> list[str]:
+    endless = {"epochs": 100_000, "eval_every": 100_000, "batch_size": 66}
+    return arguments("pretrain", folder, **endless | {"rank_timeout": LIMIT} | settings)
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.1)
+
+
+def steps(folder: Path) -> int:
+    return sum(1 for path in folder.rglob("metrics.jsonl") for _ in read_jsonl(path))
+
+
+def last_cause(folder: Path) -> str:
+    (path,) = folder.rglob("attempts.jsonl")
+    return str(list(read_jsonl(path))[-1].get("cause"))
+
+
+@pytest.mark.parametrize(
+    ("how", "victim", "under"),
+    [
+        (signal.SIGKILL, 1, "torchrun"),
+        (signal.SIGSTOP, 0, "torchrun"),
+        (signal.SIGSTOP, 2, "srun"),
+        (signal.SIGKILL, 0, "srun"),
+        (signal.SIGSTOP, 0, "srun"),
+    ],
+)
+def test_a_lost_rank_ends_the_others_and_is_named(
+    how: int, victim: int, under: str, tmp_path: Path
+) -> None:
+    with running(3, endless(tmp_path), under) as ranks:
+        wait_until(lambda: steps(tmp_path) > 3)
+        time.sleep(2)  # a few beats
+        ranks[victim].send_signal(how)
+        struck = time.monotonic()
+        for rank, process in enumerate(ranks):
+            if rank == victim:
+                continue
+            code, stderr = process.ended()
+            assert code == 1, stderr
+            if (victim, under) == (0, "srun"):
+                told = f"rank 0, which holds the rendezvous store, has not answered for {LIMIT} s"
+            else:
+                told = f"rank {victim} ("
+                assert f"has not answered for {LIMIT} s; its last step was " in stderr
+            assert f"error: {told}" in stderr
+        assert time.monotonic() - struck < 6 * LIMIT
+    if victim != 0:
+        assert last_cause(tmp_path).startswith(f"rank lost: rank {victim} (")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_lost_at_the_start_is_named(victim: int, tmp_path: Path) -> None:
+    """While it opens its data, before the first step."""
+    change = f"""
+import bip.run
+def hang(self):
+    if rank == {victim}:
+        open({str(tmp_path / "opening")!r}, "w").close()
+        os.kill(os.getpid(), {int(signal.SIGSTOP)})
+bip.run.Run._open_data = hang
+"""
+    with running(2, endless(tmp_path), "srun", change) as ranks:
+        wait_until(lambda: (tmp_path / "opening").exists())
+        code, stderr = ranks[1 - victim].ended(6 * LIMIT)
+    assert code == 1
+    assert f"error: rank {victim}" in stderr
+    assert "has not answered for 4 s" in stderr
+
+
+def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
+    """Its main thread hangs where it waits for a batch, and it beats all the same."""
+    change = """
+import bip.distributed.heartbeat
+from bip.data.loaders import Data
+bip.distributed.heartbeat.STALL = 8
+old = Data.train
+def train(self, level="lower", start=0):
+    for number, batch in enumerate(old(self, level, start)):
+        if rank == 1 and number == 6:
+            time.sleep(3600)
+        yield batch
+Data.train = train
+"""
+    with running(3, endless(tmp_path, rank_timeout=1), "torchrun", change) as ranks:
+        for process in ranks:
+            code, stderr = process.ended(90)
+            assert code == 1
+            assert "error: no progress for 10 s; the others wait for rank 1 (" in stderr
+            assert ") at step 6 in bip.distributed.group, line " in stderr
+    assert last_cause(tmp_path).startswith("rank lost: no progress for 10 s; ")
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_ranks_own_failure_is_told_by_all(culprit: int, tmp_path: Path) -> None:
+    """Also by a rank 0 that holds the store: it stays until the others have heard."""
+    change = f"""
+from bip.training.loop import Loop
+old = Loop._report
+def report(self, done, means):
+    old(self, done, means)
+    if rank == {culprit} and done == 5:
+        raise KeyError("a bug")
+Loop._report = report
+"""
+    with running(3, endless(tmp_path, print_freq=5), "srun", change) as ranks:
+        ends = [process.ended(90) for process in ranks]
+    for rank, (code, stderr) in enumerate(ends):
+        assert code == 1
+        if rank == culprit:
+            assert "Traceback" in stderr
+        else:
+            assert f"error: rank {culprit}: KeyError: 'a bug'" in stderr
+    own, other = "error: 'a bug'", f"rank lost: rank {culprit}: KeyError: 'a bug'"
+    assert last_cause(tmp_path) == (own if culprit == 0 else other)
+
+
+def test_a_stopped_run_ends_after_its_save(tmp_path: Path) -> None:
+    """A save longer than the time-out: the others wait for it, and for the record of the end."""
+    change = """
+from bip.training.checkpoint import CheckpointFolder
+old = CheckpointFolder.save
+def save(self, *args, **kwargs):
+    time.sleep(10)
+    old(self, *args, **kwargs)
+CheckpointFolder.save = save
+"""
+    with running(2, endless(tmp_path), "srun", change) as ranks:
+        wait_until(lambda: steps(tmp_path) > 3)
+        for process in ranks:
+            process.send_signal(signal.SIGTERM)
+        code, stderr = ranks[1].ended()
+        # As srun --kill-on-bad-exit does it when the first rank has left.
+        ranks[0].kill()
+        assert code == os.EX_TEMPFAIL, stderr
+    assert last_cause(tmp_path) == "SIGTERM"
+    assert len(list(tmp_path.rglob("checkpoint.pth.tar"))) == 1
+
+
+def test_a_full_disk_is_every_ranks(tmp_path: Path) -> None:
+    change = """
+import errno
+from bip.training.checkpoint import CheckpointFolder
+def save(self, *args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+CheckpointFolder.save = save
+"""
+    flags = endless(tmp_path, max_steps=3, rank_timeout=30)
+    with running(3, flags, "srun", change) as ranks:
+        began = time.monotonic()
+        for process in ranks:
+            code, stderr = process.ended()
+            assert code == 2, stderr
+            assert ": No space left on device; the newest checkpoint is kept" in stderr
+        assert time.monotonic() - began < 40
+    assert "No space left" in last_cause(tmp_path)
+
+
+def test_a_finished_rank_may_leave_at_any_time(tmp_path: Path) -> None:
+    """Rank 1 still closes its data when rank 0 has left with the store."""
+    change = f"""
+from bip.data.loaders import Data
+def close(self):
+    time.sleep(3 * {LIMIT} * rank)
+Data.close = close
+"""
+    with running(2, endless(tmp_path, max_steps=5), "srun", change) as ranks:
+        for process in ranks:
+            code, stderr = process.ended()
+            assert code == 0, stderr
+    assert last_cause(tmp_path) == "finished"
