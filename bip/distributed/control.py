@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bip.distributed.group import COLLECTIVE, Group
+from bip.distributed.group import COLLECTIVE, Group, all_gather_flat
 from bip.distributed.guard import tell_apart
 from bip.errors import RankError
 
@@ -69,12 +69,7 @@ class Control:
         work = None
         if self.channel is not None:
             rows = own.new_empty(self.group.world, len(own))
-            work = dist.all_gather_into_tensor(
-                rows.view(-1),
-                own,
-                group=self.channel,  # type: ignore[arg-type]
-                async_op=True,
-            )
+            work = all_gather_flat(rows.view(-1), own, group=self.channel, async_op=True)
         self.pending = (rows, work)
         return news if self.channel is not None else self._collect()
 

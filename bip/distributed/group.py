@@ -27,6 +27,8 @@ MEETING = timedelta(minutes=10)  # until all ranks are here
 # After that no clock but the heartbeat's ends a run: a suspended job, a long save or slow data
 # may keep a collective waiting.
 COLLECTIVE = timedelta(days=7)
+# torch renamed it in 2.14 and warns about the old name at every rank's first call.
+all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _VERDICT = "verdict"  # in the store: "go", "late", or "stop" and the signal
 
 
@@ -105,7 +107,7 @@ class Group:
         if self.world == 1:
             return values[None]
         gathered = values.new_empty(self.world * len(values))
-        dist.all_gather_into_tensor(gathered, values)
+        all_gather_flat(gathered, values)
         return gathered.view(self.world, -1)
 
     def from_first(self, value: Any) -> Any:
