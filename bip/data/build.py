@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bip.data import decode
 from bip.data.layouts import Split, Tree, find_splits, open_tree
 from bip.data.published import PublishedStore
-from bip.data.stores import LmdbStore, open_environment, size_of
+from bip.data.stores import DamagedImage, LmdbStore, open_environment, size_of
 from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
@@ -165,7 +165,7 @@ class _StoreImages:
     def get(self, index: int) -> tuple[Ready, int, int]:
         data, label = self.store.read(index)
         if not 0 <= label < _MOST_CLASSES:
-            raise UserError(f"label {label} is not in 0 ... {_MOST_CLASSES - 1}")
+            raise DamagedImage(f"label {label} is not in 0 ... {_MOST_CLASSES - 1}")
         return make_ready(data, "", self.options), label, len(data)
 
 
@@ -319,7 +319,7 @@ def _write(
             for image in in_order(source.get, writer.done, len(source), workers):
                 try:
                     ready, label, before = image.result()
-                except (*READ_ERRORS, UserError) as error:
+                except (*READ_ERRORS, DamagedImage) as error:
                     name, why = source.name(writer.done), decode.reason(error)
                     if isinstance(error, OSError) and error.errno is not None:  # no bad image
                         raise UserError(

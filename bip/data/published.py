@@ -16,6 +16,7 @@ import numpy as np
 
 from bip.data.stores import (
     HEADER_KEY,
+    DamagedImage,
     Environment,
     LmdbStore,
     check_identity,
@@ -188,7 +189,8 @@ class PublishedStore:
         """The encoded bytes and the label.
 
         Raises:
-            UserError: missing, or not a plain (bytes, label).
+            DamagedImage: not a plain (bytes, label), or there is no such class.
+            UserError: the record is missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -198,11 +200,11 @@ class PublishedStore:
             case (bytes() as data, int() as label) if self._fits(label):
                 return data, label
             case (bytes(), int() as label):
-                raise UserError(
+                raise DamagedImage(
                     f"{self.path}: record {index} has label {label}, but there are "
                     f"{len(self.classes)} classes; give the right --num-classes"
                 )
-        raise UserError(f"{self.path}: record {index} is no (image bytes, label)")
+        raise DamagedImage(f"{self.path}: record {index} is no (image bytes, label)")
 
     def _fits(self, label: int) -> bool:
         return self._any_label or 0 <= label < len(self.classes)
@@ -212,11 +214,17 @@ class PublishedStore:
         try:
             with self._env().begin(buffers=True) as transaction:
                 found = transaction.get(key)
-                value = loads(found) if found is not None else None
-        except (lmdb.Error, ValueError) as error:
+                if found is None:
+                    raise UserError(f"{what}: missing; build the store again")
+                value = loads(found)
+        except lmdb.Error as error:
             raise UserError(f"{what}: cannot be read ({error}); build the store again") from error
+        except ValueError as error:
+            raise DamagedImage(
+                f"{what}: cannot be read ({error}); build the store again"
+            ) from error
         if type(value) is not kind:
-            raise UserError(f"{what}: missing, or no {kind.__name__}; build the store again")
+            raise DamagedImage(f"{what}: no {kind.__name__}; build the store again")
         return value
 
     def _env(self) -> lmdb.Environment:

@@ -35,6 +35,14 @@ _IMAGE_OFFSET = _RECORD.size + _CRC.size
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif"})
 
 
+class DamagedImage(UserError):
+    """One image is at fault: its bytes or its label. What `skip_bad` skips, and nothing else is.
+
+    A disk that fails, a file that is gone or a broken tree of pages is no such thing: the image may
+    be sound, and many more would follow.
+    """
+
+
 class ImageStore(Protocol):
     """A split of labelled, encoded images. Picklable, and cheap to pickle."""
 
@@ -46,7 +54,12 @@ class ImageStore(Protocol):
     def label(self, index: int) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded bytes and the label of one image. Raises UserError for a damaged record."""
+        """The encoded bytes and the label of one image.
+
+        Raises:
+            DamagedImage: the record is damaged.
+            UserError: it cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -195,7 +208,8 @@ class LmdbStore:
         """The encoded bytes and the label.
 
         Raises:
-            UserError: the record is missing or its checksum does not match.
+            DamagedImage: its checksum does not match, or there is no such class.
+            UserError: the record is missing.
         """
         with self._env().begin(buffers=True) as transaction:
             value = self._value(transaction, index)
@@ -205,12 +219,12 @@ class LmdbStore:
             if zlib.crc32(data, zlib.crc32(head)) != crc:
                 known = 0 <= label < len(self.classes)
                 class_name = self.classes[label] if known else f"number {label}, unknown"
-                raise UserError(
+                raise DamagedImage(
                     f"{self.path}: record {index} (class {class_name}) fails its checksum; "
                     "copy or build the store again"
                 )
         if not 0 <= label < len(self.classes):
-            raise UserError(
+            raise DamagedImage(
                 f"{self.path}: record {index} is of class {label}, but the store has "
                 f"{len(self.classes)} classes; build it again"
             )
@@ -227,10 +241,8 @@ class LmdbStore:
                 "copy or build the store again"
             ) from error
         if value is None or len(value) < _IMAGE_OFFSET:
-            raise UserError(
-                f"{self.path}: record {index} is missing or cut short; "
-                "copy or build the store again"
-            )
+            kind, what = (UserError, "missing") if value is None else (DamagedImage, "cut short")
+            raise kind(f"{self.path}: record {index} is {what}; copy or build the store again")
         return memoryview(value)
 
     def _env(self) -> lmdb.Environment:
