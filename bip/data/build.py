@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
-from bip.data.layouts import Split, Tree, find_splits, open_tree
+from bip.data.layouts import Split, Tree, find_splits, open_tree, read_image
 from bip.data.published import PublishedStore
 from bip.data.stores import DamagedImage, LmdbStore, open_environment, size_of
 from bip.data.writer import LmdbWriter
@@ -146,7 +146,7 @@ class _TreeImages:
     def get(self, index: int) -> tuple[Ready, int, int]:
         """The image, its label and its size before, bytes. Raises READ_ERRORS."""
         name, label = self.split.members[index]
-        data = self.tree.read(name)
+        data = read_image(self.tree, name)
         return make_ready(data, name, self.options), label, len(data)
 
 
@@ -342,6 +342,8 @@ def _write(
                 raise UserError(f"{path}: not built, as no image in the source can be stored")
     except (OSError, lmdb.Error) as error:
         raise UserError(f"{path}: cannot be written ({error}); build it again") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: no memory to build it; use fewer --workers") from error
     console.print(_summary(path, writer))
 
 

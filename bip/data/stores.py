@@ -32,6 +32,7 @@ _RECORD = struct.Struct(">iii")
 _CRC = struct.Struct(">I")
 _IMAGE_OFFSET = _RECORD.size + _CRC.size
 
+MOST_BYTES = 256 << 20  # of an encoded image; a larger file is none, and may not fit in memory
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif"})
 
 
@@ -323,14 +324,19 @@ class FolderStore:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and its label. Raises UserError if the file cannot be read."""
+        name, what = self.name(index), f"image {index}, class {self.classes[self.label(index)]}"
         try:
-            with open(self.name(index), "rb") as stream:
+            with open(name, "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size > MOST_BYTES:
+                    raise DamagedImage(f"{name} ({what}): {no_image_of(size)}; remove it")
                 return stream.read(), self.label(index)
         except OSError as error:
-            raise UserError(
-                f"{self.name(index)}: cannot be read ({error.strerror}); image {index}, "
-                f"class {self.classes[self.label(index)]}"
-            ) from error
+            raise UserError(f"{name}: cannot be read ({error.strerror}); {what}") from error
+
+
+def no_image_of(size: int) -> str:
+    return f"is no image, as it has {size / 1e6:.0f} MB"
 
 
 def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
