@@ -124,10 +124,11 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
     """
     if out.exists():
         raise UserError(f"{out}: exists; remove it or choose another name")
+    environment = open_environment(src, in_order=True)  # the store shares it
     source = _StoreImages(PublishedStore(src), Options(check=check))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     _make_folder(out.parent)
-    _tell_size(out, len(source), size_of(open_environment(src).env), 0, console)
+    _tell_size(out, len(source), size_of(environment.env), 0, console)
     _write(out, None, source, None, skip_bad, 0, console)
 
 

@@ -6,8 +6,10 @@ the few opcodes that plain data needs. It never looks a name up, and takes no mo
 small multiple of its input: some 3 times for a record, 24 at the very most.
 """
 
+import contextlib
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,10 @@ class PublishedStore:
     def check_unchanged(self) -> None:
         check_identity(self.path, self._identity)
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        with contextlib.suppress(lmdb.Error, OSError):  # `read` tells
+            self._open().prefetch(map(self._key, indices))
+
     def label(self, index: int) -> int:
         return self.read(index)[1]
 
@@ -216,8 +222,7 @@ class PublishedStore:
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = int(self._ends[index - 1]) if index else 0
-        value = self._load(self._keys[start : int(self._ends[index])], tuple, self.name(index))
+        value = self._load(self._key(index), tuple, self.name(index))
         match value:
             case (bytes() as data, int() as label) if self._fits(label):
                 return data, label
@@ -227,6 +232,10 @@ class PublishedStore:
                     f"{len(self.classes)} classes; give the right --num-classes"
                 )
         raise DamagedImage(f"{self.path}: record {index} is no (image bytes, label)")
+
+    def _key(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._keys[start : int(self._ends[index])]
 
     def _fits(self, label: int) -> bool:
         return self._any_label or 0 <= label < len(self.classes)
@@ -250,24 +259,30 @@ class PublishedStore:
         return value
 
     def _env(self) -> lmdb.Environment:
+        return self._open().env
+
+    def _open(self) -> Environment:
         if self._opened is None or self._opened.pid != os.getpid():
             self._opened = open_environment(self.path)
-        return self._opened.env
+        return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
 
-def open_store(path: Path, classes: list[str] | None = None) -> LmdbStore | PublishedStore:
+def open_store(
+    path: Path, classes: list[str] | None = None, in_order: bool = False
+) -> LmdbStore | PublishedStore:
     """The store at `path`, in this program's layout or the published one.
 
     Args:
         classes: of a store in the published layout, which names none.
+        in_order: it will be read from the first record to the last.
 
     Raises:
         UserError: neither.
     """
-    environment = open_environment(path)
+    environment = open_environment(path, in_order)
     try:
         with environment.env.begin() as transaction:
             header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")

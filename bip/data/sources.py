@@ -146,6 +146,7 @@ class Reader:
                 return str(error)
 
         self.store.check_unchanged()
+        self.store.prefetch(request.indices.tolist())
         rows = list(map_(read_or_tell, range(len(request.indices))))
         skipped = [row for row in rows if isinstance(row, str)]
         found = [None if isinstance(row, str) else row for row in rows]

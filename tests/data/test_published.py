@@ -208,6 +208,19 @@ def test_it_trains_as_it_is(published: Path, small_cifar: Path) -> None:
     ours.close()
 
 
+def test_prefetch_asks_for_the_bytes_of_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [(random.Random(number).randbytes(9000), number) for number in range(12)]
+    path = write(tmp_path / "train.lmdb", records)
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, *where: asked.append(where))
+    store, content = open_store(path), path.read_bytes()
+    store.prefetch([11, 3])
+    found = [loads(content[start + 16 : start + length]) for start, length, _ in asked]
+    assert found == [records[11], records[3]]
+
+
 def test_convert(published: Path, small_cifar: Path, tmp_path: Path) -> None:
     before = (published / "train.lmdb").read_bytes()
     convert(published / "train.lmdb", tmp_path / "new" / "train.lmdb", check=True)

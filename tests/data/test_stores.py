@@ -1,10 +1,12 @@
 """LMDB and folder stores: round trips, damage, processes."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -72,6 +74,77 @@ def test_the_layout_is_the_documented_one(store: Path) -> None:
     assert struct.unpack(">I", value[12:16]) == (zlib.crc32(value[:12] + data),)
     assert value[16:] == data
     assert (header["format"], header["version"], header["count"]) == ("bip-lmdb", 1, 20)
+
+
+def test_prefetch_asks_for_the_bytes_of_the_records(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB's own format is read here, so this is against its own reader."""
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, *where: asked.append(where))
+    opened, content = LmdbStore(store), store.read_bytes()
+    for index, record in enumerate(images()):
+        asked.clear()
+        opened.prefetch([index])
+        value = pack_record(*record)
+        if len(value) < 2020:  # on the leaf page itself, which is read by now
+            assert asked == []
+            continue
+        ((start, length, advice),) = asked
+        assert content[start + 16 : start + length] == value
+        assert advice == os.POSIX_FADV_WILLNEED
+    opened.prefetch([99, 7])  # no such record: `read` tells
+    assert _read_all(opened) == [record[:2] for record in images()]
+
+
+def _outcome(path: Path, hint: bool) -> tuple[int, bytes]:
+    """The child's wait status, and a digest of all that it read, errors too."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        told = hashlib.sha256()
+        try:
+            opened = LmdbStore(path)
+            if hint:
+                opened.prefetch(range(len(opened)))
+            for index in range(len(opened)):
+                try:
+                    told.update(repr(opened.read(index)).encode())
+                except UserError as error:
+                    told.update(str(error).encode())
+        except UserError as error:
+            told.update(str(error).encode())
+        os.write(writer, told.digest())
+        os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        digest = stream.read()
+    return os.waitpid(child, 0)[1], digest
+
+
+def test_prefetch_changes_nothing_on_80_damaged_pages(store: Path) -> None:
+    """Nor does it end the process where reading would not."""
+    rng, content = random.Random(0), store.read_bytes()
+    leaves = [  # and branches: pages whose flags are neither meta's nor a large value's
+        at
+        for at in range(8192, len(content), 4096)
+        if struct.unpack_from("<HH", content, at + 8)[1] in (1, 2)
+        and struct.unpack_from("<Q", content, at)[0] == at // 4096
+    ]
+    outcomes = set()
+    for _ in range(80):
+        damaged = bytearray(content)
+        page = rng.choice(leaves)
+        for _ in range(rng.randint(1, 3)):
+            at = page + rng.choice([rng.randrange(16, 64), rng.randrange(4096)])
+            damaged[at] = rng.choice([0, 255, damaged[at] ^ 1 << rng.randrange(8)])
+        path = store.with_name("damaged.lmdb")
+        path.write_bytes(damaged)
+        plain, hinted = (_outcome(path, hint) for hint in (False, True))
+        assert plain == hinted
+        outcomes.add(plain)
+    assert len(outcomes) > 20
 
 
 def test_a_store_in_a_folder_reads_the_same(store: Path, tmp_path: Path) -> None:
