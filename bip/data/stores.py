@@ -362,7 +362,10 @@ class FolderStore:
         self.path = path
         members, self.classes = image_tree(walk_files(path))
         if not members:
-            raise UserError(f"{path}: no CLASS/IMAGE files below it")
+            raise UserError(
+                f"{path}: no CLASS/IMAGE files below it; if its images lie flat, build a store: "
+                f"python -m bip data build-lmdb {path.parent} OUT"
+            )
         self._labels = np.array([label for _, label in members], np.int32)
         names = [os.fsencode(name) for name, _ in members]
         self._names = b"".join(names)
