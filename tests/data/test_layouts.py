@@ -3,8 +3,10 @@
 import errno
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from bip.data.build import build_lmdb, stored_size
 from bip.data.inspect import verify
 from bip.data.prepare import prepare_imagenet
 from bip.data.stores import _RECORD, DamagedImage, FolderStore, LmdbStore, record_key
+from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 from tests.data.test_datasets import cifar_archive  # noqa: F401
 
@@ -434,6 +437,43 @@ def test_too_little_disk_is_told_before_the_start(
     with pytest.raises(UserError, match="GB are free; make room"):
         build_lmdb(src, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_room_for_one_of_two_stores_is_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = as_folder(tmp_path / "src", imagefolder())
+    sizes = [stored_size(path.stat().st_size) for path in src.rglob("*.JPEG")]
+    for free, enough in ((sum(sizes) - 10, False), (sum(sizes) + 10, True)):
+        usage = type("usage", (), {"free": free})()
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        if enough:
+            build_lmdb(src, tmp_path / "out")
+            continue
+        with pytest.raises(UserError, match=r"train\.lmdb and .*val\.lmdb: will take"):
+            build_lmdb(src, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_page_that_ends_its_reader_is_told(tmp_path: Path) -> None:
+    """A value of 1 GB, says its node: a bus error in LMDB's own get."""
+    path = tmp_path / "train.lmdb"
+    with LmdbWriter(path, ["a"]) as writer:
+        data = jpeg(0, (150, 100)) + bytes(9000)  # on pages of its own
+        for _ in range(60):
+            writer.add(data, 0, 150, 100)
+    content = bytearray(path.read_bytes())
+    node = content.index(record_key(50)) - 8
+    assert struct.unpack_from("=HHHH", content, node) == (16 + len(data), 0, 1, 8)
+    struct.pack_into("=H", content, node + 2, 0x4000)
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"train\.lmdb: reading it ended by SIGBUS at record \d+ or soon after it"
+    ) as error:
+        verify(path, workers=1)
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_verify_finds_every_damaged_record(
