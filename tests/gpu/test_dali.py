@@ -45,12 +45,16 @@ def test_evaluation_is_close_to_lmdbs(imagenet: Path) -> None:  # noqa: F811
 
 
 def test_training_crops_are_lmdbs(imagenet: Path) -> None:  # noqa: F811
-    """The same crops and flips: another place would differ by far more than another decoder."""
+    """The same crops and flips: another place would differ by far more than another decoder.
+
+    At a size that no crop is decoded at a JPEG scale for.
+    """
+    case = {**CASE, "data_dir": imagenet, "image_dim": 420, "num_workers": 2}
     mine, others = (
         take(
-            open_with_defaults(
-                **CASE, data_dir=imagenet, loader=loader, device=torch.device(device), num_workers=2
-            ).train("upper", 3),
+            open_with_defaults(**case, loader=loader, device=torch.device(device)).train(
+                "upper", 3
+            ),
             7,
         )
         for loader, device in (("dali", "cuda"), ("lmdb", "cpu"))
@@ -60,7 +64,7 @@ def test_training_crops_are_lmdbs(imagenet: Path) -> None:  # noqa: F811
         assert torch.equal(labels.cpu(), y)
         away.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
     assert torch.cat(away).mean() < 1.5
-    assert torch.cat(away).max() < 6  # few large crops are decoded at half size by the other
+    assert torch.cat(away).max() < 6
 
 
 def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
@@ -72,7 +76,7 @@ def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
         "a/3.jpg": encoded("CMYK", "JPEG"),
         "a/4.jpg": encoded("RGB", "JPEG", exif=exif),
         "a/5.jpg": encoded("RGB", "JPEG", progressive=True, subsampling=0),
-        "a/6.jpg": encoded("RGB", "JPEG", subsampling="4:4:0"),
+        "a/6.jpg": encoded("RGB", "JPEG", subsampling=1),
         "a/7.jpg": encoded("RGB", "JPEG", restart_marker_blocks=3),
         "b/1.png": encoded("RGB", "PNG"),
         "b/2.png": encoded("RGBA", "PNG"),
