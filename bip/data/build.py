@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
-from bip.data.layouts import Split, Tree, find_splits, open_tree
+from bip.data.layouts import Split, Tree, find_splits, open_tree, read_image
 from bip.data.published import PublishedStore
-from bip.data.stores import LmdbStore, open_environment, size_of
+from bip.data.stores import DamagedImage, LmdbStore, open_environment, size_of
 from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 
@@ -67,7 +67,8 @@ def build_lmdb(
     ImageNet and TinyImageNet come; or CIFAR's python archive. Classes are numbered, and images
     stored, in sorted order; bytes are kept as they are, but for CMYK JPEGs and other formats
     named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
-    that was killed or interrupted goes on where it was when it is called again.
+    that was killed or interrupted goes on where it was when it is called again; it notices files
+    that came or went meanwhile, not those that changed.
 
     Args:
         short_side: shrink images to this short side, pixels, and re-encode them; 0: never.
@@ -96,13 +97,17 @@ def build_lmdb(
                 odd = sorted(set(split.classes) ^ set(expected.classes))[0]
                 raise UserError(f"{src}: class {odd!r} is only in one of {first}/ and {name}/")
         _make_folder(out)
+        missing, estimates = {}, {}
         for name, split in splits.items():
             path = out / f"{name}.lmdb"
             if path.exists():
                 _check_same(path, split, options, skip_bad)
                 console.print(f"{path}: there already, kept")
                 continue
-            _tell_size(path, len(split.members), _stored_size(tree, split), short_side, console)
+            missing[path] = split
+            estimates[path] = len(split.members), _stored_size(tree, split)
+        _tell_sizes(estimates, short_side, console)
+        for path, split in missing.items():
             source = _TreeImages(tree, split, options)
             plan = _plan(src, split, options)
             _write(path, split.classes, source, plan, skip_bad, workers, console)
@@ -124,10 +129,11 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
     """
     if out.exists():
         raise UserError(f"{out}: exists; remove it or choose another name")
+    environment = open_environment(src, in_order=True)  # the store shares it
     source = _StoreImages(PublishedStore(src), Options(check=check))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     _make_folder(out.parent)
-    _tell_size(out, len(source), size_of(open_environment(src).env), 0, console)
+    _tell_sizes({out: (len(source), size_of(environment.env))}, 0, console)
     _write(out, None, source, None, skip_bad, 0, console)
 
 
@@ -146,7 +152,7 @@ class _TreeImages:
     def get(self, index: int) -> tuple[Ready, int, int]:
         """The image, its label and its size before, bytes. Raises READ_ERRORS."""
         name, label = self.split.members[index]
-        data = self.tree.read(name)
+        data = read_image(self.tree, name)
         return make_ready(data, name, self.options), label, len(data)
 
 
@@ -165,7 +171,7 @@ class _StoreImages:
     def get(self, index: int) -> tuple[Ready, int, int]:
         data, label = self.store.read(index)
         if not 0 <= label < _MOST_CLASSES:
-            raise UserError(f"label {label} is not in 0 ... {_MOST_CLASSES - 1}")
+            raise DamagedImage(f"label {label} is not in 0 ... {_MOST_CLASSES - 1}")
         return make_ready(data, "", self.options), label, len(data)
 
 
@@ -239,20 +245,27 @@ def _stored_size(tree: Tree, split: Split) -> float:
     return sum(sizes) / len(sizes) * len(split.members)
 
 
-def _tell_size(path: Path, count: int, estimate: float, short_side: int, console: Console) -> None:
-    """Say how much disk the store will take. Raises UserError if there is less."""
-    partial = path.with_name(f".{path.name}.partial")
-    free = shutil.disk_usage(path.parent).free
-    free += partial.stat().st_size if partial.exists() else 0
-    most = "at most" if short_side else "about"
-    console.print(
-        f"{path}: {count} images will take {most} {estimate / 1e6:.0f} MB; "
-        f"{free / 1e6:.0f} MB are free"
-    )
-    if estimate > free and not short_side:
+def _tell_sizes(stores: dict[Path, tuple[int, float]], short_side: int, console: Console) -> None:
+    """Say how much disk the stores of one folder, of (images, bytes), will take.
+
+    Raises UserError if there is less.
+    """
+    if not stores:
+        return
+    folder = next(iter(stores)).parent
+    free = shutil.disk_usage(folder).free
+    for path, (count, estimate) in stores.items():
+        most = "at most" if short_side else "about"
+        console.print(f"{path}: {count} images will take {most} {estimate / 1e6:.0f} MB")
+        partial = path.with_name(f".{path.name}.partial")
+        free += partial.stat().st_size if partial.exists() else 0
+    console.print(f"{folder}: {free / 1e6:.0f} MB are free")
+    total = sum(estimate for _, estimate in stores.values())
+    if total > free and not short_side:
         raise UserError(
-            f"{path}: will take about {estimate / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
-            "make room or choose another folder (build-lmdb --short-side 400 shrinks the images)"
+            f"{' and '.join(map(str, stores))}: will take about {total / 1e9:.1f} GB, "
+            f"{free / 1e9:.1f} GB are free; make room or choose another folder "
+            "(build-lmdb --short-side 400 shrinks the images)"
         )
 
 
@@ -314,12 +327,14 @@ def _write(
             progress_bar(path.name, console) as bar,
         ):
             if writer.done:
-                console.print(f"{path}: going on after {writer.done} images")
+                console.print(
+                    f"{path}: going on after {writer.done} images, taken to be as they were"
+                )
             task = bar.add_task("", total=len(source), completed=writer.done)
             for image in in_order(source.get, writer.done, len(source), workers):
                 try:
                     ready, label, before = image.result()
-                except (*READ_ERRORS, UserError) as error:
+                except (*READ_ERRORS, DamagedImage) as error:
                     name, why = source.name(writer.done), decode.reason(error)
                     if isinstance(error, OSError) and error.errno is not None:  # no bad image
                         raise UserError(
@@ -342,6 +357,8 @@ def _write(
                 raise UserError(f"{path}: not built, as no image in the source can be stored")
     except (OSError, lmdb.Error) as error:
         raise UserError(f"{path}: cannot be written ({error}); build it again") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: no memory to build it; use fewer --workers") from error
     console.print(_summary(path, writer))
 
 

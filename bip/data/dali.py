@@ -5,14 +5,14 @@ requests like those of every other source. With a GPU the decoding is DALI's "mi
 DALI resizes and flips too. Without one `decode.resize` does that: it takes a third of the time.
 """
 
+import contextlib
 import importlib.util
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from bip.data.augment import resized_crop_params
 from bip.data.sources import Batch, Reader, Request, Skips
 from bip.errors import UserError
 
+_T = TypeVar("_T")
+
 _DEPTH = 2  # batches in the pipeline at once
-_JPEG_END = b"\xff\xd9"
+_ROWS = 8  # images that a reading thread takes at once
 
 
 def is_installed() -> bool:
@@ -52,68 +54,127 @@ class DaliSource:
         self.reader = reader
         self.num_threads = max(1, num_threads)
         self.device = device
-        self._on_gpu = device.type == "cuda"
+        self.on_gpu = device.type == "cuda"
 
     def __len__(self) -> int:
         return len(self.reader.store)
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """As `Source.fetch`; no batch may be larger than the first."""
-        rest = iter(requests)
-        first = next(rest, None)
-        if first is None:
-            return
-        skips = Skips()
-        with (
-            _Inputs(self.reader, itertools.chain([first], rest), self._on_gpu) as inputs,
-            ThreadPoolExecutor(self.num_threads, "dali-resize") as pool,
-        ):
-            pipeline = self._build(len(first.indices), inputs)
-            while True:
-                try:
-                    (images,) = pipeline.run()
-                except StopIteration:
-                    return
-                except UserError:
-                    raise
-                except Exception as error:  # DALI raises whatever its C++ side maps to
-                    raise inputs.explain(error) from error
-                batch = inputs.in_flight.popleft()
-                skips.tell(batch.skipped)
-                labels = torch.from_numpy(batch.labels)
-                finish = (
-                    self._from_gpu if self._on_gpu else partial(self._view, pool, batch.samples)
-                )
-                yield finish(images), labels.to(self.device, non_blocking=True)
+        """As `Source.fetch`; no batch may be larger than the first.
 
-    def _build(self, batch_size: int, inputs: "_Inputs") -> Any:
+        A batch that DALI fails on is read again, the images that it refuses decoded as the other
+        loaders do. That follows from the request alone, so a resumed run draws the same.
+        """
+        skips = Skips()
+        batch_size = 0
+        fresh = iter(requests)
+        again: deque[_Task] = deque()
+
+        def draw() -> _Task | None:
+            if again:
+                return again.popleft()
+            request = next(fresh, None)
+            return None if request is None else _Task(request)
+
+        while (first := draw()) is not None:
+            batch_size = batch_size or len(first.request.indices)
+            again.appendleft(first)
+            with (
+                _Inputs(self, draw) as inputs,
+                ThreadPoolExecutor(self.num_threads, "dali-resize") as pool,
+            ):
+                pipeline = self._start(batch_size, inputs)
+                while True:
+                    try:
+                        (images,) = pipeline.run()
+                    except StopIteration:
+                        return
+                    except MemoryError as error:
+                        raise UserError(
+                            f"{self.reader.store.path}: no memory for a batch; ask for more, or "
+                            "use a smaller --batch-size or fewer --num-workers"
+                        ) from error
+                    except Exception as error:  # DALI raises whatever its C++ side maps to
+                        if error is inputs.error:
+                            raise
+                        again.extend(self._again(inputs, error))
+                        break
+                    batch = inputs.in_flight.popleft()
+                    skips.tell(batch.skipped)
+                    labels = torch.from_numpy(batch.labels)
+                    finish = (
+                        self._from_gpu if self.on_gpu else partial(self._view, pool, batch.samples)
+                    )
+                    yield finish(images), labels.to(self.device, non_blocking=True)
+
+    def _again(self, inputs: "_Inputs", error: Exception) -> "list[_Task]":
+        """What is in flight, to be read again without the images that DALI refuses.
+
+        Its exceptions come in order, so the first batch in flight is at fault.
+
+        Raises:
+            UserError: no further image is.
+        """
+        tasks = [batch.task for batch in inputs.in_flight]
+        refused = set(self._refused(inputs.in_flight[0])) - tasks[0].refused if tasks else set()
+        if not refused:
+            raise UserError(
+                f"{self.reader.store.path}: DALI fails on a batch ({_what(error)}); use --loader "
+                "lmdb or folder"
+            ) from error
+        tasks[0] = tasks[0]._replace(refused=tasks[0].refused | refused)
+        return tasks if inputs.queued is None else [*tasks, inputs.queued]
+
+    def _refused(self, batch: "_Batch") -> Iterator[int]:
+        """The indices of the batch's images that DALI refuses, each put to it alone."""
+        rows = deque(range(len(batch.indices)))
+        while rows:
+            singles = iter([batch.samples.part(slice(row, row + 1), self.on_gpu) for row in rows])
+            pipeline = self._start(1, singles)
+            with contextlib.suppress(Exception):
+                while rows:
+                    pipeline.run()
+                    rows.popleft()
+            if rows:
+                yield batch.indices[rows.popleft()]
+
+    def _start(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:
+        """A pipeline. Raises UserError if DALI, or the driver that it needs, is not in order."""
+        try:
+            return self._build(batch_size, inputs)
+        except Exception as error:
+            raise UserError(
+                f"loader: DALI does not start here ({_what(error)}); use --loader lmdb or folder"
+            ) from error
+
+    def _build(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
         spec, dim = self.reader.spec, self.reader.image_dim
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self.num_threads,
-            device_id=_index(self.device) if self._on_gpu else None,
+            device_id=_index(self.device) if self.on_gpu else None,
             prefetch_queue_depth=_DEPTH,
         )
         with pipeline:
             encoded, start, shape, *rest = fn.external_source(
                 inputs,
-                num_outputs=6 if self._on_gpu else 3,
+                num_outputs=6 if self.on_gpu else 3,
                 dtype=[types.UINT8, *[types.INT32] * 2]
-                + [types.FLOAT, *[types.INT32] * 2] * self._on_gpu,
-                ndim=[1] * 3 + [1, 1, 0] * self._on_gpu,
+                + [types.FLOAT, *[types.INT32] * 2] * self.on_gpu,
+                ndim=[1] * 3 + [1, 1, 0] * self.on_gpu,
             )
             images = fn.decoders.image_slice(
                 encoded,
-                device="mixed" if self._on_gpu else "cpu",
+                device="mixed" if self.on_gpu else "cpu",
                 start=start,
                 shape=shape,
                 axes=[0, 1],
                 output_type=types.GRAY if spec.channels == 1 else types.RGB,
                 adjust_orientation=False,  # nor does any other loader
             )
-            if self._on_gpu:
+            if self.on_gpu:
                 size, window, flip = rest
                 images = fn.resize(
                     images, size=size, interp_type=types.INTERP_LINEAR, antialias=True
@@ -155,6 +216,12 @@ class DaliSource:
         return out
 
 
+def _what(error: Exception) -> str:
+    """An exception of DALI's, which may have many lines, in one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "rror" in line), next(iter(lines), repr(error)))
+
+
 def _index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
@@ -169,26 +236,44 @@ class _Samples(NamedTuple):
     window: NDArray[np.int32]  # (n, 2) place of the view in that
     flip: NDArray[np.int32]  # (n,)
 
+    def part(self, rows: slice, whole_view: bool) -> tuple[Any, ...]:
+        """Some rows; without `whole_view` only what decoding takes."""
+        return tuple(field[rows] for field in self[: len(self) if whole_view else 3])
+
+
+class _Task(NamedTuple):
+    """A request, and the indices of the images in it that DALI refused."""
+
+    request: Request
+    refused: frozenset[int] = frozenset()
+
 
 class _Batch(NamedTuple):
-    request: Request
+    task: _Task
     samples: _Samples
+    indices: list[int]  # of the images; another's where one was skipped
     labels: NDArray[np.int64]
     skipped: list[str]
 
 
 class _Inputs:
-    """What DALI asks for its next batch; a thread reads one batch ahead.
+    """What DALI asks for its next batch; a thread reads one batch ahead, others its images.
 
-    `in_flight` holds the batches that DALI has taken and not yet returned.
+    Attributes:
+        in_flight: the batches that DALI has taken and not yet returned.
+        queued: the task that is read ahead.
+        error: what reading raised, through DALI.
     """
 
-    def __init__(self, reader: Reader, requests: Iterator[Request], whole_view: bool) -> None:
-        self.reader = reader
-        self._fields = 6 if whole_view else 3  # else only what decoding takes
+    def __init__(self, source: DaliSource, draw: Callable[[], _Task | None]) -> None:
+        self.reader = source.reader
+        self._whole_view = source.on_gpu
         self.in_flight: deque[_Batch] = deque()
-        self._requests = requests
+        self.queued: _Task | None = None
+        self.error: Exception | None = None
+        self._draw = draw
         self._thread = ThreadPoolExecutor(1, "dali-reader")
+        self._rows = ThreadPoolExecutor(source.num_threads, "dali-images")
         self._ahead: Future[_Batch] | None = None
 
     def __enter__(self) -> Self:
@@ -197,6 +282,7 @@ class _Inputs:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+        self._rows.shutdown()
 
     def __iter__(self) -> Self:
         return self
@@ -204,49 +290,49 @@ class _Inputs:
     def __next__(self) -> tuple[Any, ...]:
         if self._ahead is None:
             raise StopIteration
-        batch = self._ahead.result()
+        try:
+            batch = self._ahead.result()
+        except Exception as error:
+            self.error = error
+            raise
         self._submit()
         self.in_flight.append(batch)
-        return batch.samples[: self._fields]
+        return batch.samples.part(slice(None), self._whole_view)
 
     def _submit(self) -> None:
         # The requests are drawn in the caller's thread: they come from a shared iterator.
-        request = next(self._requests, None)
-        self._ahead = None if request is None else self._thread.submit(self._read, request)
+        self.queued = self._draw()
+        self._ahead = None if self.queued is None else self._thread.submit(self._read, self.queued)
 
-    def explain(self, error: Exception) -> UserError:
-        """The image that DALI failed on, if the other decoder fails on it too."""
-        try:
-            for batch in self.in_flight:
-                replace(self.reader, skip_bad=False).read(batch.request)
-        except UserError as named:
-            return named
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        what = next((line for line in lines if "rror" in line), type(error).__name__)
-        return UserError(
-            f"{self.reader.store.path}: DALI fails on an image ({what}); use --loader lmdb or "
-            "folder, or build the store again with --check"
+    def _map(self, function: Callable[[int], _T], rows: range) -> Iterator[_T]:
+        """As `map`, a few rows at a time in each thread."""
+        parts = (rows[at : at + _ROWS] for at in range(0, len(rows), _ROWS))
+        return itertools.chain.from_iterable(
+            self._rows.map(lambda part: [function(row) for row in part], parts)
         )
 
-    def _read(self, request: Request) -> _Batch:
+    def _read(self, task: _Task) -> _Batch:
+        request = task.request
         spec, dim = self.reader.spec, self.reader.image_dim
 
-        def read_one(row: int) -> tuple[NDArray[np.uint8], tuple[int, int], int]:
+        def read_one(row: int) -> tuple[NDArray[np.uint8], tuple[int, int], int, int]:
             index = int(request.indices[row])
             data, label = self.reader.store.read(index)
             try:
-                data, sides = _for_dali(data, spec.channels)
+                data, sides = _for_dali(data, spec.channels, index in task.refused)
             except decode.DECODE_ERRORS as error:
                 raise self.reader.damaged(index, label, error) from error
-            return np.frombuffer(data, np.uint8), sides, label
+            return np.frombuffer(data, np.uint8), sides, label, row
 
-        rows, skipped = self.reader.each(request, read_one)
+        rows, skipped = self.reader.each(request, read_one, self._map)
         count = len(rows)
-        encoded = [data for data, _, _ in rows]
-        sides = np.array([pair for _, pair, _ in rows], np.int64)
-        labels = np.array([label for _, _, label in rows], np.int64)
+        encoded = [data for data, *_ in rows]
+        sides = np.array([pair for _, pair, *_ in rows], np.int64)
+        labels = np.array([label for *_, label, _ in rows], np.int64)
+        rows_shown = [row for *_, row in rows]
         if request.uniforms is not None and spec.augment == "resized_crop":
-            crops = resized_crop_params(request.uniforms, sides[:, 0], sides[:, 1], spec.flip)
+            draws = request.uniforms[rows_shown]
+            crops = resized_crop_params(draws, sides[:, 0], sides[:, 1], spec.flip)
             samples = _Samples(
                 encoded,
                 start=np.stack([crops.top, crops.left], 1).astype(np.int32),
@@ -265,17 +351,17 @@ class _Inputs:
                 window=np.array([place for _, place in views], np.int32),
                 flip=np.zeros(count, np.int32),
             )
-        return _Batch(request, samples, labels, skipped)
+        return _Batch(task, samples, request.indices[rows_shown].tolist(), labels, skipped)
 
 
-def _for_dali(data: bytes, channels: int) -> tuple[bytes, tuple[int, int]]:
+def _for_dali(data: bytes, channels: int, refused: bool) -> tuple[bytes, tuple[int, int]]:
     """Bytes that DALI decodes to the pixels of `decode.decode`, and their (height, width).
 
-    Whole JPEGs as they are. The rest (PNG, CMYK, cut short ...) is decoded here, or found
-    damaged, and handed on as an uncompressed PPM or PGM.
+    Sound JPEGs as they are. The rest (PNG, CMYK, cut short, refused by DALI ...) is decoded here,
+    or found damaged, and handed on as an uncompressed PPM or PGM.
     """
-    size = decode.plain_jpeg_size(data)
-    if size is not None and _JPEG_END in data[-1024:]:
+    size = None if refused else decode.plain_jpeg_size(data)
+    if size is not None and decode.is_sound_jpeg(data):
         return data, size
     pixels = decode.decode(data, channels)
     height, width = pixels.shape[:2]

@@ -1,6 +1,8 @@
 """The known image sets, and how to find one on disk."""
 
+import contextlib
 import difflib
+import os
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -163,8 +165,8 @@ def open_split(
 
     Looked for in this order: LMDB (`train.lmdb`; `test.lmdb` or `val.lmdb`), torchvision's
     archives (CIFAR; extracted or .tar.gz, never downloaded), an ImageFolder tree (`train/`;
-    `test/` or `val/`). `layout` narrows it to one of them. Digits comes with scikit-learn and
-    takes no `data_dir`.
+    `test/` or `val/`, whichever has class folders). `layout` narrows it to one of them. Digits
+    comes with scikit-learn and takes no `data_dir`.
 
     Raises:
         UserError: nothing found, or what is found is damaged.
@@ -189,10 +191,20 @@ def open_split(
                     _extract(root / archive, Path(scratch))
                     return _cifar(spec.name, Path(scratch), root / archive, train)
         if layout in ("any", "folder"):
-            for split in splits:
-                if (root / split).is_dir():
-                    return FolderStore(root / split)
+            folders = [root / split for split in splits if (root / split).is_dir()]
+            if folders:  # ImageNet's and TinyImageNet's test/ has neither classes nor labels
+                return FolderStore(next(filter(_has_classes, folders), folders[0]))
     raise UserError(_not_found(spec, data_dir, splits, layout))
+
+
+def _has_classes(folder: Path) -> bool:
+    """Whether there are folders in it, but for TinyImageNet's images/."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        return any(
+            entry.name != "images" and not entry.name.startswith(".") and entry.is_dir()
+            for entry in entries
+        )
+    return False
 
 
 def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layout: Layout) -> str:

@@ -4,6 +4,7 @@ JPEGs go through simplejpeg (libjpeg-turbo, the same pixels as Pillow's in less 
 through Pillow. One resize for all: torch's antialiased bilinear, within 2 levels of Pillow's.
 """
 
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -22,6 +23,11 @@ _MODES = {1: "L", 3: "RGB"}
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
 _JPEG_START = b"\xff\xd8\xff"
 _MAX_SCALE = 8  # libjpeg's
+# Of the segments that may stand in a JPEG with Huffman codes, the second byte.
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
+_SEGMENTS = frozenset({*_FRAMES, 0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # what ends a scan
 # No others: Pillow hands PostScript, for one, to Ghostscript, which runs what stands in it.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP")
 
@@ -67,6 +73,36 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     plain = colorspace in ("Gray", "YCbCr", "RGB") and height * width > 0
     return (height, width) if plain and height * width <= (Image.MAX_IMAGE_PIXELS or 0) else None
+
+
+def is_sound_jpeg(data: bytes) -> bool:
+    """Whether a JPEG's segments and scans follow each other up to its end, none of them odd.
+
+    libjpeg fails on segments alone; of damage within a scan's codes it warns. Decoders differ in
+    what they do where it fails, so what is not sound is for `decode` to judge. Some sound JPEGs of
+    rare kinds are not found so.
+    """
+    at, components, progressive, scans, more = 2, 0, False, 0, True
+    try:
+        while data[at] == 0xFF:
+            code = data[at + 1]
+            if code == _END:
+                return scans > 0
+            if code not in _SEGMENTS or not more:
+                return False
+            length, count = int.from_bytes(data[at + 2 : at + 4], "big"), data[at + 4]
+            at += 2 + length
+            if code in _FRAMES:
+                progressive, components = code == _PROGRESSIVE, data[at - length + 7]
+            elif code == _SCAN:
+                found = _MARKER.search(data, at)
+                if found is None or length != 6 + 2 * count:
+                    return False
+                at, scans = found.start(), scans + 1
+                more = progressive or count < components
+    except IndexError:  # cut short
+        pass
+    return False
 
 
 def image_size(data: bytes) -> tuple[int, int]:

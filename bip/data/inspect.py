@@ -1,7 +1,14 @@
 """`python -m bip data info` and `verify`: what a store holds, and whether it is whole."""
 
+import contextlib
+import faulthandler
+import gc
+import multiprocessing
+import signal
 from collections import Counter
+from collections.abc import Iterator
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from rich.console import Console
@@ -61,21 +68,84 @@ def verify(path: Path, workers: int = 0) -> None:
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     damaged = 0
     for file in _stores(path):
-        store = open_store(file)
-        before = damaged
-        counts: Counter[int] = Counter()
-        with progress_bar(file.name, console) as bar:
-            task = bar.add_task("", total=len(store))
-            for found in in_order(partial(_look, store), 0, len(store), workers):
-                label, problem = found.result()
-                counts[label] += 1
-                if problem is not None:
+        count, before = 0, damaged
+        with _in_a_child(file, workers) as results, progress_bar(file.name, console) as bar:
+            task = bar.add_task("", total=None)
+            for result in results:
+                if isinstance(result, int):
+                    count = result
+                    bar.update(task, total=count)
+                    continue
+                if result is not None:
                     damaged += 1
                     if damaged <= _LISTED:
-                        console.print(problem)
+                        console.print(result)
                 bar.advance(task)
-        print(f"{file}: {len(store)} images, {damaged - before} damaged")
-        if isinstance(store, LmdbStore) and damaged == before:
+        print(f"{file}: {count} images, {damaged - before} damaged")
+    if damaged:
+        raise UserError(f"{path}: {damaged} damaged records; copy or build the store again")
+
+
+# Of the number of records, then what is wrong with each, then the error that ended it.
+_Result = int | str | None
+
+
+@contextlib.contextmanager
+def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
+    """What `_read_all` sends, from a process of its own.
+
+    LMDB trusts its pages, so a damaged one may end the process that reads it.
+    """
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_read_all, args=(file, workers, there), daemon=True)
+    child.start()
+    there.close()
+
+    def results() -> Iterator[_Result]:
+        done = -1  # the first result is no record's
+        while True:
+            try:
+                result = here.recv()
+            except EOFError:
+                break
+            if isinstance(result, UserError):
+                raise result
+            done += 1
+            yield result
+        child.join()
+        if child.exitcode:
+            how = signal.Signals(-child.exitcode).name if child.exitcode < 0 else "an error"
+            where = f"at record {done} or soon after it" if done >= 0 else "as it was opened"
+            raise UserError(
+                f"{file}: reading it ended by {how} {where}: its pages are damaged, or the disk "
+                "fails; copy or build the store again"
+            )
+
+    try:
+        yield results()
+    finally:
+        child.kill()
+        child.join()
+        here.close()
+
+
+def _read_all(file: Path, workers: int, pipe: Connection) -> None:
+    """Send the number of records, what is wrong with each (None: nothing), and what with all."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    faulthandler.disable()  # the parent tells
+    gc.freeze()  # what it inherited may not bear to be collected here (DALI's pipelines)
+    try:
+        store = open_store(file, in_order=True)
+        pipe.send(len(store))
+        counts: Counter[int] = Counter()
+        whole = True
+        for found in in_order(partial(_look, store), 0, len(store), workers):
+            label, problem = found.result()
+            counts[label] += 1
+            whole = whole and problem is None
+            pipe.send(problem)
+        if isinstance(store, LmdbStore) and whole:
             told = store.header["class_counts"]
             wrong = [label for label, count in enumerate(told) if counts[label] != count]
             if wrong:
@@ -83,8 +153,8 @@ def verify(path: Path, workers: int = 0) -> None:
                     f"{file}: header tells of {told[wrong[0]]} images of class "
                     f"{store.classes[wrong[0]]}, but there are {counts[wrong[0]]}; build it again"
                 )
-    if damaged:
-        raise UserError(f"{path}: {damaged} damaged records; copy or build the store again")
+    except UserError as error:
+        pipe.send(UserError(str(error)))
 
 
 def _look(store: LmdbStore | PublishedStore, index: int) -> tuple[int, str | None]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import posixpath
 import re
 import tarfile
 import zipfile
@@ -17,7 +18,14 @@ import numpy as np
 from PIL import Image
 
 from bip.data.datasets import CIFAR_ARCHIVES, ArraySplit, open_split
-from bip.data.stores import IMAGE_SUFFIXES, image_tree, walk_files
+from bip.data.stores import (
+    IMAGE_SUFFIXES,
+    MOST_BYTES,
+    DamagedImage,
+    image_tree,
+    no_image_of,
+    walk_files,
+)
 from bip.errors import UserError
 
 SPLITS = ("train", "test", "val")
@@ -58,7 +66,8 @@ class ZipTree:
         self.archive = archive
 
     def names(self) -> list[str]:
-        return [name for name in self.archive.namelist() if not name.endswith("/")]
+        # A name that occurs twice is its last member's, as in `read`.
+        return [name for name in dict.fromkeys(self.archive.namelist()) if name[-1:] != "/"]
 
     def read(self, name: str) -> bytes:
         return self.archive.read(name)
@@ -71,7 +80,10 @@ class TarTree:
     """The members of an uncompressed .tar file, and of the .tar files in it (ImageNet's).
 
     A member x.tar is a folder x; an archive of nothing but synsets' (ILSVRC2012_img_train.tar) is a
-    train/ of them. Read by position, so threads share the file.
+    train/ of them. Links are files of their own. Read by position, so threads share the file.
+
+    Raises:
+        UserError: a member whose bytes are not all in one place, or a link to no file in it.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
@@ -83,10 +95,17 @@ class TarTree:
             self._index(archive, "train/" if packed else "", 0)
 
     def _index(self, archive: tarfile.TarFile, prefix: str, base: int) -> None:
+        links: dict[str, str] = {}
         for member in archive:
+            name = prefix + member.name.removeprefix("./")
+            if member.islnk():
+                links[name] = posixpath.normpath(prefix + member.linkname)
+            elif member.issym():
+                links[name] = posixpath.normpath(f"{posixpath.dirname(name)}/{member.linkname}")
+            elif member.issparse():
+                raise UserError(f"{name}: is stored sparse; pack the archive without --sparse")
             if not member.isfile():
                 continue
-            name = prefix + member.name.removeprefix("./")
             start = base + member.offset_data
             if name.endswith(".tar"):
                 inner = archive.extractfile(member)
@@ -94,6 +113,17 @@ class TarTree:
                     self._index(nested, f"{name.removesuffix('.tar')}/", start)
             else:
                 self._places[name] = start, member.size
+        for name in links:
+            target, seen = links[name], {name}
+            while target in links and target not in seen:
+                seen.add(target)
+                target = links[target]
+            if target not in self._places:
+                raise UserError(
+                    f"{name}: links to {links[name]}, which is no file in the archive; pack it "
+                    "with --dereference"
+                )
+            self._places[name] = self._places[target]
 
     def names(self) -> list[str]:
         return list(self._places)
@@ -266,7 +296,7 @@ def _flat_labels(tree: Tree, names: list[str], prefix: str, split: str) -> dict[
         if name.endswith(".xml") and (split in parts[:-1] or name.startswith(prefix)):
             match = _XML_LABEL.search(_read(tree, name))
             if match:
-                labels[parts[-1].removesuffix(".xml")] = match[1].decode()
+                labels[parts[-1].removesuffix(".xml")] = match[1].decode("utf-8", "replace")
     if not labels and wanted[2] in lists:
         return _listed_labels(tree, lists[wanted[2]])
     if not labels:
@@ -284,9 +314,21 @@ def _listed_labels(tree: Tree, name: str) -> dict[str, str]:
     return {PurePosixPath(image).stem: label.split()[0] for image, label in pairs}
 
 
+def read_image(tree: Tree, name: str) -> bytes:
+    """A file of a tree, unless it is too large for an image: a few bytes of .zip may unpack to any
+    number. Raises DamagedImage if so.
+    """
+    size = tree.size(name)
+    if size > MOST_BYTES:
+        raise DamagedImage(no_image_of(size))
+    return tree.read(name)
+
+
 def _read(tree: Tree, name: str) -> bytes:
     """A file that tells of the images. Raises UserError if it cannot be read."""
     try:
+        if tree.size(name) > MOST_BYTES:
+            raise UserError(f"{name}: has {tree.size(name) / 1e6:.0f} MB, too many for a list")
         return tree.read(name)
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{name}: cannot be read ({error}); repair or copy it again") from error
@@ -300,20 +342,38 @@ def _flat_split(
     labels: dict[str, str],
     train: Split | None,
 ) -> Split:
-    classes = train.classes if train else sorted(set(labels.values()))
-    known = {name: number for number, name in enumerate(classes)}
-    numbered = _numbered_classes(tree, names) or classes
+    known = set(train.classes) if train else set()
+    numbered = _numbered_classes(tree, names) or (train.classes if train else [])
+
+    def class_of(label: str) -> str:
+        number = int(label) if label.isdecimal() and len(label) < 10 else len(numbered)
+        return label if label in known or number >= len(numbered) else numbered[number]
+
+    labels = {image: class_of(label) for image, label in labels.items()}
+    classes = train.classes if train else _named_classes(set(labels.values()), prefix)
+    order = {name: number for number, name in enumerate(classes)}
     members = []
     for name in sorted(flat):
         label = labels.get(PurePosixPath(name).stem)
-        if label is not None and label.isdigit() and label not in known:
-            label = numbered[int(label)] if int(label) < len(numbered) else label
-        if label not in known:
+        if label not in order:
             what = "has no label" if label is None else f"is of class {label}, which train/ has not"
             raise UserError(f"{prefix}{name}: {what}; the annotations do not fit the images")
-        members.append((prefix + name, known[label]))
+        members.append((prefix + name, order[label]))
     # By class, then name, as an ImageFolder tree of the same images would be.
     return Split(sorted(members, key=lambda member: (member[1], member[0])), classes)
+
+
+def _named_classes(classes: set[str], prefix: str) -> list[str]:
+    """Class names that only annotations tell, sorted; they may become names of folders."""
+    for name in sorted(classes):
+        if "/" in name or "\0" in name or name in (".", ".."):
+            raise UserError(f"{prefix}: its annotations name a class {name!r}, which is no name")
+        if name.isdecimal():
+            raise UserError(
+                f"{prefix}: its annotations tell of class number {name}, and neither a train/ nor "
+                "LOC_synset_mapping.txt beside them names it; put one there"
+            )
+    return sorted(classes)
 
 
 def _numbered_classes(tree: Tree, names: list[str]) -> list[str]:

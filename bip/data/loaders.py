@@ -337,7 +337,8 @@ def _check_classes(
         odd = sorted(set(train) ^ set(test)) or list(train)
         raise UserError(
             f"data_dir: the training and test splits of {dataset} in {data_dir} have different "
-            f"classes ({len(train)} and {len(test)}; {odd[0]!r} is not in both alike)"
+            f"classes ({len(train)} and {len(test)}; {odd[0]!r} is not in both alike); where the "
+            f"images lie flat, build a store: python -m bip data build-lmdb {data_dir} OUT"
         )
     if len(train) != num_classes:
         raise UserError(

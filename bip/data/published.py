@@ -2,12 +2,14 @@
 
 Keys b"__len__" and b"__keys__" hold a pickled count and a pickled list of keys, every other key a
 pickled (image bytes, label). Unpickling can run any code; `loads` is no unpickler but a reader of
-the few opcodes that plain data needs. It never looks a name up, and never allocates more than a
-small multiple of its input.
+the few opcodes that plain data needs. It never looks a name up, and takes no more memory than a
+small multiple of its input: some 3 times for a record, 24 at the very most.
 """
 
+import contextlib
 import os
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 
 from bip.data.stores import (
     HEADER_KEY,
+    DamagedImage,
     Environment,
     LmdbStore,
     check_identity,
@@ -29,6 +32,8 @@ Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
 _MARK = object()
 _MAX_INT = 16  # bytes
 _MAX_KEY = 511  # bytes, LMDB's
+_RECORD_CODES = 64  # of a pickled (bytes, label); one that pickle wrote has about ten
+_FREE = 64  # lists, tuples and marks that even the smallest pickle may have
 
 # opcode: how many bytes its length takes
 _SHORT_BYTES = b"C"[0]
@@ -38,24 +43,29 @@ _INTS = {b"K"[0]: "<B", b"M"[0]: "<H", b"J"[0]: "<i"}
 _TUPLES = {0x85: 1, 0x86: 2, 0x87: 3}
 
 
-def loads(data: bytes | memoryview) -> Plain:
+def loads(data: bytes | memoryview, most: int | None = None) -> Plain:
     """The value of a pickle (protocol 2 to 5) that holds bytes, str, int, tuple and list alone.
 
+    Args:
+        most: opcodes that it may have; None: any number.
+
     Raises:
-        ValueError: anything else in it, or it is damaged.
+        ValueError: anything else in it, it is damaged, or it is made to swell.
     """
     try:
-        return _loads(bytes(data))
+        return _loads(bytes(data), len(data) if most is None else most)
     except IndexError:
         raise ValueError("pickle is cut short, or damaged") from None
     except (KeyError, struct.error, UnicodeDecodeError, TypeError) as error:
         raise ValueError(f"damaged pickle ({type(error).__name__})") from error
 
 
-def _loads(data: bytes) -> Plain:
+def _loads(data: bytes, most: int) -> Plain:
     stack: list[Any] = []
-    memo: dict[int, Any] = {}
+    memo: list[Any] = []
     at = 0
+    # One byte makes an object of up to 64, of these kinds alone.
+    containers = _FREE + len(data) // 64
 
     def take(count: int) -> bytes:
         nonlocal at
@@ -77,7 +87,19 @@ def _loads(data: bytes) -> Plain:
         del stack[place:]
         return items
 
-    while True:
+    def keep(place: int) -> None:
+        if place > len(memo) or stack[-1] is _MARK:
+            raise ValueError("pickle numbers no object, or in no order")
+        memo[place : place + 1] = [stack[-1]]
+
+    def contain(container: Any) -> None:
+        nonlocal containers
+        containers -= 1
+        if containers < 0:
+            raise ValueError("pickle holds more lists and tuples than data")
+        stack.append(container)
+
+    for _ in range(most):
         code = data[at]
         at += 1
         if code == _SHORT_BYTES:  # a million of them in __keys__
@@ -87,11 +109,11 @@ def _loads(data: bytes) -> Plain:
             stack.append(data[at + 1 : end])
             at = end
         elif code == 0x94:  # MEMOIZE
-            memo[len(memo)] = stack[-1]
+            keep(len(memo))
         elif code in _BYTES:
             stack.append(take(number(_BYTES[code])))
         elif code in (b"q"[0], b"r"[0]):  # BINPUT, LONG_BINPUT
-            memo[number(1 if code == b"q"[0] else 4)] = stack[-1]
+            keep(number(1 if code == b"q"[0] else 4))
         elif code in (b"h"[0], b"j"[0]):  # BINGET, LONG_BINGET
             stack.append(memo[number(1 if code == b"h"[0] else 4)])
         elif code in _INTS:
@@ -108,15 +130,17 @@ def _loads(data: bytes) -> Plain:
             count = _TUPLES[code]
             if len(stack) < count or _MARK in stack[-count:]:
                 raise ValueError("pickle without its items")
-            stack[-count:] = [tuple(stack[-count:])]
+            items = stack[-count:]
+            del stack[-count:]
+            contain(tuple(items))
         elif code == b")"[0]:
-            stack.append(())
+            contain(())
         elif code == b"]"[0]:
-            stack.append([])
+            contain([])
         elif code == b"("[0]:
             stack.append(_MARK)
         elif code == b"t"[0]:
-            stack.append(tuple(to_mark()))
+            contain(tuple(to_mark()))
         elif code == b"a"[0]:  # APPEND
             item = stack.pop()
             _extend(stack[-1], [item])
@@ -135,6 +159,7 @@ def _loads(data: bytes) -> Plain:
             return value
         else:
             raise ValueError(f"pickle opcode {bytes([code])!r} is not plain data; not loaded")
+    raise ValueError("pickle is cut short, or of more than bytes and a label")
 
 
 def _extend(target: Any, items: list[Any]) -> None:
@@ -181,6 +206,10 @@ class PublishedStore:
     def check_unchanged(self) -> None:
         check_identity(self.path, self._identity)
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        with contextlib.suppress(lmdb.Error, OSError):  # `read` tells
+            self._open().prefetch(map(self._key, indices))
+
     def label(self, index: int) -> int:
         return self.read(index)[1]
 
@@ -188,21 +217,25 @@ class PublishedStore:
         """The encoded bytes and the label.
 
         Raises:
-            UserError: missing, or not a plain (bytes, label).
+            DamagedImage: not a plain (bytes, label), or there is no such class.
+            UserError: the record is missing.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
-        start = int(self._ends[index - 1]) if index else 0
-        value = self._load(self._keys[start : int(self._ends[index])], tuple, self.name(index))
+        value = self._load(self._key(index), tuple, self.name(index))
         match value:
             case (bytes() as data, int() as label) if self._fits(label):
                 return data, label
             case (bytes(), int() as label):
-                raise UserError(
+                raise DamagedImage(
                     f"{self.path}: record {index} has label {label}, but there are "
                     f"{len(self.classes)} classes; give the right --num-classes"
                 )
-        raise UserError(f"{self.path}: record {index} is no (image bytes, label)")
+        raise DamagedImage(f"{self.path}: record {index} is no (image bytes, label)")
+
+    def _key(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._keys[start : int(self._ends[index])]
 
     def _fits(self, label: int) -> bool:
         return self._any_label or 0 <= label < len(self.classes)
@@ -212,32 +245,44 @@ class PublishedStore:
         try:
             with self._env().begin(buffers=True) as transaction:
                 found = transaction.get(key)
-                value = loads(found) if found is not None else None
-        except (lmdb.Error, ValueError) as error:
+                if found is None:
+                    raise UserError(f"{what}: missing; build the store again")
+                value = loads(found, None if kind is list else _RECORD_CODES)
+        except lmdb.Error as error:
             raise UserError(f"{what}: cannot be read ({error}); build the store again") from error
+        except ValueError as error:
+            raise DamagedImage(
+                f"{what}: cannot be read ({error}); build the store again"
+            ) from error
         if type(value) is not kind:
-            raise UserError(f"{what}: missing, or no {kind.__name__}; build the store again")
+            raise DamagedImage(f"{what}: no {kind.__name__}; build the store again")
         return value
 
     def _env(self) -> lmdb.Environment:
+        return self._open().env
+
+    def _open(self) -> Environment:
         if self._opened is None or self._opened.pid != os.getpid():
             self._opened = open_environment(self.path)
-        return self._opened.env
+        return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
 
-def open_store(path: Path, classes: list[str] | None = None) -> LmdbStore | PublishedStore:
+def open_store(
+    path: Path, classes: list[str] | None = None, in_order: bool = False
+) -> LmdbStore | PublishedStore:
     """The store at `path`, in this program's layout or the published one.
 
     Args:
         classes: of a store in the published layout, which names none.
+        in_order: it will be read from the first record to the last.
 
     Raises:
         UserError: neither.
     """
-    environment = open_environment(path)
+    environment = open_environment(path, in_order)
     try:
         with environment.env.begin() as transaction:
             header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")

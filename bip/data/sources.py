@@ -20,7 +20,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from bip.data import decode
 from bip.data.datasets import DatasetSpec
-from bip.data.stores import ImageStore
+from bip.data.stores import DamagedImage, ImageStore
 from bip.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
@@ -97,7 +97,8 @@ class Reader:
                 the way to them.
 
         Raises:
-            UserError: a bad record, unless `skip_bad` and the request is for training.
+            DamagedImage: one is, unless `skip_bad` and the request is for training.
+            UserError: the store cannot be read.
         """
         random = request.uniforms is not None and self.spec.augment == "resized_crop"
         shape = (len(request.indices), self.spec.channels, self.image_dim, self.image_dim)
@@ -119,35 +120,49 @@ class Reader:
                 images[row] = images[origin]
         return images, np.array([label for _, label in pairs], np.int64), skipped
 
-    def each(self, request: Request, read_one: Callable[[int], _T]) -> tuple[list[_T], list[str]]:
+    def each(
+        self,
+        request: Request,
+        read_one: Callable[[int], _T],
+        map_: Callable[[Callable[[int], _T | str], range], Iterable[_T | str]] = map,
+    ) -> tuple[list[_T], list[str]]:
         """`read_one` of every row; with `skip_bad` a bad row becomes the nearest good one after it.
 
         Within the batch, so that no image of a holdout is ever drawn.
+
+        Args:
+            read_one: returns no str.
+            map_: as `map`; another may call it for several rows at once.
         """
-        self.store.check_unchanged()
-        found: list[_T | None] = []
-        skipped: list[str] = []
-        for row in range(len(request.indices)):
+
+        def read_or_tell(row: int) -> _T | str:
             try:
-                found.append(read_one(row))
-            except UserError as error:
-                if not self.skip_bad or request.uniforms is None:
+                return read_one(row)
+            except DamagedImage as error:
+                if request.uniforms is None:
                     raise
-                found.append(None)
-                skipped.append(str(error))
+                if not self.skip_bad:
+                    raise DamagedImage(f"{error}, or give --skip-bad") from error
+                return str(error)
+
+        self.store.check_unchanged()
+        self.store.prefetch(request.indices.tolist())
+        rows = list(map_(read_or_tell, range(len(request.indices))))
+        skipped = [row for row in rows if isinstance(row, str)]
+        found = [None if isinstance(row, str) else row for row in rows]
         good = [item for item in found if item is not None]
         if not good and skipped:
-            raise UserError(f"{skipped[0]}; no image of its batch can be read")
+            raise UserError(f"{skipped[0]}; nor is another image of its batch sound")
         for row in reversed(range(len(found))):
             if found[row] is None:
                 found[row] = found[(row + 1) % len(found)] or good[0]
         return [item for item in found if item is not None], skipped
 
-    def damaged(self, index: int, label: int, error: Exception) -> UserError:
+    def damaged(self, index: int, label: int, error: Exception) -> DamagedImage:
         """What to tell the user of an image that does not decode."""
-        return UserError(
-            f"{self.store.name(index)} (class {self.store.classes[label]}) does not decode "
-            f"({decode.reason(error)}); repair or remove it and build the store again"
+        return DamagedImage(
+            f"{self.store.name(index)} (image {index}, class {self.store.classes[label]}) does not "
+            f"decode ({decode.reason(error)}); repair or remove it and build the store again"
         )
 
     def _view(self, data: bytes, draws: NDArray[np.float64] | None) -> NDArray[np.uint8]:

@@ -9,12 +9,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from bip.data.stores import data_file
 from bip.errors import UserError
 from bip.files import fsync_folder, sha256_file
 
-# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME".
+# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME", network filesystems
+# but for what containers are made of.
 _NETWORK = frozenset(
     [
         "nfs",
@@ -39,6 +41,7 @@ _NETWORK = frozenset(
         "fhgfs",
     ]
 )
+_LOCAL_FUSE = frozenset(["fuse.fuse-overlayfs", "fuse.squashfuse", "fuse.squashfuse_ll"])
 _CHUNK = 16 << 20
 
 
@@ -62,7 +65,8 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
         # Of two mounts at one point the later one is seen.
         if path.resolve().is_relative_to(point) and point.is_relative_to(place):
             place, kind = point, back.split()[0]
-    return kind if kind in _NETWORK or kind.startswith("fuse.") else None
+    remote = kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
+    return kind if remote else None
 
 
 def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None) -> Path:
@@ -148,14 +152,21 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
 
 @contextlib.contextmanager
 def _locked(path: Path, give_up: Callable[[], None], waiting: str) -> Iterator[None]:
-    with open(path, "w") as stream:
-        for turn in itertools.count():
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if turn == 10:
-                    print(f"waiting: {waiting}", flush=True)
-            give_up()
-            time.sleep(0.1)
-        yield
+    for turn in itertools.count():
+        with open(path, "w") as stream:
+            if _claims(stream, path):
+                yield
+                return
+        if turn == 10:
+            print(f"waiting: {waiting}", flush=True)
+        give_up()
+        time.sleep(0.1)
+
+
+def _claims(stream: TextIO, path: Path) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # One who tidies up may have removed the file between open and lock.
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False

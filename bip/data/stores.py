@@ -11,7 +11,10 @@ The CRC32 covers label, width, height and image bytes. A store is one file; it g
 when it is whole (`bip.data.writer`), and the header is its last record.
 """
 
+import contextlib
+import ctypes
 import json
+import mmap
 import os
 import struct
 import weakref
@@ -31,8 +34,23 @@ HEADER_KEY = b"header"
 _RECORD = struct.Struct(">iii")
 _CRC = struct.Struct(">I")
 _IMAGE_OFFSET = _RECORD.size + _CRC.size
+# LMDB's node, in the machine's own order: low and high half of the value's size, flags, the key's
+# size; then the key; then the value, or the number of its first page.
+_NODE = struct.Struct("=HHHH")
+_NODE_PAGE = struct.Struct("=Q")
+_ON_PAGES_OF_ITS_OWN = 1  # F_BIGDATA
+_PAGE_HEADER = 16
 
+MOST_BYTES = 256 << 20  # of an encoded image; a larger file is none, and may not fit in memory
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".webp", ".gif"})
+
+
+class DamagedImage(UserError):
+    """One image is at fault: its bytes or its label. What `skip_bad` skips, and nothing else is.
+
+    A disk that fails, a file that is gone or a broken tree of pages is no such thing: the image may
+    be sound, and many more would follow.
+    """
 
 
 class ImageStore(Protocol):
@@ -45,8 +63,17 @@ class ImageStore(Protocol):
 
     def label(self, index: int) -> int: ...
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """A hint that these images will be read soon. Changes nothing that is read."""
+        ...
+
     def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded bytes and the label of one image. Raises UserError for a damaged record."""
+        """The encoded bytes and the label of one image.
+
+        Raises:
+            DamagedImage: the record is damaged.
+            UserError: it cannot be read.
+        """
         ...
 
     def name(self, index: int) -> str:
@@ -69,9 +96,13 @@ def pack_record(data: bytes, label: int, width: int, height: int) -> bytes:
 
 
 class Environment:
-    """An open read-only LMDB environment and the process that opened it."""
+    """An open read-only LMDB environment and the process that opened it.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        in_order: it will be read from the first record to the last.
+    """
+
+    def __init__(self, path: Path, in_order: bool = False) -> None:
         self.pid = os.getpid()
         self.env = lmdb.open(
             str(path),
@@ -79,9 +110,41 @@ class Environment:
             readonly=True,
             create=False,
             lock=False,
-            readahead=False,
+            readahead=in_order,
             meminit=False,
         )
+        self._page = int(self.env.stat()["psize"])
+        self._file = -1 if in_order else os.open(data_file(path), os.O_RDONLY | os.O_CLOEXEC)
+        if not in_order:
+            weakref.finalize(self, os.close, self._file)
+
+    def prefetch(self, keys: Iterable[bytes]) -> None:
+        """Have the kernel read the values of `keys` at once, each as one piece.
+
+        Else they are read as `get` touches them, a page of 4 KB at a time with a wait for each: 27
+        of them for a photo, over the network if the store lies there. LMDB keeps a large value on
+        pages of its own; which, only the leaf page tells, so that is read here (two pages a key, of
+        few in all). Where it does not look as LMDB writes it nothing is asked for.
+        """
+        if self._file < 0:
+            return
+        size = os.fstat(self._file).st_size
+        with self.env.begin(buffers=True) as transaction, transaction.cursor() as cursor:
+            for key in keys:
+                if not cursor.set_key(key):
+                    continue
+                place = np.frombuffer(cursor.key(), np.uint8).__array_interface__["data"][0]
+                # LMDB read the 8 bytes before the key to find it. Those after may be the next
+                # page's, which there may not be, if the page is damaged.
+                if place % mmap.PAGESIZE + len(key) + _NODE_PAGE.size > mmap.PAGESIZE:
+                    continue
+                low, high, flags, key_size = _NODE.unpack(ctypes.string_at(place - _NODE.size, 8))
+                if flags != _ON_PAGES_OF_ITS_OWN or key_size != len(key):
+                    continue
+                (page,) = _NODE_PAGE.unpack(ctypes.string_at(place + key_size, _NODE_PAGE.size))
+                start, length = page * self._page, _PAGE_HEADER + low + (high << 16)
+                if start + length <= size:
+                    os.posix_fadvise(self._file, start, length, os.POSIX_FADV_WILLNEED)
 
 
 # LMDB allows one environment per file and process, so stores of one file (device, inode) share it
@@ -91,7 +154,7 @@ _open_environments: weakref.WeakValueDictionary[tuple[int, int], Environment] = 
 )
 
 
-def _shared_environment(path: Path) -> Environment:
+def _shared_environment(path: Path, in_order: bool) -> Environment:
     status = path.stat()
     key = (status.st_dev, status.st_ino)
     found = _open_environments.get(key)
@@ -100,7 +163,7 @@ def _shared_environment(path: Path) -> Environment:
         found.env.close()
         found = None
     if found is None:
-        found = Environment(path)
+        found = Environment(path, in_order)
         _open_environments[key] = found
     return found
 
@@ -115,14 +178,17 @@ def size_of(env: lmdb.Environment) -> int:
     return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
 
 
-def open_environment(path: Path) -> Environment:
+def open_environment(path: Path, in_order: bool = False) -> Environment:
     """The LMDB environment of a store, this process's own.
+
+    Args:
+        in_order: read ahead, as for one who reads all of it. No matter if it is open already.
 
     Raises:
         UserError: none there, unreadable, or cut short.
     """
     try:
-        opened = _shared_environment(path)
+        opened = _shared_environment(path, in_order)
     except (lmdb.Error, OSError) as error:
         raise UserError(
             f"{path}: not a readable LMDB store ({error}); "
@@ -185,8 +251,12 @@ class LmdbStore:
     def check_unchanged(self) -> None:
         check_identity(self.path, self._identity)
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        with contextlib.suppress(lmdb.Error, OSError):  # `read` tells
+            self._open().prefetch(map(record_key, indices))
+
     def label(self, index: int) -> int:
-        """The label alone; the image's pages and its checksum stay unread."""
+        """The label alone, unchecked. Takes as long as the image, whose pages LMDB touches too."""
         with self._env().begin(buffers=True) as transaction:
             label, _, _ = _RECORD.unpack_from(self._value(transaction, index))
         return int(label)
@@ -195,7 +265,8 @@ class LmdbStore:
         """The encoded bytes and the label.
 
         Raises:
-            UserError: the record is missing or its checksum does not match.
+            DamagedImage: its checksum does not match, or there is no such class.
+            UserError: the record is missing.
         """
         with self._env().begin(buffers=True) as transaction:
             value = self._value(transaction, index)
@@ -205,12 +276,12 @@ class LmdbStore:
             if zlib.crc32(data, zlib.crc32(head)) != crc:
                 known = 0 <= label < len(self.classes)
                 class_name = self.classes[label] if known else f"number {label}, unknown"
-                raise UserError(
+                raise DamagedImage(
                     f"{self.path}: record {index} (class {class_name}) fails its checksum; "
                     "copy or build the store again"
                 )
         if not 0 <= label < len(self.classes):
-            raise UserError(
+            raise DamagedImage(
                 f"{self.path}: record {index} is of class {label}, but the store has "
                 f"{len(self.classes)} classes; build it again"
             )
@@ -227,16 +298,17 @@ class LmdbStore:
                 "copy or build the store again"
             ) from error
         if value is None or len(value) < _IMAGE_OFFSET:
-            raise UserError(
-                f"{self.path}: record {index} is missing or cut short; "
-                "copy or build the store again"
-            )
+            kind, what = (UserError, "missing") if value is None else (DamagedImage, "cut short")
+            raise kind(f"{self.path}: record {index} is {what}; copy or build the store again")
         return memoryview(value)
 
     def _env(self) -> lmdb.Environment:
+        return self._open().env
+
+    def _open(self) -> Environment:
         if self._opened is None or self._opened.pid != os.getpid():
             self._opened = open_environment(self.path)
-        return self._opened.env
+        return self._opened
 
     def _read_header(self) -> dict[str, Any]:
         remedy = "build it with: python -m bip data build-lmdb SRC OUT"
@@ -290,7 +362,10 @@ class FolderStore:
         self.path = path
         members, self.classes = image_tree(walk_files(path))
         if not members:
-            raise UserError(f"{path}: no CLASS/IMAGE files below it")
+            raise UserError(
+                f"{path}: no CLASS/IMAGE files below it; if its images lie flat, build a store: "
+                f"python -m bip data build-lmdb {path.parent} OUT"
+            )
         self._labels = np.array([label for _, label in members], np.int32)
         names = [os.fsencode(name) for name, _ in members]
         self._names = b"".join(names)
@@ -306,19 +381,27 @@ class FolderStore:
     def check_unchanged(self) -> None:
         """A file that is gone is found when it is read."""
 
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Nothing: a file is read in one piece anyhow."""
+
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and its label. Raises UserError if the file cannot be read."""
+        name, what = self.name(index), f"image {index}, class {self.classes[self.label(index)]}"
         try:
-            with open(self.name(index), "rb") as stream:
+            with open(name, "rb") as stream:
+                size = os.fstat(stream.fileno()).st_size
+                if size > MOST_BYTES:
+                    raise DamagedImage(f"{name} ({what}): {no_image_of(size)}; remove it")
                 return stream.read(), self.label(index)
         except OSError as error:
-            raise UserError(
-                f"{self.name(index)}: cannot be read ({error.strerror}); image {index}, "
-                f"class {self.classes[self.label(index)]}"
-            ) from error
+            raise UserError(f"{name}: cannot be read ({error.strerror}); {what}") from error
+
+
+def no_image_of(size: int) -> str:
+    return f"is no image, as it has {size / 1e6:.0f} MB"
 
 
 def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:

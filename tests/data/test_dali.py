@@ -1,10 +1,12 @@
 """The `dali` loader on the CPU: DALI itself, real JPEGs, the other loaders as oracle."""
 
+import random
 import sys
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +15,7 @@ from PIL import Image
 
 from bip.data import dali
 from bip.data.loaders import Batch
+from bip.data.sources import Request
 from bip.errors import UserError
 from tests.data.conftest import open_with_defaults as opened
 from tests.data.test_loaders import same, take
@@ -166,9 +169,125 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, damage: str) -> 
     }[damage]
     root = tree(tmp_path, {"a/1.jpg": good, "a/2.jpg": bad})
     data = opened(**{**CASE, "num_classes": 1, "batch_size": 2}, data_dir=root, loader="dali")
-    with pytest.raises(UserError, match=r"train/a/2\.jpg .class a. does not decode") as error:
+    told = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
+    with pytest.raises(UserError, match=told) as error:
         next(data.train())
     assert "\n" not in str(error.value)
+
+
+def harmed(data: bytes, way: str) -> bytes:
+    """A JPEG damaged within its scan, or where DALI alone can tell: in its Huffman tables."""
+    scan, middle = data.rindex(b"\xff\xda"), (data.rindex(b"\xff\xda") + len(data)) // 2
+    if way == "table":
+        at = data.index(b"\xff\xc4") + 5
+        codes = sum(data[at : at + 16])
+        return data[:at] + bytes([codes]) + bytes(15) + data[at + 16 :]  # all of one bit
+    at, content = {
+        "marker": (middle, b"\xff\xc4\x00\x05"),
+        "noise": (middle, random.Random(len(data)).randbytes(1500)),
+        "zeros": (middle, bytes(1000)),
+        "start": (scan + 20, b"\xff\xd8\xff\xe0"),
+    }[way]
+    return data[:at] + content + data[at + len(content) :]
+
+
+HARMED = {3: "marker", 5: "table", 31: "noise", 32: "noise", 60: "zeros", 90: "start", 140: "table"}
+
+
+@pytest.fixture(scope="module")
+def harmed_photos(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real photos, some of them damaged, in the order of `HARMED`'s indices."""
+    root = tmp_path_factory.mktemp("harmed")
+    for number, path in enumerate(sorted((imagenet / "val").rglob("*.JPEG"))):
+        data = path.read_bytes()
+        kept = harmed(data, HARMED[number]) if number in HARMED else data
+        for split in ("train", "val"):
+            (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
+            place = root / split / path.parent.name / path.name
+            place.write_bytes(kept if split == "train" else data)
+    return root
+
+
+def test_damaged_photos_are_skipped_as_by_the_folder_loader(
+    harmed_photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, at a size that no crop is decoded at a JPEG scale for."""
+    case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
+    mine, others = (take(opened(**case, loader=loader).train(), 8) for loader in ("dali", "folder"))
+    assert same(mine, others)
+    told = capsys.readouterr().out.splitlines()
+    assert len(told) == 12
+    assert told[:6] == told[6:]
+    for start in (1, 5):
+        assert same(
+            take(opened(**case, loader="dali").train("lower", start), 8 - start), mine[start:]
+        )
+
+
+def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:
+    images = sorted((harmed_photos / "train").rglob("*.JPEG"))
+    bad = {image.name: number for number, image in enumerate(images) if number in HARMED}
+    for loader in ("dali", "folder"):
+        case = {**CASE, "batch_size": 1, "data_dir": harmed_photos, "image_dim": 32}
+        data = opened(**case, loader=loader)
+        named = set()  # a batch or two before its own, as images are read ahead
+        for number in range(171):
+            try:
+                take(data.train("lower", number), 1)
+            except UserError as error:
+                (index,) = (index for name, index in bad.items() if name in str(error))
+                named.add(index if f"image {index}, class" in str(error) else -1)
+        assert named == {index for index, way in HARMED.items() if way != "zeros"}
+
+
+def test_what_dali_alone_refuses_gets_the_other_loaders_pixels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"a/{n}.jpg": encoded("RGB", "JPEG", quality=50 + n) for n in range(30)}
+    bad = {files[f"a/{n}.jpg"] for n in (2, 7, 8, 21)}
+    to_dali = dali._for_dali
+
+    def refuse(data: bytes, channels: int, refused: bool) -> tuple[bytes, tuple[int, int]]:
+        given, size = to_dali(data, channels, refused)
+        return (b"\xff\xd8\xff\xe0" if data in bad and not refused else given), size
+
+    monkeypatch.setattr(dali, "_for_dali", refuse)
+    case = {**CASE, "num_classes": 1, "batch_size": 5, "image_dim": 48, "test_batch_size": 4}
+    case["data_dir"] = tree(tmp_path, files)
+    mine, others = (opened(**case, loader=loader) for loader in ("dali", "folder"))
+    assert same(take(mine.train(), 14), take(others.train(), 14))
+    assert same(take(mine.evaluate("test")), take(others.evaluate("test")))
+    monkeypatch.setattr(dali, "_for_dali", lambda *_: (b"\xff\xd8\xff\xe0", (70, 90)))
+    with pytest.raises(UserError, match=r"train: DALI fails on a batch \(.*rror.*\); use") as error:
+        take(opened(**case, loader="dali").train(), 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_dali_that_does_not_start_is_told(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
+    case = {**CASE, "data_dir": imagenet, "loader": "dali"}
+    if not torch.cuda.is_available():
+        source = opened(**case)._train
+        assert isinstance(source, dali.DaliSource)
+        on_gpu = dali.DaliSource(source.reader, 1, torch.device("cuda:0"))
+        with pytest.raises(UserError, match=told) as error:
+            next(on_gpu.fetch([Request(np.arange(2))]))
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(dali, "is_installed", lambda: True)
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # a broken import
+    with pytest.raises(UserError, match=told):
+        take(opened(**case).train(), 1)
+
+
+def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dali, "_for_dali", fail)
+    with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
+        take(opened(**CASE, data_dir=imagenet, loader="dali", skip_bad=True).train(), 1)
 
 
 def test_without_dali_the_error_names_the_extra(

@@ -13,8 +13,10 @@ import torchvision
 from PIL import Image
 
 from bip.data.datasets import ArraySplit, dataset_spec, open_split
+from bip.data.prepare import prepare_imagenet
 from bip.data.stores import FolderStore, LmdbStore
 from bip.errors import UserError
+from tests.data.conftest import open_with_defaults
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -70,6 +72,27 @@ def test_lmdb_comes_before_folder_and_val_counts_as_test(imagenet: Path, tmp_pat
     (tmp_path / "ImageNet").symlink_to(imagenet)  # data_dir/NAME
     below = open_split("ImageNet", tmp_path, True, "lmdb")
     assert isinstance(below, LmdbStore)
+
+
+def test_images_that_lie_flat_are_told_how_to_be_stored(tmp_path: Path) -> None:
+    """As TinyImageNet and ImageNet are unpacked."""
+    from tests.data.test_layouts import as_folder, kaggle_xml, tiny  # which imports this module
+
+    for layout, name, place in (
+        (tiny, "TinyImageNet", "tiny-imagenet-200"),
+        (kaggle_xml, "ImageNet", "ILSVRC/Data/CLS-LOC"),
+    ):
+        root = as_folder(tmp_path / name, layout())
+        data_dir = root / place
+        case = {"dataset": name, "num_classes": 3, "data_dir": data_dir, "batch_size": 4}
+        with pytest.raises(UserError) as error:
+            open_with_defaults(**case)
+        assert "build a store: python -m bip data build-lmdb" in str(error.value)
+        assert "\n" not in str(error.value)
+        prepare_imagenet(root, tmp_path / f"{name} in folders")
+        (tmp_path / f"{name} in folders" / "test").symlink_to(data_dir / "test")
+        test = open_split(name, tmp_path / f"{name} in folders", False)
+        assert test.classes == ["n01440764", "n01443537", "n02102040"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import errno
 import io
 import json
+import multiprocessing
+import os
 import pickle
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -19,7 +22,8 @@ from bip.data import decode
 from bip.data.build import build_lmdb, stored_size
 from bip.data.inspect import verify
 from bip.data.prepare import prepare_imagenet
-from bip.data.stores import _RECORD, LmdbStore, record_key
+from bip.data.stores import _RECORD, DamagedImage, FolderStore, LmdbStore, record_key
+from bip.data.writer import LmdbWriter
 from bip.errors import UserError
 from tests.data.test_datasets import cifar_archive  # noqa: F401
 
@@ -192,6 +196,104 @@ def test_annotations_that_do_not_fit(
     assert "\n" not in str(error.value)
 
 
+def test_numbers_without_a_train_folder_are_named_by_the_mapping(tmp_path: Path) -> None:
+    """Not by their order as text, in which 10 comes before 2."""
+    names = [f"n{100 - number:08}" for number in range(12)]
+    files = {f"val/{number:02}.JPEG": jpeg(number) for number in range(12)}
+    files["val.txt"] = "".join(f"{n:02}.JPEG {n}\n" for n in range(12)).encode()
+    with pytest.raises(UserError, match=r"val/: .* class number 0, and neither a train/") as error:
+        build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
+    assert "\n" not in str(error.value)
+    files["LOC_synset_mapping.txt"] = "".join(f"{name} fish, x\n" for name in names).encode()
+    build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
+    assert LmdbStore(tmp_path / "out" / "val.lmdb").classes == sorted(names)
+    assert content(tmp_path / "out" / "val.lmdb") == [
+        (jpeg(number), names[number]) for number in reversed(range(12))
+    ]
+
+
+@pytest.mark.parametrize("name", ["../../../escaped", "..", ".", "a/b", "a\0b", "/tmp/escaped"])
+def test_annotations_put_nothing_outside_the_folder(tmp_path: Path, name: str) -> None:
+    files = {"val/1.JPEG": jpeg(1), "val.txt": f"1.JPEG {name}\n".encode()}
+    src = as_folder(tmp_path / "a" / "b" / "src", files)
+    before = sorted(tmp_path.rglob("*"))
+    for act in (prepare_imagenet, build_lmdb):
+        with pytest.raises(UserError, match=r"val/: its annotations name a class .* no name$"):
+            act(src, tmp_path / "a" / "b" / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_links_in_a_tar_are_files(tmp_path: Path) -> None:
+    src = as_folder(tmp_path / "src", train_files(""))
+    first, second = (src / "train" / name for name in CLASSES[:2])
+    os.link(first / f"{CLASSES[0]}_1.JPEG", second / "hard.JPEG")
+    (second / "soft.JPEG").symlink_to(f"../{CLASSES[0]}/{CLASSES[0]}_2.JPEG")
+    (second / "a_chain.JPEG").symlink_to("soft.JPEG")
+    with tarfile.open(tmp_path / "src.tar", "w") as archive:
+        archive.add(src, ".")
+    for source, out in ((src, "folder"), (tmp_path / "src.tar", "tar")):
+        build_lmdb(source, tmp_path / out)
+    assert content(tmp_path / "tar" / "train.lmdb") == content(tmp_path / "folder" / "train.lmdb")
+    assert len(content(tmp_path / "tar" / "train.lmdb")) == 15
+
+
+@pytest.mark.parametrize("target", ["nowhere.JPEG", "/etc/passwd", "../../..", "link.JPEG", "."])
+def test_a_link_out_of_a_tar_is_told(tmp_path: Path, target: str) -> None:
+    src = as_folder(tmp_path / "src", train_files(""))
+    (src / "train" / CLASSES[0] / "link.JPEG").symlink_to(target)
+    with tarfile.open(tmp_path / "src.tar", "w") as archive:
+        archive.add(src, ".")
+    with pytest.raises(UserError, match=r"/link\.JPEG: links to .*, which is no file in the arch"):
+        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+
+
+def test_a_sparse_member_of_a_tar_is_told(tmp_path: Path) -> None:
+    member = tarfile.TarInfo(f"train/{CLASSES[0]}/sparse.JPEG")
+    member.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(tmp_path / "src.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.addfile(member)
+    with pytest.raises(UserError, match=r"sparse\.JPEG: is stored sparse"):
+        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_member_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:
+        for seed in (1, 2):
+            archive.writestr("train/a/1.jpg", jpeg(seed))
+    build_lmdb(tmp_path / "src.zip", tmp_path / "out")
+    assert content(tmp_path / "out" / "train.lmdb") == [(jpeg(2), "a")]
+
+
+def test_huge_files_are_told_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huge = f"train/{CLASSES[0]}/0_huge.JPEG"
+    files = train_files("") | {huge: bytes(3_000_000)}
+    monkeypatch.setattr("bip.data.layouts.MOST_BYTES", 2_000_000)
+    monkeypatch.setattr("bip.data.stores.MOST_BYTES", 2_000_000)
+    monkeypatch.setattr(zipfile.ZipFile, "read", refuse_huge(zipfile.ZipFile.read))
+    for number, packed in enumerate((as_folder, as_zip, as_tar)):
+        src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"
+        with pytest.raises(UserError, match=f"{huge} cannot be stored .is no image, as it has 3 M"):
+            build_lmdb(src, out)
+        build_lmdb(src, out, skip_bad=True)
+        assert "1 skipped" in capsys.readouterr().err
+    with pytest.raises(DamagedImage, match=r"0_huge\.JPEG .image 0, class n01440764.: is no image"):
+        FolderStore(tmp_path / "src0" / "train").read(0)
+    lists = caffe() | {"val.txt": bytes(3_000_000)}
+    with pytest.raises(UserError, match=r"val\.txt: has 3 MB, too many for a list"):
+        build_lmdb(as_zip(tmp_path / "lists", lists), tmp_path / "out")
+
+
+def refuse_huge(read: Callable[..., bytes]) -> Callable[..., bytes]:
+    def checked(archive: zipfile.ZipFile, name: str) -> bytes:
+        assert archive.getinfo(name).file_size < 2_000_000
+        return read(archive, name)
+
+    return checked
+
+
 def kaggle_mapping() -> dict[str, bytes]:
     return caffe() | {"LOC_synset_mapping.txt": "\n".join(CLASSES).encode()}
 
@@ -335,6 +437,43 @@ def test_too_little_disk_is_told_before_the_start(
     with pytest.raises(UserError, match="GB are free; make room"):
         build_lmdb(src, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_room_for_one_of_two_stores_is_too_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src = as_folder(tmp_path / "src", imagefolder())
+    sizes = [stored_size(path.stat().st_size) for path in src.rglob("*.JPEG")]
+    for free, enough in ((sum(sizes) - 10, False), (sum(sizes) + 10, True)):
+        usage = type("usage", (), {"free": free})()
+        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
+        if enough:
+            build_lmdb(src, tmp_path / "out")
+            continue
+        with pytest.raises(UserError, match=r"train\.lmdb and .*val\.lmdb: will take"):
+            build_lmdb(src, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_page_that_ends_its_reader_is_told(tmp_path: Path) -> None:
+    """A value of 1 GB, says its node: a bus error in LMDB's own get."""
+    path = tmp_path / "train.lmdb"
+    with LmdbWriter(path, ["a"]) as writer:
+        data = jpeg(0, (150, 100)) + bytes(9000)  # on pages of its own
+        for _ in range(60):
+            writer.add(data, 0, 150, 100)
+    content = bytearray(path.read_bytes())
+    node = content.index(record_key(50)) - 8
+    assert struct.unpack_from("=HHHH", content, node) == (16 + len(data), 0, 1, 8)
+    struct.pack_into("=H", content, node + 2, 0x4000)
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"train\.lmdb: reading it ended by SIGBUS at record \d+ or soon after it"
+    ) as error:
+        verify(path, workers=1)
+    assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_verify_finds_every_damaged_record(

@@ -216,7 +216,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
         (tmp_path / split / "a" / "1.jpg").write_bytes(b"<html>404</html>")
     data = opened(dataset="ImageNet", num_classes=1, data_dir=tmp_path, batch_size=1, num_workers=1)
     with pytest.raises(
-        UserError, match=r"train/a/1\.jpg .class a. does not decode .no known image"
+        UserError, match=r"train/a/1\.jpg .image 0, class a. does not decode .no known image"
     ):
         next(data.train())
 
@@ -327,7 +327,7 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
     case = {"dataset": "CIFAR10", "num_classes": 2, "data_dir": tmp_path, "batch_size": 2}
     with pytest.raises(UserError) as error:
         opened(**case)
-    assert f"{bad} (class b) does not decode" in str(error.value)
+    assert f"{bad} (image 1, class b) does not decode" in str(error.value)
     assert "\n" not in str(error.value)
 
 

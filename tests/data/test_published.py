@@ -1,5 +1,6 @@
 """The published layout of pickles: read as it is, converted, and never run."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -22,7 +23,7 @@ from PIL import Image
 from bip.data.build import convert
 from bip.data.inspect import info, verify
 from bip.data.published import PublishedStore, loads, open_store
-from bip.data.stores import LmdbStore
+from bip.data.stores import DamagedImage, LmdbStore
 from bip.errors import UserError
 from tests.data.conftest import open_with_defaults as opened
 
@@ -87,6 +88,44 @@ def test_what_is_not_plain_data_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"pickle"):
         loads(data)
     assert not Path("/tmp/bip-evil-was-here").exists()
+
+
+SWELLING = {
+    "lists": b"]",
+    "numbered lists": b"]\x94",
+    "tuples": b"K\x01\x85",
+    "tuples in tuples": b"\x85",
+    "marks": b"(",
+    "numbered": b"\x94",
+    "again": b"h\x00",
+    "texts": b"\x8c\x02ab",
+    "wide texts": b"\x8c\x03\xe4\xb8\xad",
+    "bytes": b"C\x02ab\x94",
+    "integers": b"M\xff\x7f",
+    "long integers": b"\x8a\x02\xff\x7f",
+}
+
+
+@pytest.mark.parametrize("unit", SWELLING.values(), ids=SWELLING.keys())
+@pytest.mark.parametrize("end", [b"e.", b""])
+def test_memory_is_a_small_multiple_of_the_pickle(unit: bytes, end: bytes) -> None:
+    for data in (
+        b"\x80\x04](K\x01\x94" + unit * (200_000 // len(unit)) + end,
+        b"\x80\x04K\x01" + unit * (200_000 // len(unit)) + end,
+    ):
+        for most, multiple in ((None, 24), (64, 2)):
+            tracemalloc.start()
+            with contextlib.suppress(ValueError):
+                loads(data, most)
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak < multiple * len(data) + 20_000
+
+
+def test_a_record_of_many_opcodes_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.lmdb", [(photo(), 0), pickle.dumps([5] * 100)])
+    with pytest.raises(DamagedImage, match=r"record 1 .*of more than bytes and a label"):
+        open_store(path).read(1)
 
 
 def test_10_000_mutations_neither_crash_nor_run_nor_swell() -> None:
@@ -167,6 +206,19 @@ def test_it_trains_as_it_is(published: Path, small_cifar: Path) -> None:
     assert labels.tolist() == sorted(7 * list(range(10)))
     theirs.close()
     ours.close()
+
+
+def test_prefetch_asks_for_the_bytes_of_the_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = [(random.Random(number).randbytes(9000), number) for number in range(12)]
+    path = write(tmp_path / "train.lmdb", records)
+    asked: list[tuple[int, ...]] = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, *where: asked.append(where))
+    store, content = open_store(path), path.read_bytes()
+    store.prefetch([11, 3])
+    found = [loads(content[start + 16 : start + length]) for start, length, _ in asked]
+    assert found == [records[11], records[3]]
 
 
 def test_convert(published: Path, small_cifar: Path, tmp_path: Path) -> None:

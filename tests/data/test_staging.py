@@ -27,6 +27,8 @@ MOUNTS = """\
 31 30 0:26 / /home/local rw - xfs /dev/sdb rw
 32 22 0:27 / /scratch rw shared:4 master:5 - lustre mds@tcp:/fs rw
 33 22 0:28 / /mnt/with\\040space rw - fuse.sshfs host:/ rw
+37 22 0:31 / /container rw - fuse.fuse-overlayfs fuse-overlayfs rw
+38 22 0:32 / /image ro - fuse.squashfuse_ll squashfuse_ll ro
 34 22 0:29 / /stacked rw - ext4 /dev/sdc rw
 35 34 0:30 / /stacked rw - beegfs beegfs_nodev rw
 36 22 0:31 / /homework rw - ext4 /dev/sdd rw
@@ -43,6 +45,8 @@ MOUNTS = """\
         ("/mnt/with space/x", "fuse.sshfs"),
         ("/stacked/x", "beegfs"),
         ("/homework/x", None),
+        ("/container/data", None),
+        ("/image/data", None),
     ],
 )
 def test_network_filesystems_are_known(path: str, kind: str | None) -> None:
@@ -126,6 +130,26 @@ def test_four_processes_stage_one_copy(tmp_path: Path) -> None:
     assert sum("SHA-256 confirmed" in line for line in told) == 1, "one of them copied"
     assert copy.read_bytes() == store.read_bytes()
     assert not list((tmp_path / "local").glob(".*.partial"))
+
+
+def test_a_lock_file_that_is_removed_locks_nobody_out_nor_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One who locked the file that was removed holds no lock."""
+    path, flock, removed = tmp_path / "lock", fcntl.flock, []
+
+    def remove_first(stream: Any, how: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+        flock(stream, how)
+
+    monkeypatch.setattr("fcntl.flock", remove_first)
+    with staging._locked(path, lambda: None, "x"), open(path) as other:
+        assert removed
+        with pytest.raises(BlockingIOError):
+            flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(FileNotFoundError), staging._locked(path, lambda: None, "x"):
+        raise FileNotFoundError
 
 
 def test_a_killed_copy_is_begun_again(store: Path, tmp_path: Path) -> None:

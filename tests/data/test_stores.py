@@ -1,21 +1,26 @@
 """LMDB and folder stores: round trips, damage, processes."""
 
 import errno
+import faulthandler
+import hashlib
 import json
 import multiprocessing
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
 import textwrap
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
 import numpy as np
 import pytest
 
+from bip.data.inspect import verify
 from bip.data.stores import FolderStore, LmdbStore, image_tree, pack_record
 from bip.data.writer import LmdbWriter
 from bip.errors import UserError
@@ -72,6 +77,109 @@ def test_the_layout_is_the_documented_one(store: Path) -> None:
     assert struct.unpack(">I", value[12:16]) == (zlib.crc32(value[:12] + data),)
     assert value[16:] == data
     assert (header["format"], header["version"], header["count"]) == ("bip-lmdb", 1, 20)
+
+
+def test_prefetch_asks_for_the_bytes_of_the_records(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMDB's own format is read here, so this is against its own reader."""
+    asked = []
+    monkeypatch.setattr("os.posix_fadvise", lambda fd, *where: asked.append(where))
+    opened, content = LmdbStore(store), store.read_bytes()
+    for index, record in enumerate(images()):
+        asked.clear()
+        opened.prefetch([index])
+        value = pack_record(*record)
+        if len(value) < 2020:  # on the leaf page itself, which is read by now
+            assert asked == []
+            continue
+        ((start, length, advice),) = asked
+        assert content[start + 16 : start + length] == value
+        assert advice == os.POSIX_FADV_WILLNEED
+    opened.prefetch([99, 7])  # no such record: `read` tells
+    assert _read_all(opened) == [record[:2] for record in images()]
+
+
+def _outcome(path: Path, hint: bool) -> tuple[int, bytes]:
+    """The child's wait status, and a digest of all that it read, errors too."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.disable()
+            told = hashlib.sha256()
+            try:
+                opened = LmdbStore(path)
+                if hint:
+                    opened.prefetch(range(len(opened)))
+                for index in range(len(opened)):
+                    try:
+                        told.update(repr(opened.read(index)).encode())
+                    except UserError as error:
+                        told.update(str(error).encode())
+            except UserError as error:
+                told.update(str(error).encode())
+            os.write(writer, told.digest())
+            os._exit(0)
+        finally:  # anything else that was raised
+            os._exit(9)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        digest = stream.read()
+    return os.waitpid(child, 0)[1], digest
+
+
+def damaged_pages(path: Path, count: int) -> Iterator[Path]:
+    """`path`'s copies with damage in a page of LMDB's tree."""
+    rng, content = random.Random(0), path.read_bytes()
+    tree = [
+        at
+        for at in range(8192, len(content), 4096)
+        if struct.unpack_from("<Q", content, at)[0] == at // 4096
+        and struct.unpack_from("<H", content, at + 10)[0] in (1, 2)  # branch or leaf
+    ]
+    for _ in range(count):
+        damaged = bytearray(content)
+        page = rng.choice(tree)
+        for _ in range(rng.randint(1, 3)):
+            at = page + rng.choice([rng.randrange(16, 64), rng.randrange(4096)])
+            damaged[at] = rng.choice([0, 255, damaged[at] ^ 1 << rng.randrange(8)])
+        if rng.random() < 0.2:  # the size of the page's third value: 1 GB
+            damaged[page + struct.unpack_from("<H", content, page + 20)[0] + 3] = 0x40
+        copy = path.with_name("damaged.lmdb")
+        copy.write_bytes(damaged)
+        yield copy
+        copy.unlink()
+
+
+def test_prefetch_changes_nothing_on_80_damaged_pages(store: Path) -> None:
+    """Nor does it end the process where reading would not."""
+    outcomes = set()
+    for path in damaged_pages(store, 80):
+        plain, hinted = (_outcome(path, hint) for hint in (False, True))
+        assert plain == hinted
+        outcomes.add(plain)
+    statuses = {status for status, _ in outcomes}
+    assert 0 in statuses
+    assert any(os.WIFSIGNALED(status) for status in statuses)
+    assert all(os.WIFSIGNALED(status) for status in statuses - {0})
+    assert len(outcomes) > 20
+
+
+def test_verify_outlives_40_damaged_pages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = [(b"P5 %d 1 255 " % n + bytes(n), 0, n, 1) for n in range(1, 8000, 400)]
+    told = []
+    for path in damaged_pages(write(tmp_path / "train.lmdb", records), 40):
+        try:
+            verify(path, workers=1)
+            told.append(capsys.readouterr().out)
+        except UserError as error:
+            told.append(str(error))
+        assert str(path) in told[-1]
+    assert any("20 images, 0 damaged" in text for text in told)
+    assert any("reading it ended by SIG" in text for text in told)
 
 
 def test_a_store_in_a_folder_reads_the_same(store: Path, tmp_path: Path) -> None:

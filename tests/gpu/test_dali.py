@@ -4,10 +4,17 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from bip.data.dali import DaliSource
+from bip.data.sources import Request
+from bip.errors import UserError
 from tests.data.conftest import imagenet, open_with_defaults  # noqa: F401
+from tests.data.test_dali import HARMED, encoded, harmed_photos, tree  # noqa: F401
+from tests.data.test_loaders import take
 
 pytest.importorskip("nvidia.dali", reason="DALI is missing: pip install 'bip-hpc[dali]'")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -35,6 +42,94 @@ def test_evaluation_is_close_to_lmdbs(imagenet: Path) -> None:  # noqa: F811
         assert (255 * (images.cpu() - x)).abs().mean() < 1.0
         count += len(y)
     assert count == 171
+
+
+def test_training_crops_are_lmdbs(imagenet: Path) -> None:  # noqa: F811
+    """The same crops and flips: another place would differ by far more than another decoder.
+
+    At a size that no crop is decoded at a JPEG scale for.
+    """
+    case = {**CASE, "data_dir": imagenet, "image_dim": 420, "num_workers": 2}
+    mine, others = (
+        take(
+            open_with_defaults(**case, loader=loader, device=torch.device(device)).train(
+                "upper", 3
+            ),
+            7,
+        )
+        for loader, device in (("dali", "cuda"), ("lmdb", "cpu"))
+    )
+    away = []
+    for (images, labels), (x, y) in zip(mine, others, strict=True):
+        assert torch.equal(labels.cpu(), y)
+        away.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
+    assert torch.cat(away).mean() < 1.5
+    assert torch.cat(away).max() < 6
+
+
+def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees", which no loader does
+    files = {
+        "a/1.jpg": encoded("RGB", "JPEG"),
+        "a/2.jpg": encoded("L", "JPEG"),
+        "a/3.jpg": encoded("CMYK", "JPEG"),
+        "a/4.jpg": encoded("RGB", "JPEG", exif=exif),
+        "a/5.jpg": encoded("RGB", "JPEG", progressive=True, subsampling=0),
+        "a/6.jpg": encoded("RGB", "JPEG", subsampling=1),
+        "a/7.jpg": encoded("RGB", "JPEG", restart_marker_blocks=3),
+        "b/1.png": encoded("RGB", "PNG"),
+        "b/2.png": encoded("RGBA", "PNG"),
+        "b/3.png": encoded("P", "PNG"),
+        "b/4.jpg": encoded("L", "PNG"),
+    }
+    case = {**CASE, "num_classes": 2, "data_dir": tree(tmp_path, files), "batch_size": 11}
+    case |= {"image_dim": 48, "test_batch_size": 11}
+    ((x, y),) = open_with_defaults(**case, loader="folder").evaluate("test")
+    ((images, labels),) = open_with_defaults(
+        **case, loader="dali", device=torch.device("cuda")
+    ).evaluate("test")
+    assert torch.equal(labels.cpu(), y)
+    assert (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).max() < 2
+
+
+def test_damaged_photos_are_skipped_as_by_the_folder_loader(
+    harmed_photos: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
+    cuda = torch.device("cuda")
+    mine = take(open_with_defaults(**case, loader="dali", device=cuda).train(), 8)
+    told = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
+    others = take(open_with_defaults(**case, loader="folder").train(), 8)
+    expected = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
+    assert told == expected
+    for (images, labels), (x, y) in zip(mine, others, strict=True):
+        assert torch.equal(labels.cpu(), y)
+        # But for the photo with zeros in its scan, which each decoder makes its own grey of.
+        away = (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).sort().values
+        assert away[-2] < 6
+    again = open_with_defaults(**case, loader="dali", device=cuda).train("lower", 5)
+    for (images, labels), (x, y) in zip(take(again, 3), mine[5:], strict=True):
+        assert torch.equal(images, x)
+        assert torch.equal(labels, y)
+
+
+def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:  # noqa: F811
+    images = sorted((harmed_photos / "train").rglob("*.JPEG"))
+    bad = {images[index].name for index, way in HARMED.items() if way != "zeros"}
+    case = {**CASE, "data_dir": harmed_photos, "image_dim": 64, "loader": "dali"}
+    with pytest.raises(UserError, match="does not decode") as error:
+        take(open_with_defaults(**case, device=torch.device("cuda")).train(), 8)
+    assert any(name in str(error.value) for name in bad)
+
+
+def test_a_gpu_that_is_not_there_is_told(imagenet: Path) -> None:  # noqa: F811
+    source = open_with_defaults(**CASE, data_dir=imagenet, loader="dali")._train
+    assert isinstance(source, DaliSource)
+    beyond = torch.device("cuda", torch.cuda.device_count())
+    with pytest.raises(UserError, match="loader: DALI does not start here"):
+        next(DaliSource(source.reader, 1, beyond).fetch([Request(np.arange(2))]))
 
 
 @pytest.mark.parametrize("start", [1, 5, 8])
