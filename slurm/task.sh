@@ -63,23 +63,23 @@ await_end() { # by SLURM, which has requeued this task
   exit 75
 }
 
+is_cancelled() { # by SLURM; sets $reason. Does not return where SLURM has requeued this task
+  look
+  [[ $standing != requeued ]] || await_end
+  [[ $standing == cancelled ]] || return 1
+  reason="cancelled; $(how_to_go_on)"
+}
+
 requeue() { # returns, with $reason, only if SLURM will not run this task again
   local deadline=$((SECONDS + ${BIP_REQUEUE_SECONDS:-600}))
   while :; do
-    look
-    case $standing in
-      # A second time would hit the next attempt.
-      requeued) await_end ;;
-      cancelled)
-        reason="cancelled; $(how_to_go_on)"
-        return
-        ;;
-      runs)
-        ! is_spent || break
-        ! answer=$(scontrol requeue "$(task_name)" 2>&1) || await_end
-        [[ ${answer,,} != *pending* ]] || await_end
-        ;;
-    esac
+    # Looked at each time: a second requeue would hit the next attempt.
+    ! is_cancelled || return 0
+    if [[ $standing ]]; then
+      ! is_spent || break
+      ! answer=$(scontrol requeue "$(task_name)" 2>&1) || await_end
+      [[ ${answer,,} != *pending* ]] || await_end
+    fi
     if will_not_change || ((SECONDS >= deadline)); then
       ((code != 75)) || reason="saved at its last step, but "
       reason+="SLURM refuses to requeue (${answer%%$'\n'*}); $(how_to_go_on)"
@@ -105,7 +105,8 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     echo "{\"reason\": \"exit code $code of srun, no rank began\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
   allowed=$(sed -n 's/.*"lost": *\([0-9]*\).*/\1/p' "${BIP_PROFILE-}" || true)
-  for ((back = 0; back <= ${allowed:-5}; back++)); do
+  allowed=${allowed:-5}
+  for ((back = 0; back <= allowed; back++)); do
     grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
   done
   reason="no rank began in $back attempts in a row (exit code $code of srun); the profile's"
@@ -145,20 +146,19 @@ run_step() {
       return "$code"
       ;;
   esac
-  look
-  case $standing in
-    requeued) await_end ;; # SLURM's kill of the ranks comes before that of this shell
-    cancelled)
-      reason="cancelled; $(how_to_go_on)"
+  # SLURM ends the ranks of a task that it has requeued before it ends this shell.
+  ! is_cancelled || return "$code"
+  if ((${SLURM_NNODES:-1} > 1)); then
+    if ! nodes_answer; then
+      # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
+      set_aside_lost
+      sleep 600
+      requeue
       return "$code"
-      ;;
-  esac
-  if ((${SLURM_NNODES:-1} > 1)) && ! nodes_answer; then
-    # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
-    set_aside_lost
-    sleep 600
-    requeue
-  elif [[ ${folder-} && ! -e $lost ]] && ! has_begun; then
+    fi
+    ! is_cancelled || return "$code" # SLURM has noticed meanwhile
+  fi
+  if [[ ${folder-} && ! -e $lost ]] && ! has_begun; then
     case $code in
       2 | 13 | 126 | 127) ;; # the command is missing, or may not be executed
       *) requeue ;;          # srun could not start it: the controller or a node was away
