@@ -5,6 +5,7 @@
     jobs/queue.json       the points that workers are to run now, and how many at once
     jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
+    jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
@@ -162,6 +163,9 @@ class Sweep:
     def failure_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.failed"
 
+    def loss_path(self, run_id: str) -> Path:
+        return self.jobs / f"{run_id}.lost"
+
     def records(self) -> list[Record]:
         """The ledger's points, in the order of stages. Raises UserError if there is no ledger."""
         try:
@@ -244,8 +248,11 @@ class Sweep:
         return (self.folder / record.folder / "result.json").exists()
 
     def fail(self, run_id: str, reason: str) -> None:
-        content = {"reason": reason, "time": time.time()}
-        atomic_write_json(self.failure_path(run_id), content)
+        self.note(self.failure_path(run_id), reason)
+
+    @staticmethod
+    def note(path: Path, reason: str) -> None:
+        atomic_write_json(path, {"reason": reason, "time": time.time()})
 
     def failure(self, record: Record) -> str | None:
         """Why the last attempt failed, or None."""

@@ -27,8 +27,9 @@ def run_point(folder: str) -> None:
     """Run the point that the environment names, of the sweep in `folder`, to its end.
 
     Ends the process otherwise: with 75 when the batch script is to requeue the task, with 1 after
-    a failure that is written to the sweep's jobs folder. A stopped run that requeues itself waits
-    for SLURM to end it.
+    a failure that is written to the sweep's jobs folder: as final, or, where this rank only lost
+    the others, for the batch script to decide. A stopped run that requeues itself waits for SLURM
+    to end it.
     """
     stop = StopRequest().install()
     from bip.config import build_config, read_yaml
@@ -54,13 +55,23 @@ def run_point(folder: str) -> None:
                 signal.signal(number, signal.SIG_DFL)
         print(stopped, flush=True)
         attempt.requeue(stopped.cause)
-    except (UserError, RankError) as error:
+    except UserError as error:
         attempt.fail(f"error: {error}")
+    except RankError as error:
+        attempt.lose(f"error: {error}")
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        attempt.fail(f"{type(error).__name__}: {error}")
+        told = f"{type(error).__name__}: {error}"
+        attempt.lose(told) if _is_collective(error) else attempt.fail(told)
+
+
+def _is_collective(error: Exception) -> bool:
+    """Whether a collective failed: the cause is with another rank, or with its node."""
+    # By name: where importing torch is what failed, it cannot be imported here.
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    return "DistError" in kinds or "gloo" in str(error).lower()
 
 
 class Attempt:
@@ -85,10 +96,8 @@ class Attempt:
             if record["event"] == "start":
                 silent = 0 if record["step"] > begun else silent + is_open
                 begun, is_open = record["step"], True
-            elif record["event"] == "end":
-                is_open = record["cause"].startswith("rank lost")
-            elif record["event"] == "lost":  # task.sh took its error for that of a failed node
-                is_open = True
+            elif record["event"] == "end":  # an error that was tried again was not final: a loss
+                is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
         if silent > (allowed := self.profile["retries"]["lost"]):
             raise UserError(
                 f"{silent} attempts ended without a word and without progress (nodes failed, or "
@@ -152,12 +161,20 @@ class Attempt:
         self._record("requeue_refused", cause, "scontrol")
 
     def fail(self, reason: str) -> NoReturn:
-        """Record why this point is given up; the first rank to say so is heard."""
+        """Record why this point is given up."""
+        self._leave(reason, self.sweep.failure_path(self.run_id))
+
+    def lose(self, reason: str) -> NoReturn:
+        """Record how this rank lost others. Whether that is final task.sh finds out: a bug of
+        theirs, or a node that failed, perhaps with the batch script on it."""
+        self._leave(reason, self.sweep.loss_path(self.run_id))
+
+    def _leave(self, reason: str, note: Path) -> NoReturn:
+        """End with a note; the first rank to write it is heard."""
         print(reason, file=sys.stderr, flush=True)
-        note = self.sweep.failure_path(self.run_id)
         try:
             if not note.exists():
-                self.sweep.fail(self.run_id, reason)
+                self.sweep.note(note, reason)
         finally:
             sys.stdout.flush()
             os._exit(1)  # the process group may wait for a dead rank for ever
@@ -183,20 +200,13 @@ class Attempt:
         return "requeued" if task.restarts > restarts else "preempted"
 
     def _records(self) -> list[dict[str, Any]]:
-        """What attempts.jsonl and the notes set aside tell since the array was submitted."""
-        from datetime import UTC, datetime
-
+        """What attempts.jsonl tells since the array was submitted."""
         from bip.files import read_jsonl
 
         assert self.run_folder is not None
         since = os.environ.get(SUBMITTED, "")
-        records = list(read_jsonl(self.run_folder / "attempts.jsonl"))
-        for note in read_jsonl(self.sweep.jobs / f"{self.run_id}.failed.before"):
-            time = datetime.fromtimestamp(note.get("time", 0), UTC).isoformat(
-                timespec="milliseconds"
-            )
-            records.append({"event": "lost", "time": time})
-        return sorted((r for r in records if r["time"] >= since), key=lambda r: str(r["time"]))
+        records = read_jsonl(self.run_folder / "attempts.jsonl")
+        return [record for record in records if record["time"] >= since]
 
     def _record(self, event: str, cause: str, by: str) -> None:
         from datetime import UTC, datetime

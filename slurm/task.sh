@@ -7,21 +7,50 @@
 #
 # A run that was stopped by a signal exits with 75 after its save (or dies of the signal before it
 # could take notice), and the task is requeued: from here, because on some SLURM versions a task
-# that exits within the grace period of a preemption is taken as failed. Any other status is final.
+# that exits within the grace period of a preemption is taken as failed. So is a task whose node
+# failed, and one of which no rank began. Any other status is final.
+#
+# What is final stands in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. What a rank
+# says that lost the others stands in RUN_ID.lost: it cannot know why, so this shell decides, which
+# may be killed with its node. The ranks of a sweep keep the budgets of its profile; without them,
+# BIP_MAX_RESTARTS (100) is how often a task is requeued from here.
 
 # bash would otherwise die of what is meant for the ranks, and with it the requeueing.
 trap '' TERM USR1 USR2
+unset folder point note lost # of the user's environment; set, they mean a point of a sweep
 
 task_name() { # never the bare ID of an array: scontrol takes that for all its tasks
   echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}" |
     grep . || echo "$SLURM_JOB_ID"
 }
 
-is_over() { # whether SLURM has ended this task for good; $1 is what `scontrol show job -o` says
+look() { # sets $standing to what SLURM has made of this task: runs, requeued, cancelled.
+  # Empty, with $answer, where it says nothing for ten minutes.
+  local deadline=$((SECONDS + ${BIP_REQUEUE_SECONDS:-600}))
+  standing=
+  until answer=$(scontrol show job -o "$(task_name)" 2>&1); do
+    ! will_not_change && ((SECONDS < deadline)) || return 0
+    ask_again
+  done
   # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that SLURM has
   # requeued (Restarts tells it, also after a node failure) and one that reached its limit.
-  [[ $1 == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $1 =~ \ EndTime=[0-9] &&
-    $1 =~ JobState=(CANCELLED|PREEMPTED|COMPLETING) && $1 != *Reason=TimeLimit* ]]
+  standing=runs
+  if [[ $answer != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]] ||
+    [[ $answer =~ JobState=(PENDING|REQUEUE) ]]; then
+    standing=requeued
+  elif [[ $answer =~ JobState=(CANCELLED|PREEMPTED|COMPLETING) && $answer != *Reason=TimeLimit* ]]
+  then
+    [[ $answer =~ \ EndTime=[0-9] ]] && standing=cancelled || standing=requeued
+  fi
+}
+
+will_not_change() { # whether $answer is an error that asking again does not mend
+  [[ ${answer,,} =~ disabled|denied|invalid|not\ found ]]
+}
+
+ask_again() {
+  echo "no answer of scontrol ($answer); asking again" >&2
+  sleep "${BIP_REQUEUE_PAUSE:-10}"
 }
 
 how_to_go_on() {
@@ -29,34 +58,73 @@ how_to_go_on() {
     echo "the same sbatch line goes on"; fi
 }
 
+await_end() { # by SLURM, which has requeued this task
+  sleep 900
+  exit 75
+}
+
+is_cancelled() { # by SLURM; sets $reason. Does not return where SLURM has requeued this task
+  look
+  [[ $standing != requeued ]] || await_end
+  [[ $standing == cancelled ]] || return 1
+  reason="cancelled; $(how_to_go_on)"
+}
+
 requeue() { # returns, with $reason, only if SLURM will not run this task again
-  local known answer deadline=$((SECONDS + ${BIP_REQUEUE_SECONDS:-600}))
+  local deadline=$((SECONDS + ${BIP_REQUEUE_SECONDS:-600}))
   while :; do
-    if answer=$(scontrol show job -o "$(task_name)" 2>&1); then
-      known=$answer
-      # Where SLURM has requeued it already, a second time would hit the next attempt.
-      [[ $known == *" Restarts=${SLURM_RESTART_COUNT:-0} "* && $known != *JobState=PENDING* ]] ||
-        break
-      if is_over "$known"; then
-        reason="cancelled; $(how_to_go_on)"
-        return
-      fi
-      answer=$(scontrol requeue "$(task_name)" 2>&1) && break
+    # Looked at each time: a second requeue would hit the next attempt.
+    ! is_cancelled || return 0
+    if [[ $standing ]]; then
+      ! is_spent || break
+      ! answer=$(scontrol requeue "$(task_name)" 2>&1) || await_end
+      [[ ${answer,,} != *pending* ]] || await_end
     fi
-    case ${answer,,} in
-      *pending*) break ;;
-      *disabled* | *denied* | *invalid* | *"not found"*) deadline=0 ;; # asking again will not help
-    esac
-    if ((SECONDS >= deadline)); then
-      reason="saved at its last step, but SLURM refuses to requeue (${answer%%$'\n'*}); "
-      reason+=$(how_to_go_on)
-      echo "$reason" >&2
-      return
+    if will_not_change || ((SECONDS >= deadline)); then
+      ((code != 75)) || reason="saved at its last step, but "
+      reason+="SLURM refuses to requeue (${answer%%$'\n'*}); $(how_to_go_on)"
+      break
     fi
-    echo "no answer of scontrol ($answer); asking again" >&2
-    sleep "${BIP_REQUEUE_PAUSE:-10}"
+    ask_again
   done
-  sleep 900 # until SLURM ends this
+  echo "$reason" >&2
+}
+
+is_spent() { # whether this task has been requeued often enough; sets $reason
+  local restarts=${SLURM_RESTART_COUNT:-0} most=${BIP_MAX_RESTARTS-} name allowed back
+  [[ ${folder-} ]] || most=${most:-100}
+  if [[ $most ]] && ((restarts >= most)); then
+    reason="exit code $code of srun, and already restarted $restarts times (BIP_MAX_RESTARTS is"
+    reason+=" $most); $(how_to_go_on)"
+    return 0
+  fi
+  # Where a rank has begun, the ranks count; attempts in a row of which none has are counted here.
+  [[ ${folder-} ]] && ! has_begun || return 1
+  name=$(task_name)
+  grep -qsF "\"$name.$restarts\"" "$note.before" ||
+    echo "{\"reason\": \"exit code $code of srun, no rank began\"," \
+      "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
+  allowed=$(sed -n 's/.*"lost": *\([0-9]*\).*/\1/p' "${BIP_PROFILE-}" || true)
+  allowed=${allowed:-5}
+  for ((back = 0; back <= allowed; back++)); do
+    grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
+  done
+  reason="no rank began in $back attempts in a row (exit code $code of srun); the profile's"
+  reason+=" retries.lost is $allowed; $(logs)"
+}
+
+ledger_size() { # of the run
+  cat "$folder"/*/"$point"/attempts.jsonl 2>/dev/null | wc -c
+}
+
+has_begun() { # whether a rank of this attempt has got so far as to leave a record
+  (($(ledger_size) > ledger_before))
+}
+
+set_aside_lost() { # what ranks said of an attempt that was not final
+  [[ -e ${lost-} ]] || return 0
+  { tr -d '\n' <"$lost" && echo; } >>"$note.before"
+  rm "$lost"
 }
 
 nodes_answer() { # whether a step still starts on every node of the task
@@ -71,41 +139,55 @@ run_step() {
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
   ((code)) || return 0
   # A note is final, also beside a rank that was just stopped: cancelled, or the budget is spent.
+  [[ ! -e ${note-} ]] || return "$code"
   case $code in
     75 | 138 | 140 | 143) # EX_TEMPFAIL; 128 + USR1, USR2, TERM
-      [[ -e ${note-} ]] || requeue
+      requeue
       return "$code"
       ;;
   esac
-  # What the ranks say of a spent budget is final, or a cluster where no step starts would loop.
-  if ((${SLURM_NNODES:-1} > 1)) && ! grep -qs retries.lost "${note-}" && ! nodes_answer; then
-    # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
-    if [[ -e ${note-} ]]; then # set aside: counted with the attempts that were lost
-      { tr -d '\n' <"$note" && echo; } >>"$note.before"
-      rm "$note"
+  # SLURM ends the ranks of a task that it has requeued before it ends this shell.
+  ! is_cancelled || return "$code"
+  if ((${SLURM_NNODES:-1} > 1)); then
+    if ! nodes_answer; then
+      # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
+      set_aside_lost
+      sleep 600
+      requeue
+      return "$code"
     fi
-    sleep 600
-    requeue
+    ! is_cancelled || return "$code" # SLURM has noticed meanwhile
+  fi
+  if [[ ${folder-} && ! -e $lost ]] && ! has_begun; then
+    case $code in
+      2 | 13 | 126 | 127) ;; # the command is missing, or may not be executed
+      *) requeue ;;          # srun could not start it: the controller or a node was away
+    esac
   fi
   return "$code"
 }
 
+logs() {
+  echo "see $point.log, and slurm/$(task_name)_0_log.err in $folder/jobs"
+}
+
 run_points() {
-  local folder=$1 list=$2 point failed=0 code note err
+  local folder=$1 list=$2 point failed=0 code note lost ledger_before
   shift 2
   for point in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
-    note=$folder/jobs/$point.failed
+    note=$folder/jobs/$point.failed lost=$folder/jobs/$point.lost
     [[ ! -e $note ]] || { failed=1; continue; } # before a requeue, in this submission
-    code=0
+    set_aside_lost # the shell of that attempt was killed, so it was not final
+    ledger_before=$(ledger_size) code=0
     BIP_POINT=$point run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
     ((code)) || continue
     failed=1
     [[ ! -e $note ]] || continue # a rank that could still speak has written why
-    if [[ -z $reason ]] && is_over "$(scontrol show job -o "$(task_name)")"; then
-      reason="cancelled; $(how_to_go_on)"
+    if [[ -z $reason && -e $lost ]]; then
+      mv "$lost" "$note"
+      continue
     fi
-    err=slurm/${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.err
-    reason=${reason:-exit code $code of srun; see $point.log, and $err in $folder/jobs}
+    reason=${reason:-exit code $code of srun; $(logs)}
     echo "{\"reason\": \"${reason//[\"\\]/}\"}" >"$note.new"
     mv "$note.new" "$note"
   done

@@ -20,11 +20,12 @@
 #   --kill-wait S (30)       KillWait, the time from SIGTERM to SIGKILL
 #   --send-user-signal       on preemption send the job's --signal instead of SIGTERM
 #   --job-requeue 0|1 (1)    JobRequeue
+#   --preempt-mode REQUEUE|CANCEL (REQUEUE)   what becomes of a preempted job
 #   --requeue-delay S (120)  how long a requeued job waits before it may start again. The same
 #                            setting (cred_expire) is a launch's time limit, so not below 5
 #   --max-array-size N (1001)
 #
-# Partitions: `low` (the default; its jobs are preempted by requeueing) and `high` (preempts them).
+# Partitions: `low` (the default; its jobs are preempted) and `high` (preempts them).
 # Exit status: 0; 1 no cluster runs; 2 an error; 3 this machine cannot host a cluster.
 set -euo pipefail
 
@@ -267,7 +268,8 @@ options() { # of the action; sets dir and value
   local name
   dir=${TMPDIR:-/tmp}/slurm-dev
   declare -gA value=([nodes]=2 [cpus]=4 [gpus]=0 [grace_time]=10 [kill_wait]=30
-    [send_user_signal]=0 [job_requeue]=1 [requeue_delay]=120 [max_array_size]=1001)
+    [send_user_signal]=0 [job_requeue]=1 [preempt_mode]=REQUEUE [requeue_delay]=120
+    [max_array_size]=1001)
   while (($#)); do
     name=${1#--} name=${name//-/_}
     if [[ $1 == --dir ]]; then
@@ -280,6 +282,10 @@ options() { # of the action; sets dir and value
       die "$1 is an option of up"
     elif [[ $name == send_user_signal ]]; then
       value[$name]=1
+    elif [[ $name == preempt_mode ]]; then
+      [[ ${2-} =~ ^(REQUEUE|CANCEL)$ ]] || die "$1 is REQUEUE or CANCEL, not '${2-}'"
+      value[$name]=$2
+      shift
     else
       [[ ${2-} =~ ^(0|[1-9][0-9]{0,6})$ ]] || die "$1 needs a whole number, not '${2-}'"
       value[$name]=$2

@@ -24,6 +24,7 @@ def cluster_sh(*arguments: object, **environment: str) -> subprocess.CompletedPr
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
+        timeout=600,  # packages may have to be installed
     )
 
 
@@ -63,7 +64,7 @@ class Cluster:
         return done.stdout
 
     def run(self, *command: object) -> str:
-        """The output of a command of SLURM's; `CalledProcessError` if it fails."""
+        """The output of a command of SLURM's; SubprocessError if it fails, or hangs."""
         return subprocess.run(
             list(map(str, command)),
             env=self.environment,
@@ -71,6 +72,7 @@ class Cluster:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             text=True,
+            timeout=180,
         ).stdout.strip()
 
     def submit(self, script: str, *options: object) -> str:

@@ -230,6 +230,7 @@ def test_an_interrupted_start_leaves_nothing(cluster: Cluster) -> None:
         ("up --nodes 0", "--nodes is 1 to 64"),
         ("up --node 3", "unknown option '--node'"),
         ("up --requeue-delay 2", "--requeue-delay is at least 5"),
+        ("up --preempt-mode OFF", "--preempt-mode is REQUEUE or CANCEL, not 'OFF'"),
         ("up --dir /tmp/" + "long" * 20, "--dir: at most 64 characters"),
         ("down --nodes 3", "--nodes is an option of up"),
         ("fail --dir /tmp/x", "unknown"),

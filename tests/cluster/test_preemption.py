@@ -40,6 +40,12 @@ def patient(start_cluster: Callable[..., Cluster]) -> Cluster:
     return start_cluster(cpus=2, **options, **{"max-array-size": 2})
 
 
+@pytest.fixture(scope="module")
+def merciless(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Ends preempted jobs for good."""
+    return start_cluster(nodes=1, cpus=2, **{"preempt-mode": "CANCEL", "kill-wait": 10})
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[Cluster], Cluster]:
     """Point this process's SLURM commands at a cluster."""
@@ -57,11 +63,13 @@ def test_user_signal_without_requeueing_by_slurm_in_chunks(
 ) -> None:
     """`send_user_signal`, JobRequeue=0, three points in arrays of at most two tasks.
 
-    Within the GraceTime SLURM requeues nothing itself: the batch script has to.
+    Within the GraceTime SLURM requeues nothing itself: the batch script has to, as in a container
+    the ranks find none of SLURM's commands.
     """
     cluster = on(patient)
     facts = {"parallelism": 2, "nodes": 1, "ntasks_per_node": 2, "requeue_by": "batch"}
-    sweep = ClusterSweep(cluster, tmp_path / "out", **facts)
+    hidden = {"srun_args": ["--export=ALL,PATH=/nowhere"]}
+    sweep = ClusterSweep(cluster, tmp_path / "out", **facts, **hidden)
     line = ("--series", "0.5,0.2,0.1", "--source-net", source)
     assert sweep.series("Digits/bip.yml", *line, *LONG) == 0
     assert [len(array["tasks"]) for array in sweep.arrays()] == [2, 1]
@@ -109,20 +117,35 @@ def test_no_grace_and_a_finished_run_that_is_requeued(
 def test_time_limit_is_a_save_and_a_requeue_until_the_budget_is_spent(
     cluster: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
 ) -> None:
-    """A minute's limit, told 20 to 50 s before; once is allowed, twice is not."""
+    """Told 20 to 50 s before the limit; once is allowed, twice is not."""
     on(cluster)
-    facts = {"time": 1, "signal_lead": 20, "retries": {"timed_out": 1}}
+    facts = {"signal_lead": 20, "retries": {"timed_out": 1}}
     sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, **facts)
     line = ("--series", "0.2", "--source-net", source, "--epochs", 5000, "--print-freq", 100)
     assert sweep.series("Digits/bip.yml", *line) == 0
     (run_id,) = sweep.points()
-    note = sweep.folder / "jobs" / f"{run_id}.failed"
-    cluster.wait(note.exists, "the second time-out", 500)
+    task, note = sweep.task(run_id), sweep.folder / "jobs" / f"{run_id}.failed"
+    for number in (1, 2):
+        # However slow the machine, each attempt makes steps before its limit comes near.
+        cluster.run("scontrol", "update", f"JobId={task}", "TimeLimit=30")
+        sweep.wait(sweep.training, f"attempt {number} trains")
+        limit_at_next_minute(cluster, task)
+        what = f"time-out {number}"
+        cluster.wait(lambda: len(sweep.attempts(run_id, "end")) == number, what)  # noqa: B023
+        cluster.wait(lambda: note.exists() or sweep.attempts(run_id, "requeue"), what)
+    cluster.wait(note.exists, "the second is not requeued")
     assert "timed_out 2 times; the profile's retries.timed_out is 1" in note.read_text()
     ends, starts = sweep.attempts(run_id, "end"), sweep.attempts(run_id, "start")
     assert [end["cause"] for end in ends] == ["SIGUSR2", "SIGUSR2"]
     assert [r["cause"] for r in sweep.attempts(run_id, "requeue")] == ["timed_out"]
     assert 0 < ends[0]["step"] == starts[1]["step"] < ends[1]["step"]
+
+
+def limit_at_next_minute(cluster: Cluster, task: str) -> None:
+    """Of the task's running attempt, the next minute that is over 15 s away."""
+    minutes, seconds = map(int, cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":"))
+    limit = minutes + 1 + (seconds > 45)
+    cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={limit}")
 
 
 def test_failure_is_not_requeued_blocks_its_stage_and_is_resumed(
@@ -195,6 +218,69 @@ def test_scancel_is_not_undone_by_the_run(
     cluster.run("scancel", sweep.task(run_id))
     cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
     assert_cancelled(sweep, run_id)
+
+
+def test_preempted_for_good_it_saves_and_is_resumed(
+    merciless: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    source: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PreemptMode=CANCEL, of which doctor warns. While its grace lasts a run can still requeue
+    itself; without one SLURM has ended its task before it is told."""
+    cluster = on(merciless)
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, ntasks_per_node=2)
+    assert main(["doctor", str(sweep.profile)]) == 0
+    assert "PreemptMode=CANCEL: SLURM ends preempted tasks for good" in capsys.readouterr().out
+    assert sweep.series("Digits/bip.yml", "--series", "0.2", "--source-net", source, *LONG) == 0
+    (run_id,) = sweep.points()
+    for number, grace in enumerate((30, 0), 1):
+        sweep.wait(sweep.training, f"attempt {number} trains")
+        cluster.run("scontrol", "update", "PartitionName=low", f"GraceTime={grace}")
+        cluster.submit("true", "--partition=high", "--exclusive", "--mem-per-cpu=10")
+        cluster.wait(lambda: len(sweep.attempts(run_id, "end")) == number, "it saves")  # noqa: B023
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
+    assert len(sweep.attempts(run_id, "requeue")) == 1
+    assert cluster.job(sweep.task(run_id))["Restarts"] == "1"
+    (row,) = sweep.status(capsys)
+    assert row["state"] == "failed"
+    assert row["reason"].startswith("preempted and cancelled; python -m launch resume")
+    assert main(["resume", str(sweep.folder), "--no-wait"]) == 0
+    sweep.wait(sweep.all_done, "it is done")
+    ends = [record["cause"] for record in sweep.attempts(run_id, "end")]
+    assert ends == ["SIGTERM", "SIGTERM", "finished"]
+    assert_story(sweep.attempts(run_id))
+    config = sweep.points()[run_id]
+    assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+
+
+def test_finished_within_the_grace_period_and_requeued(
+    patient: Cluster, on: Callable[[Cluster], Cluster], tmp_path: Path, source: Path
+) -> None:
+    """The attempt that SLURM ends while it exits writes no note; the next one does nothing."""
+    cluster = on(patient)
+    slow = tmp_path / "python"  # its exit takes a while
+    slow.write_text(f"#!/bin/bash\ntrap '' USR2 TERM\n{sys.executable} \"$@\"\nexec sleep 60\n")
+    slow.chmod(0o755)
+    sweep = ClusterSweep(cluster, tmp_path / "out", nodes=1, python=str(slow))
+    line = ("--series", "0.2", "--source-net", source, "--epochs", 1)
+    assert sweep.series("Digits/bip.yml", *line) == 0
+    (run_id,) = sweep.points()
+    task, config = sweep.task(run_id), sweep.points()[run_id]
+    sweep.wait(sweep.all_done, "it is done")
+    written = {p: p.stat().st_mtime for p in config.run_folder.rglob("*") if p.is_file()}
+    blocker = high(cluster, 1)
+    cluster.wait(lambda: cluster.job(task)["PreemptTime"] != "None", "its grace period")
+    assert cluster.job(task)["JobState"] == "RUNNING"
+    slow.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    cluster.run("scontrol", "requeue", task)
+    sweep.wait(lambda: "already finished" in sweep.log(run_id), "the attempt after the end")
+    cluster.wait_for_state(task, "COMPLETED")
+    assert cluster.job(task)["Restarts"] == "1"
+    cluster.wait_for_state(blocker, "COMPLETED")
+    assert {p: p.stat().st_mtime for p in config.run_folder.rglob("*") if p.is_file()} == written
+    assert not list((sweep.folder / "jobs").glob("*.failed*"))
 
 
 def test_queued_tasks_run_the_code_of_their_submission(
@@ -314,7 +400,7 @@ def test_the_whole_path(
     sweep.wait(lambda: sweep.attempts(prune, "requeue"), "the requeue")
     sweep.wait(sweep.all_done, "all is done", 300)
     (end,) = [r for r in sweep.attempts(prune, "end") if r["cause"] != "finished"]
-    assert end["step"] % 10, "preempted in mid-epoch"
+    assert 0 < end["step"] < 20, "preempted before its last step, and mostly in mid-epoch"
     assert_story(sweep.attempts(prune))
     config = sweep.points()[prune]
     assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))

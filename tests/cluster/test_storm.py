@@ -37,11 +37,12 @@ class Storm:
         self.cluster, self.sweep = cluster, sweep
         self.random = random.Random(4)
         self.blows: Iterator[Callable[[], None]] = itertools.chain(
-            [self.preempt, self.time_limit, self.requeue, self.fail_node],
-            [self.restart_controller],
+            [self.preempt, self.fail_first_node, self.time_limit, self.requeue],
+            [self.fail_second_node, self.restart_controller],
             itertools.repeat(self.preempt),
         )
         self.dealt: list[str] = []
+        self.lost: list[tuple[str, int]] = []  # run, and how many attempts it had begun by then
         self.limited: str | None = None  # the run whose time limit is near
 
     def preempt(self) -> None:
@@ -51,9 +52,27 @@ class Storm:
         """The scheduler's operator requeues one task."""
         self.cluster.run("scontrol", "requeue", self.sweep.task(self.victim()))
 
-    def fail_node(self) -> None:
-        self.cluster.control("fail", "n2")
-        self.cluster.control("recover", "n2")
+    def fail_first_node(self) -> None:
+        """With the batch shells and the ranks 0."""
+        self._fail("n1")
+
+    def fail_second_node(self) -> None:
+        self._fail("n2")
+
+    def _fail(self, node: str) -> None:
+        """Raises LookupError if it hit no run: the last ones had just ended."""
+        training = self.sweep.training()
+        self.cluster.control("fail", node)
+        self.cluster.control("recover", node)
+        attempts = {name: self.sweep.attempts(name) for name in training}
+        lost = [
+            (name, sum(record["event"] == "start" for record in records))
+            for name, records in attempts.items()
+            if not self.sweep.result(name) and records[-1]["event"] != "requeue"
+        ]
+        self.lost += lost
+        if not lost:
+            raise LookupError("no run was on the node")
 
     def restart_controller(self) -> None:
         self.cluster.control("restart", "slurmctld")
@@ -98,7 +117,7 @@ class Storm:
             self.sweep.wait(lambda: True, "no failure")
             counts = {name: interrupted(self.sweep.attempts(name)) for name in self.sweep.points()}
             twice = sum(count >= 2 for count in counts.values()) >= len(counts) // 3
-            over = twice and min(counts.values()) >= 1 and len(self.dealt) >= 5
+            over = twice and min(counts.values()) >= 1 and len(self.dealt) >= 6
             passed = not self.cluster.run("squeue", "-h", "-p", "high")
             if not over and passed and self.sweep.training():
                 time.sleep(self.random.uniform(0, 1.5))
@@ -140,7 +159,11 @@ def storm(
     print(f"{weather.dealt}: interruptions {counts} in {took:.0f} s; requeued: {causes}")
     assert min(counts.values()) >= 1
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
-    assert len(weather.dealt) >= 5
+    assert len(weather.dealt) >= 6
+    for run_id, number in weather.lost:  # that attempt ended without an agreed stop
+        events = [record["event"] for record in sweep.attempts(run_id)]
+        begun = [at for at, event in enumerate(events) if event == "start"]
+        assert "requeue" not in events[begun[number - 1] : begun[number]]
     assert "preempted" in causes
     if len(series) > 5:  # of few quick runs none may last until its limit
         assert "timed_out" in causes

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from launch.ledger import Sweep
 from launch.profile import SlurmProfile
 from launch.rank import Attempt
 from launch.slurm import Task
-from tests.launch.conftest import ROOT
+from tests.launch.conftest import DIGITS, ROOT
 
 # What SLURM 22.05 says of a task that runs, was requeued, reached its limit or was cancelled.
 RUNNING = "JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00 PreemptTime=None "
@@ -83,13 +84,32 @@ class FakeSlurm:
             "BIP_PROFILE": str(self.sweep.jobs / "profile.json"),
         }  # fmt: skip
 
+    def set_aside(self) -> list[str]:
+        """What was said of attempts that were not final."""
+        return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
+
     def note(self) -> str | None:
         path = self.sweep.failure_path("run")
         return json.loads(path.read_text())["reason"] if path.exists() else None
 
-    def batch(self, code: int, **env: str) -> int:
-        """task.sh's run_points, whose ranks exit with `code`; its exit status."""
-        self.command("srun", f"#!/bin/bash\nexit {code}\n")
+    def batch(
+        self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
+        **env: str,
+    ) -> int:  # fmt: skip
+        """task.sh's run_points, whose ranks exit with `code`; its exit status.
+
+        A rank has recorded its start if `begun`, and ranks have left their notes. A probe of the
+        nodes ends with `nodes`.
+        """
+        lines = ["#!/bin/bash", "[[ $* != *overlap* ]] || { echo probe >>${0%/*}/calls;"]
+        lines[-1] += f" exit {nodes}; }}"
+        for text, kind in ((failed, "failed"), (lost, "lost")):
+            if text:
+                note = json.dumps({"reason": text}, indent=2)
+                lines.append(f"echo {shlex.quote(note)} >{self.sweep.jobs}/run.{kind}")
+        if begun:
+            lines.append(f"echo '{json.dumps(start(5))}' >>{self.run}/attempts.jsonl")
+        self.command("srun", "\n".join([*lines, f"echo ranks >>${{0%/*}}/calls; exit {code}\n"]))
         (self.sweep.jobs / "points.txt").write_text("run\n")
         words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"
         script = f"source {ROOT}/slurm/task.sh; {words}"
@@ -128,23 +148,23 @@ def test_a_cancelled_task_is_not_requeued(fake: FakeSlurm) -> None:
     fake.says(CANCELLED)
     assert fake.rank() == 1
     assert fake.note() == f"cancelled; python -m launch resume {fake.sweep.folder} goes on"
-    fake.sweep.failure_path("run").unlink()
-    assert fake.batch(75) == 1
-    assert fake.note() == f"cancelled; python -m launch resume {fake.sweep.folder} goes on"
-    assert fake.calls("requeue") == 0
     assert fake.events() == []
+    for code in (75, 137):
+        fake.sweep.failure_path("run").unlink()
+        assert fake.batch(code, lost="error: rank 0 is gone") == 1
+        assert fake.note() == f"cancelled; python -m launch resume {fake.sweep.folder} goes on"
+    assert fake.calls("requeue") == 0
 
 
 def test_a_note_of_cancel_is_final_before_slurm_says_so(fake: FakeSlurm) -> None:
     """`launch cancel` writes it before scancel; it also stands for a budget that is spent."""
     fake.sweep.fail("run", "cancelled by hand")
     assert fake.rank() == 1
-    fake.command("srun", "#!/bin/bash\nexit 75\n")
-    step = f"source {ROOT}/slurm/task.sh; note={fake.sweep.failure_path('run')} run_step true"
-    assert subprocess.run(["bash", "-c", step], env=fake.env, check=False).returncode == 75
+    assert fake.events() == []
+    fake.sweep.failure_path("run").unlink()
+    assert fake.batch(75, failed="cancelled by hand") == 1
     assert fake.note() == "cancelled by hand"
     assert fake.calls("requeue") == 0
-    assert fake.events() == []
 
 
 def test_unanswered_calls_are_repeated(fake: FakeSlurm) -> None:
@@ -177,9 +197,11 @@ def test_a_task_that_slurm_has_requeued_is_left_alone(fake: FakeSlurm, answer: s
     fake.says(answer)
     assert fake.rank() == os.EX_TEMPFAIL
     assert fake.note() is None
-    fake.batch(143)
-    assert fake.calls("requeue") == 0
-    assert fake.calls("sleep 900") == 1
+    for count, code in enumerate((143, 137, 1)):  # srun may end before this shell is killed
+        assert fake.batch(code, lost="error: rank 0 is gone") == os.EX_TEMPFAIL
+        assert fake.note() is None
+        assert fake.calls("requeue") == 0
+        assert fake.calls("sleep 900") == count + 1
 
 
 def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlurm) -> None:
@@ -244,26 +266,127 @@ def test_only_silent_attempts_without_progress_use_up_the_budget(fake: FakeSlurm
     assert told in (lost_budget(fake, *3 * [start(5), end("rank lost: 1")], saved=5) or "")
 
 
-def test_errors_taken_for_a_failed_node_count_and_keep_their_reason(fake: FakeSlurm) -> None:
-    fake.command(
-        "srun", "#!/bin/bash\n[[ $* != *overlap* ]] || echo probe >>${0%/*}/calls\nexit 1\n"
-    )
-    fake.refuses("Job is pending execution")
-    aside = fake.sweep.jobs / "run.failed.before"
-    step = f"source {ROOT}/slurm/task.sh; note={fake.sweep.failure_path('run')} run_step true"
+def test_a_rank_that_lost_the_others_is_not_final_when_the_batch_shell_died(
+    fake: FakeSlurm,
+) -> None:
+    """Its node failed first: the note of the rank that outlived it is all there is."""
+    gone = "error: rank 0, which holds the rendezvous store, does not answer"
+    atomic_write_json(fake.sweep.loss_path("run"), {"reason": gone})
+    assert fake.batch(0, SLURM_RESTART_COUNT="1", SLURM_NNODES="2") == 0
+    assert fake.calls("ranks") == 1
+    assert fake.set_aside() == [gone]
+    assert not fake.sweep.loss_path("run").exists()
+
+
+def test_what_a_rank_says_that_lost_the_others_is_final_where_the_nodes_live(
+    fake: FakeSlurm,
+) -> None:
+    assert fake.batch(1, lost="error: mask: rank 1 differs", SLURM_NNODES="2") == 1
+    assert fake.note() == "error: mask: rank 1 differs"
+    assert fake.calls("probe") == 1
+    fake.sweep.failure_path("run").unlink()
+    bug = {"failed": "ValueError: bug", "lost": "error: ValueError: bug (rank 1)"}
+    assert fake.batch(1, nodes=1, SLURM_NNODES="2", **bug) == 1
+    assert fake.note() == "ValueError: bug", "a rank's own, whatever the nodes answer"
+    assert fake.batch(0, SLURM_RESTART_COUNT="1") == 1, "and a later attempt does not try again"
+    assert fake.calls("ranks") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ("RankError('rank 0 is gone')", "lost"),
+        ("torch.distributed.DistNetworkError('reset')", "lost"),
+        ("RuntimeError('[gloo/pair.cc:5] closed')", "lost"),
+        ("UserError('lr: too high')", "failed"),
+        ("ValueError('bug')", "failed"),
+    ],
+)
+def test_only_a_rank_that_lost_the_others_leaves_it_open(
+    fake: FakeSlurm, error: str, kind: str
+) -> None:
+    config = fake.sweep.folder / "points" / "run.yml"
+    config.parent.mkdir()
+    config.write_text((DIGITS / "pretrain.yml").read_text())
+    script = f"""
+import bip.run, torch
+from bip.errors import RankError, UserError
+from launch.rank import run_point
+def train(*_):
+    raise {error}
+bip.run.train = train
+run_point({str(fake.sweep.folder)!r})
+"""
+    env = fake.env | {"BIP_POINT": "run"}
+    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 1
+    left = [path.suffix for path in fake.sweep.jobs.glob("run.*")]
+    assert left == [f".{kind}"]
+
+
+def test_losses_by_failed_nodes_count_and_keep_their_reason(fake: FakeSlurm) -> None:
     for at in range(3):
-        atomic_write_json(fake.sweep.failure_path("run"), {"reason": f"bug {at}", "time": at})
-        subprocess.run(["bash", "-c", step], env=fake.env | {"SLURM_NNODES": "2"}, check=False)
-    assert [note["reason"] for note in read_jsonl(aside)] == ["bug 0", "bug 1", "bug 2"]
+        more = {"SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(at)}
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={at}"))
+        assert fake.batch(1, nodes=1, lost=f"error: {at}", **more) == os.EX_TEMPFAIL
+    assert fake.set_aside() == ["error: 0", "error: 1", "error: 2"]
     assert fake.note() is None
+    assert fake.calls("requeue") == 3
     assert fake.calls("probe") == 6, "one failed probe is not taken for a failed node"
-    attempts = [record for _ in range(3) for record in (start(5), end("error: bug"))]
-    times = [{"time": f"1970-01-01T00:00:0{at}.000+00:00"} for at in (0, 0, 1, 1, 2, 2)]
-    told = lost_budget(fake, *(a | t for a, t in zip(attempts, times, strict=True)), saved=5)
+    attempts = [record for _ in range(3) for record in (start(5), end("error: lost"))]
+    told = lost_budget(fake, *attempts, saved=5)
     assert "the profile's retries.lost is 2" in (told or "")
-    fake.sweep.fail("run", str(told))
-    subprocess.run(["bash", "-c", step], env=fake.env | {"SLURM_NNODES": "2"}, check=False)
+    assert fake.batch(1, nodes=1, failed=str(told), SLURM_NNODES="2") == 1
     assert fake.note() == told, "which is final, whatever the nodes answer"
+
+
+@pytest.mark.parametrize("code", [1, 137, 143])
+def test_a_task_of_which_no_rank_begins_is_tried_again_a_few_times(
+    fake: FakeSlurm, code: int
+) -> None:
+    """The controller was away, say, when the step was to start."""
+    fake.profile(retries={"lost": 1})
+    away = "!slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    fake.says(away, RUNNING)
+    assert fake.batch(code, begun=False) == os.EX_TEMPFAIL
+    assert fake.batch(code, begun=False) == os.EX_TEMPFAIL, "the same attempt is counted once"
+    for restarts, begun in enumerate((False, True, False), 2):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        done = fake.batch(75 if begun else code, begun=begun, SLURM_RESTART_COUNT=str(restarts))
+        assert done == os.EX_TEMPFAIL, "not in a row"
+    fake.says(RUNNING.replace("Restarts=0", "Restarts=5"))
+    assert fake.batch(code, begun=False, SLURM_RESTART_COUNT="5") == 1
+    assert fake.calls("requeue") == 5
+    assert (fake.note() or "").startswith(
+        f"no rank began in 2 attempts in a row (exit code {code} of srun); the profile's "
+        "retries.lost is 1; see run.log, and "
+    )
+
+
+def test_a_missing_command_is_not_tried_again(fake: FakeSlurm) -> None:
+    assert fake.batch(2, begun=False) == 1
+    assert fake.calls("requeue") == 0
+
+
+def test_without_a_profile_restarts_are_bounded(fake: FakeSlurm) -> None:
+    """The templates: no rank keeps a budget."""
+    fake.command("srun", "#!/bin/bash\nexit 143\n")
+    line = f"source {ROOT}/slurm/task.sh; run_step true"
+
+    def step(restarts: int, **env: str) -> subprocess.CompletedProcess[str]:
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        env = fake.env | {"SLURM_RESTART_COUNT": str(restarts)} | env
+        words = ["bash", "-c", line]
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+
+    assert step(99).returncode == os.EX_TEMPFAIL
+    assert step(100, BIP_MAX_RESTARTS="200").returncode == os.EX_TEMPFAIL
+    assert fake.calls("requeue") == 2
+    assert step(100, folder="of the user's").returncode == 143
+    assert step(3, BIP_MAX_RESTARTS="3").stderr == (
+        "exit code 143 of srun, and already restarted 3 times (BIP_MAX_RESTARTS is 3); the same "
+        "sbatch line goes on\n"
+    )
+    assert fake.calls("requeue") == 2
 
 
 def test_a_failure_without_words_names_both_logs(fake: FakeSlurm) -> None:
