@@ -107,6 +107,8 @@ class Heartbeat:
             self.asks = True
             if self.known.wait(self.timeout + 6 * self.interval):
                 self._tell_end(f"rank lost: {self.lost}")
+                self.failure = self.lost
+                self.reported.set()  # by who found it out
                 raise RankError(self.lost) from error
         self._tell_end(f"error: {error}")
         self.failure = f"{type(error).__name__}: {error}"

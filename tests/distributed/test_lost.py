@@ -24,6 +24,7 @@ from torch.distributed import DistNetworkError, TCPStore
 
 from bip.distributed.group import Group, Ranks
 from bip.distributed.heartbeat import Heartbeat
+from bip.errors import RankError
 from bip.files import read_jsonl
 from tests.runs import arguments
 
@@ -102,6 +103,31 @@ def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
     heartbeat._end("rank 1 is lost")
     assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
+
+
+def test_behind_a_collectives_failure_the_lost_rank_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once, though bodies are nested, and without a stay for others who have heard already."""
+    codes: list[int] = []
+    causes: list[str] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    heartbeat, store = heart(0, 2, timeout=2, on_end=causes.append)
+    origin = SimpleNamespace(_get_default_store=lambda: store)
+    monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+    store.set("beat/1", '{"host": "h1", "step": 7, "passed": 0}')  # and never again
+    told = r"^rank 1 \(h1\) has not answered for 2 s; its last step was 7$"
+    began = time.monotonic()
+    with (
+        pytest.raises(RankError, match=told),
+        heartbeat.watching(),
+        heartbeat.watching(),
+    ):
+        raise DistNetworkError("Connection closed by peer")
+    assert time.monotonic() - began < 6
+    assert causes == ["rank lost: rank 1 (h1) has not answered for 2 s; its last step was 7"]
+    time.sleep(0.5)
+    assert not codes
 
 
 class Flaky:
