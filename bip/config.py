@@ -151,7 +151,8 @@ class RunConfig(BaseModel):
     check_ranks: int = Field(0, ge=0, description="compare all ranks' state every so many steps")
     rank_timeout: float = Field(
         120.0, ge=1, le=86_400, allow_inf_nan=False,
-        description="seconds after which a rank that does not answer ends the run",
+        description="seconds after which a rank that does not answer ends the run; one that "
+        "answers but is stuck ends it after ten times that, at least 10 minutes",
     )  # fmt: skip
     compile: bool = Field(False, description="torch.compile the network")
     deterministic: bool = Field(False, description="only deterministic GPU kernels")

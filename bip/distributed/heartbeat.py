@@ -15,7 +15,7 @@ from typing import Any
 import torch.distributed as dist
 
 from bip.distributed.group import Group
-from bip.errors import Stopped
+from bip.errors import RankError, Stopped
 
 STALL = 600.0  # seconds without progress, at the least, before a rank that beats is stuck
 GRACE = 10.0  # seconds to record an end in: the disk may be what has failed
@@ -60,7 +60,9 @@ class Heartbeat:
         self.reported, self.everyone_knows = threading.Event(), threading.Event()
         self.lost: str | None = None
         self.rounds_to_end = 0
+        self.asks, self.known = False, threading.Event()  # the main thread, who is lost
         self.ending, self.end_told = threading.Lock(), threading.Lock()
+        self.backstop: threading.Timer | None = None
         self.next = _Silence(2 * self.interval)
         self.own = _Silence(2 * self.interval)
 
@@ -77,8 +79,8 @@ class Heartbeat:
     def watching(self) -> Iterator[None]:
         """Beat while the body runs; within another such body, go on.
 
-        A failure in the body is told to the others; where it is only the echo of another rank's
-        end, that one is named instead, and this process ends.
+        A failure in the body is told to the others. Where it is only the echo of another rank's
+        end a RankError that names that one is raised instead.
         """
         is_outer = not self.threads
         if is_outer:
@@ -102,7 +104,12 @@ class Heartbeat:
     def _fail(self, error: Exception) -> None:
         """Tell why this rank ends. Who holds the store stays until the others know."""
         if self.threads and _is_echo(error):
-            self.stopped.wait(self.timeout + 6 * self.interval)  # the threads end it first
+            self.asks = True
+            if self.known.wait(self.timeout + 6 * self.interval):
+                self._tell_end(f"rank lost: {self.lost}")
+                self.failure = self.lost
+                self.reported.set()  # by who found it out
+                raise RankError(self.lost) from error
         self._tell_end(f"error: {error}")
         self.failure = f"{type(error).__name__}: {error}"
         if self.threads:
@@ -117,6 +124,8 @@ class Heartbeat:
         self.wake.set()
         for thread in self.threads:
             thread.join(self.interval)
+        if self.backstop is not None:
+            self.backstop.cancel()
 
     def _start(self) -> None:
         if self.group.world == 1:
@@ -235,18 +244,28 @@ class Heartbeat:
             self.on_end(cause)
 
     def _end(self, message: str) -> None:
-        """Exit with code 1, whatever the disk and stderr do."""
+        """Exit with code 1, whatever the disk and stderr do.
+
+        A main thread that asks who is lost raises it instead, if it comes to it in time.
+        """
         if self.stopped.is_set() or not self.ending.acquire(blocking=False):
             return
+        self.lost = message
+        is_mine = True
         try:
-            backstop = threading.Timer(GRACE, os._exit, (1,))
-            backstop.daemon = True
-            backstop.start()
+            self.backstop = threading.Timer(GRACE, os._exit, (1,))
+            self.backstop.daemon = True
+            self.backstop.start()
+            if self.asks:
+                is_mine = False
+                self.known.set()
+                return
             with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
                 print(f"error: {message}", file=sys.stderr, flush=True)
             self._tell_end(f"rank lost: {message}")
         finally:
-            os._exit(1)
+            if is_mine:
+                os._exit(1)
 
 
 class _Silence:

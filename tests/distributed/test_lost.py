@@ -15,14 +15,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import DistNetworkError, TCPStore
 
 from bip.distributed.group import Group, Ranks
 from bip.distributed.heartbeat import Heartbeat
+from bip.errors import RankError
 from bip.files import read_jsonl
 from tests.runs import arguments
 
@@ -101,6 +103,92 @@ def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
     heartbeat._end("rank 1 is lost")
     assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
+
+
+def test_behind_a_collectives_failure_the_lost_rank_is_raised(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Once, though bodies are nested, and without a stay for others who have heard already."""
+    codes: list[int] = []
+    causes: list[str] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    heartbeat, store = heart(0, 2, timeout=2, on_end=causes.append)
+    origin = SimpleNamespace(_get_default_store=lambda: store)
+    monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+    store.set("beat/1", '{"host": "h1", "step": 7, "passed": 0}')  # and never again
+    told = r"^rank 1 \(h1\) has not answered for 2 s; its last step was 7$"
+    began = time.monotonic()
+    with (
+        pytest.raises(RankError, match=told),
+        heartbeat.watching(),
+        heartbeat.watching(),
+    ):
+        raise DistNetworkError("Connection closed by peer")
+    assert time.monotonic() - began < 6
+    assert causes == ["rank lost: rank 1 (h1) has not answered for 2 s; its last step was 7"]
+    time.sleep(0.5)
+    assert not codes
+
+
+class Flaky:
+    """A store whose connections break after some calls. A clone is a new connection."""
+
+    def __init__(self, store: TCPStore, breaks: list[int]) -> None:
+        self.store, self.breaks = store, breaks
+        self.left = breaks.pop(0) if breaks else 1_000_000
+
+    def clone(self) -> "Flaky":
+        return Flaky(self.store, self.breaks)
+
+    def __getattr__(self, name: str) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise DistNetworkError("Connection reset by peer")
+        return getattr(self.store, name)
+
+
+def test_a_broken_connection_to_the_store_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    heartbeat, store = heart(0, 2, timeout=1)
+    broken = [0, 9, 3, 0, 5]
+    flaky = Flaky(store, broken)
+    origin = SimpleNamespace(_get_default_store=lambda: flaky)
+    monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+    with heartbeat.watching():
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline and (broken or heartbeat.rounds < 10):
+            store.set("beat/1", f'{{"passed": 0, "time": {time.monotonic()}}}')
+            time.sleep(0.02)
+    assert not broken
+    assert heartbeat.rounds >= 10
+    assert heartbeat.lost is None
+
+
+def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its callers hang, whatever their time-outs; the end comes and a stop does not wait."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    serve = (
+        "import time; from torch.distributed import TCPStore\n"
+        "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True); time.sleep(100)"
+    )
+    with subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        store = TCPStore("127.0.0.1", int(holder.stdout.readline()), is_master=False)
+        origin = SimpleNamespace(_get_default_store=lambda: store)
+        monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+        causes: list[str] = []
+        heartbeat, _ = heart(1, 2, timeout=1.5, on_end=causes.append)
+        with heartbeat.watching():
+            time.sleep(0.5)
+            holder.send_signal(signal.SIGSTOP)
+            wait_until(lambda: bool(codes), 10)
+            began = time.monotonic()
+        assert time.monotonic() - began < 2
+        holder.kill()
+    told = "rank lost: rank 0, which holds the rendezvous store, has not answered for 2 s"
+    assert causes == [told]
+    assert codes == [1]
 
 
 # Whole runs
