@@ -105,13 +105,11 @@ class Attempt:
             )
 
     def _saved_step(self) -> int:
-        from bip.files import read_json
+        from bip.training.checkpoint import CheckpointFolder
 
         assert self.run_folder is not None
-        manifest = read_json(self.run_folder / "checkpoint" / "manifest.json")
-        return max(
-            (saved["step"] for saved in (manifest or {"checkpoints": []})["checkpoints"]), default=0
-        )
+        saved = CheckpointFolder(self.run_folder / "checkpoint").entries()
+        return max((entry["step"] for entry in saved), default=0)
 
     def requeue(self, signal_name: str) -> NoReturn:
         """Have the task requeued if its cause has budget left, and wait for the end."""

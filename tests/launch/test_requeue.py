@@ -234,7 +234,7 @@ def lost_budget(fake: FakeSlurm, *records: dict[str, Any], saved: int = 0) -> st
             fake.run / "attempts.jsonl", {"time": f"1970-01-01T00:00:{at:02}.000"} | record
         )
     (fake.run / "checkpoint").mkdir(exist_ok=True)
-    manifest = {"format": 1, "checkpoints": [{"step": saved}]}
+    manifest = {"format": 1, "checkpoints": [{"name": "x", "sha256": "", "step": saved}]}
     atomic_write_json(fake.run / "checkpoint" / "manifest.json", manifest)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BIP_PROFILE", fake.env["BIP_PROFILE"])
