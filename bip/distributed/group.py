@@ -290,22 +290,22 @@ def _go_or_leave(store: Any, world: int, deadline: float, stop: StopRequest) -> 
             verdict = store.get(_VERDICT)
     except Stopped:
         verdict = store.compare_set(_VERDICT, "", f"stop {stop.signal}")
-    except UserError:
+    except RankError:
         verdict = store.compare_set(_VERDICT, "", "late")
     word, *signals = verdict.decode().split()
     if word == "stop":
         raise Stopped(signal_name(int(signals[0])), 0)
     if word == "late":
-        raise UserError("ranks: the other ranks did not come in time")
+        raise RankError("ranks: the other ranks did not come in time")
 
 
 def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest, problem: str) -> None:
-    """Poll, ever more seldom. Raises Stopped when told to stop, UserError at the deadline."""
+    """Poll, ever more seldom. Raises Stopped when told to stop, RankError at the deadline."""
     pause = 0.01
     while not met():
         stop.raise_if_set()
         if time.monotonic() > deadline:
-            raise UserError(f"ranks: {problem} in time")
+            raise RankError(f"ranks: {problem} in time")
         time.sleep(pause)
         pause = min(1.0, 1.2 * pause)
 

@@ -151,7 +151,7 @@ def test_all_ranks_go_on_or_none() -> None:
 def test_who_comes_too_late_finds_nobody_waiting() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
-        with pytest.raises(UserError, match="ranks: the other ranks did not come in time"):
+        with pytest.raises(errors.RankError, match="ranks: the other ranks did not come in time"):
             _go_or_leave(store, 2, time.monotonic() + 0.2, StopRequest())
 
 
