@@ -2,7 +2,9 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
+from typing import Any
 
 from bip.errors import RankError, Stopped, UserError
 
@@ -86,5 +88,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _exit(code: int) -> None:
+    """A process group that was not closed may wait for a rank that is gone, for days."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    _exit(code)

@@ -251,15 +251,18 @@ class RunConfig(BaseModel):
         """k in its shortest decimal form: 0.8000 and 0.8 are the same run."""
         return format(self.k.normalize(), "f")
 
-    def fingerprint(self) -> str:
-        """SHA-256 (hex) of all settings that change a run's numbers."""
+    def identity(self) -> dict[str, Any]:
+        """All settings that change this run's numbers, as plain types."""
         free = self.UNFINGERPRINTED.union(*self._idle().values())
         values = self.model_dump(mode="json") | {"k": self.k_text}
         values["dataset"] = self.dataset_name
         values["mask_wd"] = self.wd if self.mask_wd is None else self.mask_wd
         values = {name: value for name, value in values.items() if name not in free}
-        values["source_run"] = self.source_run
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        return values | {"source_run": self.source_run}
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what makes the run."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     @property
     def source_run(self) -> str | None:

@@ -6,10 +6,17 @@ from typing import Any
 
 import torch
 
-from bip.config import RunConfig
+from bip.config import RunConfig, build_config
 from bip.distributed.group import Group
 from bip.errors import UserError
 from bip.training.checkpoint import State, read_checkpoint
+
+_ONE_OF_ALL = "start all of them with one command, one installation and one copy of the data"
+_REMEDIES = {
+    "threads": "set OMP_NUM_THREADS to one number for all",
+    "CPU capability": "ask for nodes of one kind (constraint)",
+    "GPU capability": "ask for GPUs of one kind (constraint)",
+}
 
 
 def with_source_of_resume(config: RunConfig) -> RunConfig:
@@ -57,11 +64,15 @@ def check_same_source(config: RunConfig, before: str | None, now: str | None) ->
 
 
 def difference(config: RunConfig, before: dict[str, Any]) -> str:
-    """'lr 0.1 (now 0.2)' for the first setting that changed."""
-    now = config.to_plain()
+    """'lr 0.1 (now 0.2)' for the first setting that changed, of those that make a run."""
+    now = config.identity()
+    try:
+        old = build_config(before).identity()
+    except UserError:  # a setting that there is no more
+        old = before
     for key in now:
-        if before.get(key) != now[key] and key not in config.UNFINGERPRINTED:
-            return f"{key} {before.get(key)} (now {now[key]})"
+        if old.get(key) != now[key]:
+            return f"{key} {old.get(key)} (now {now[key]})"
     return "a setting of another version"
 
 
@@ -80,8 +91,7 @@ def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
     return {
         "code of bip": code_version()[:16],
         "torch": torch.__version__,
-        "number of ranks": str(group.world),
-        "world layout": f"{group.local_world} ranks on a node",
+        "world layout": f"{group.world} ranks",
         **_arithmetic(group.device),
         **{name: str(plain[name]) for name in plain if name not in of_a_node},
         "settings": config.fingerprint()[:16],
@@ -93,7 +103,8 @@ def _arithmetic(device: torch.device) -> dict[str, str]:
     facts = {"kind of device": device.type}
     if device.type == "cuda":
         # The CPUs of two GPU nodes may differ: what they compute is either exact or broadcast.
-        return facts | {"GPU": torch.cuda.get_device_name(device)}
+        major, minor = torch.cuda.get_device_capability(device)
+        return facts | {"GPU capability": f"{major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()
     return facts | {"CPU capability": capability, "threads": str(torch.get_num_threads())}
 
@@ -105,7 +116,8 @@ def compare_starts(own: dict[str, str], group: Group) -> None:
         for name in first | other:
             here, there = first.get(name, "not given"), other.get(name, "not given")
             if here != there:
+                remedy = _REMEDIES.get(name, _ONE_OF_ALL)
                 raise UserError(
                     f"ranks start differently: {name} is {here} on rank 0, {there} on rank {rank}; "
-                    "start all of them with one command, one installation and one copy of the data"
+                    f"{remedy}"
                 )

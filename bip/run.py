@@ -23,7 +23,7 @@ from bip.distributed.control import Control
 from bip.distributed.group import MEETING, Group, join, wrap
 from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.preemption import StopRequest, signal_name
-from bip.errors import Stopped, UserError
+from bip.errors import RankError, Stopped, UserError
 from bip.files import (
     atomic_write_bytes,
     atomic_write_json,
@@ -295,6 +295,9 @@ class Run:
             return 0, read_result(self.config)
 
         signal, finished = self.group.ask_first(take)
+        if signal or finished is not None:
+            self.group.barrier()
+            self.heartbeat.stop()
         if signal:
             raise Stopped(signal_name(signal), 0)
         return finished
@@ -334,17 +337,22 @@ class Run:
             self.lock.release()
 
         self.group.ask_first(write)
-        self.group.barrier()
+        self.heartbeat.note_end()
+        with suppress(RuntimeError):  # a rank killed by now has nothing to lose
+            self.group.barrier()
         self.heartbeat.stop()
 
     def _record_end(self, cause: str, progress: Progress) -> None:
         if self.group.is_first:
-            with suppress(OSError):  # on a full disk the first error is the one to tell
+            # On a full disk the first error is the one to tell; another attempt tells its own.
+            with suppress(OSError, RankError):
+                self.lock.check()
                 self.attempts.record("end", cause=cause, step=progress.iteration)
 
     def _read_resume(self) -> None:
-        """What --resume holds, on rank 0."""
-        if (resume := self.config.resume) is not None:
+        """What --resume holds, on rank 0; in the run's own folder it is read under the lock."""
+        resume = self.config.resume
+        if resume is not None and resume.resolve().parent != self.checkpoints.folder.resolve():
             self.resumed = self._own_state(read_checkpoint(resume), resume)
 
     def _furthest(self) -> State | None:
@@ -353,19 +361,25 @@ class Run:
         A requeued task is given the same --resume again, and must not lose what it did since.
         """
         given, self.resumed = self.resumed, None
-        own = self.checkpoints.load()
+        resume = self.config.resume
+        try:
+            own = self.checkpoints.load()
+        except UserError as error:
+            if given is None:
+                raise
+            print(f"{error}; going on from --resume {resume}")
+            return given
         if own is None:
             return given
         own = self._own_state(own, self.checkpoints.folder)
-        if given is None:
-            return own
-        reached, start = own["progress"]["iteration"], given["progress"]["iteration"]
-        if reached < start:
+        reached = own["progress"]["iteration"]
+        start = given["progress"]["iteration"] if given is not None else 0
+        if given is not None and reached < start:
             return given
-        if reached > start:
+        if resume is not None and resume.resolve() != self.checkpoints.newest.resolve():
             print(
-                f"--resume {self.config.resume} is at step {start}; {self.folder} has come to step "
-                f"{reached} and goes on from there (another --exp-name starts at step {start})"
+                f"--resume {resume}: {self.folder} has come to step {reached} itself and goes on "
+                "from there (to go back, give another --exp-name)"
             )
         return own
 
@@ -469,18 +483,20 @@ class Run:
         if follow and self.config.exp_mode == "prune" and progress.top1_before_bn_mask is None:
             progress.top1_before_bn_mask = loop.evaluate("test").top1
         final = self._finalise(loop)
-        best = None
+        best = best_state = None
         if progress.best_epoch is not None:
+            best_state = self.group.ask_first(self._read_best)
+        if best_state is None:
+            progress.best_epoch = None
+            self._save_best(progress)
+        else:
             final_state = copy.deepcopy(self._state(progress))
-            best_state = self.group.ask_first(lambda: read_checkpoint(self.checkpoints.best))
             # On a GPU a repeated epoch may differ from what it was when it was the best.
             progress.best_epoch = best_state["progress"]["best_epoch"]
             restore_model(self.network, self.pruned, best_state, str(self.checkpoints.best))
             best = self._finalise(loop)
             self._save_best(progress)
             restore_model(self.network, self.pruned, final_state, "final model")
-        else:
-            self._save_best(progress)
         result = self._result(final, best, progress, loop.epochs)
         if progress.top1_before_bn_mask is not None:
             result["top1_before_bn_mask"] = progress.top1_before_bn_mask
@@ -498,6 +514,14 @@ class Run:
 
         self._write(write)
         return result
+
+    def _read_best(self) -> State | None:
+        """The best epoch's model; None, with a warning, if its file is damaged."""
+        try:
+            return read_checkpoint(self.checkpoints.best)
+        except UserError as error:
+            print(f"warning: {error}; the final model takes its place, and best_top1 stays empty")
+            return None
 
     def _finalise(self, loop: Loop) -> Accuracy:
         """The mask is final now: what follows pruned filters becomes zero; test accuracy."""

@@ -14,17 +14,18 @@ def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
     from bip.data.datasets import dataset_spec  # with torch, seconds to import
 
     networks: dict[object, tuple[RunConfig, int]] = {}
-    images: dict[object, tuple[RunConfig, int]] = {}
+    images: dict[object, list[RunConfig]] = {}
     for config in configs:
         classes = config.num_classes or dataset_spec(config.dataset).classes
         shape = (config.dataset, classes, config.image_dim)
         networks.setdefault((config.arch, *shape, config.layer_type), (config, classes))
-        place = (config.dataset, config.data_dir, config.loader, classes)
-        images.setdefault((*place, config.holdout, config.batch_size), (config, classes))
+        images.setdefault((config.dataset, config.data_dir, config.loader, classes), []).append(
+            config
+        )
     sizes = {one.arch: _check_network(one, classes) for one, classes in networks.values()}
     _check_sources(configs)
-    for one, classes in images.values():
-        _check_images(one, classes)
+    for alike in images.values():
+        _check_images(alike)
     return sizes
 
 
@@ -45,13 +46,18 @@ def _check_network(config: RunConfig, classes: int) -> int:
     return sum(weights.numel() for weights in network.parameters())
 
 
-def _check_images(config: RunConfig, classes: int) -> None:
+def _check_images(configs: Sequence[RunConfig]) -> None:
+    """One set of images, opened once: a folder may hold a million."""
+    from bip.data.datasets import dataset_spec
     from bip.data.loaders import open_splits
     from bip.data.order import Order, holdout_split
 
-    train, _ = open_splits(config.dataset, config.data_dir, config.loader, classes)
-    kept, _ = holdout_split(len(train), config.holdout)
-    Order(len(kept), config.batch_size, config.seed)
+    one = configs[0]
+    classes = one.num_classes or dataset_spec(one.dataset).classes
+    train, _ = open_splits(one.dataset, one.data_dir, one.loader, classes)
+    for holdout, batch_size in {(config.holdout, config.batch_size) for config in configs}:
+        kept, _ = holdout_split(len(train), holdout)
+        Order(len(kept), batch_size, one.seed)
 
 
 def _check_sources(configs: Sequence[RunConfig]) -> None:

@@ -55,18 +55,27 @@ def find_ranks(env: Mapping[str, str]) -> Ranks:
         return Ranks(0, 1, 0, 1)
     try:
         rank, world, local = (int(env[name]) for name in names[:3])
-        tasks_per_node = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0]
-        local_world = int(env.get(names[3]) or tasks_per_node)
+        local_world = int(env.get(names[3]) or _tasks_of_this_node(env))
     except (KeyError, ValueError) as error:
         raise UserError(f"environment: ranks are not set correctly ({error})") from None
     return Ranks(rank, world, local, local_world)
+
+
+def _tasks_of_this_node(env: Mapping[str, str]) -> int:
+    """Of an srun step, from SLURM's list of its nodes' numbers, such as "4(x2),2"."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(times or 1)
+    node = int(env.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else counts[0]
 
 
 class Group:
     """The run's process group; with one rank there is none and every call is local."""
 
     def __init__(self, ranks: Ranks, device: torch.device, store_holder: str = "rank 0") -> None:
-        self.rank, self.world, self.local_world = ranks.rank, ranks.world, ranks.local_world
+        self.rank, self.world = ranks.rank, ranks.world
         self.device = device
         self.store_holder = store_holder
         # Places that every rank comes by in the same order: of ranks that all wait, the one that
@@ -233,7 +242,7 @@ def join(
         stop = stop or StopRequest()
         try:
             _meet(ranks, device, rendezvous, env, patience, stop)
-        except dist.DistError as error:
+        except RuntimeError as error:  # of the store, or of gloo as it connects
             # Who holds the store has gone: mostly for a signal that comes here as well.
             for _ in range(50):
                 stop.raise_if_set()
@@ -255,19 +264,22 @@ def _meet(
         names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
         address = rendezvous / ".".join(env.get(name, "0") for name in names)
         store = _srun_store(ranks, address, env, deadline, stop)
-    _go_or_leave(store, ranks.world, deadline, stop)
-    store.set_timeout(MEETING)
-    dist.init_process_group(
-        backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=MEETING
-    )
-    # Gloo connects each pair in its own time: a rank that has met all and soon leaves (the run is
-    # finished) would be taken for a crash by one that still waits for a third.
-    dist.all_reduce(torch.zeros(1))
+    holds_store = ranks.rank == 0 and address is not None
+    try:
+        _go_or_leave(store, ranks.world, deadline, stop, holds_store)
+        store.set_timeout(MEETING)
+        dist.init_process_group(
+            backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=MEETING
+        )
+        # Gloo connects each pair in its own time: a rank that has met all and soon leaves (the run
+        # is finished) would be taken for a crash by one that still waits for a third.
+        dist.all_reduce(torch.zeros(1))
+    finally:
+        if holds_store and address is not None:
+            # All have read it, or will not; a cluster may count its jobs from 1 again.
+            address.unlink(missing_ok=True)
     store.set_timeout(COLLECTIVE)
     _set_timeout(COLLECTIVE)
-    if ranks.rank == 0 and address is not None:
-        # All have read it; a cluster may count its jobs from 1 again.
-        address.unlink(missing_ok=True)
 
 
 def _set_timeout(timeout: timedelta) -> None:
@@ -277,22 +289,32 @@ def _set_timeout(timeout: timedelta) -> None:
     change(timeout)
 
 
-def _go_or_leave(store: Any, world: int, deadline: float, stop: StopRequest) -> None:
+def _go_or_leave(
+    store: Any, world: int, deadline: float, stop: StopRequest, holds_store: bool
+) -> None:
     """Wait until all are here. The first word in the store decides for all: to go on or to leave.
 
-    A rank that left on its own word could leave the others waiting in the first collective.
+    A rank that left on its own word could leave the others waiting in the first collective, and
+    one that holds the store could take the word with it.
     """
     try:
         if store.add("here", 1) == world:
             verdict = store.compare_set(_VERDICT, "", "go")
         else:
-            _wait(lambda: store.check([_VERDICT]), deadline, stop, "the others did not come")
+            _wait(lambda: store.check([_VERDICT]), deadline, stop, "the other ranks did not come")
             verdict = store.get(_VERDICT)
     except Stopped:
         verdict = store.compare_set(_VERDICT, "", f"stop {stop.signal}")
     except RankError:
         verdict = store.compare_set(_VERDICT, "", "late")
     word, *signals = verdict.decode().split()
+    if word != "go":
+        store.add("heard", 1)
+        until = time.monotonic() + 5
+        while holds_store and time.monotonic() < until:
+            if store.add("heard", 0) >= store.add("here", 0):
+                break
+            time.sleep(0.05)
     if word == "stop":
         raise Stopped(signal_name(int(signals[0])), 0)
     if word == "late":

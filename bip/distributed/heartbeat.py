@@ -18,6 +18,7 @@ from bip.distributed.group import Group
 from bip.errors import RankError, Stopped
 
 STALL = 600.0  # seconds without progress, at the least, before a rank that beats is stuck
+BEFORE = 6  # times that before the first step
 GRACE = 10.0  # seconds to record an end in: the disk may be what has failed
 _LOST = "lost"
 _TOLD = "told"  # how many ranks know that the run ends
@@ -58,6 +59,7 @@ class Heartbeat:
         self.stopped, self.wake = threading.Event(), threading.Event()
         self.failure: str | None = None  # of this rank itself
         self.reported, self.everyone_knows = threading.Event(), threading.Event()
+        self.has_told = False  # that this rank knows
         self.lost: str | None = None
         self.rounds_to_end = 0
         self.asks, self.known = False, threading.Event()  # the main thread, who is lost
@@ -74,6 +76,10 @@ class Heartbeat:
     def note_alive(self) -> None:
         """Rank 0 waits for something outside the run, and may do so for long."""
         self.alive += 1
+
+    def note_end(self) -> None:
+        """The run's end is recorded: no other is told from here."""
+        self.end_told.acquire(blocking=False)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,7 +111,8 @@ class Heartbeat:
         """Tell why this rank ends. Who holds the store stays until the others know."""
         if self.threads and _is_echo(error):
             self.asks = True
-            if self.known.wait(self.timeout + 6 * self.interval):
+            # Seen, told, heard, and the stay of the store's holder: a few intervals each.
+            if self.known.wait(self.timeout + 12 * self.interval):
                 self._tell_end(f"rank lost: {self.lost}")
                 self.failure = self.lost
                 self.reported.set()  # by who found it out
@@ -159,6 +166,8 @@ class Heartbeat:
                 self.rounds += 1
             except RuntimeError:
                 fresh = False  # a new connection next time; `_watch` ends this at the time-out
+            except Exception as error:  # a bug here must not look like a store that is silent
+                self._end(f"heartbeat: {type(error).__name__}: {error}")
             waiting = self.failure is not None and not self.everyone_knows.is_set()
             self.wake.wait(min(0.1, self.interval) if waiting else self.interval)
             self.wake.clear()
@@ -169,7 +178,7 @@ class Heartbeat:
         if self.failure is not None:
             if not self.reported.is_set():
                 store.compare_set(_LOST, "", f"rank {self.group.rank}: {self.failure}")
-                store.add(_TOLD, 1)
+                self._tell(store)
                 self.reported.set()
             if store.add(_TOLD, 0) >= self.group.world:
                 self.everyone_knows.set()
@@ -180,10 +189,15 @@ class Heartbeat:
             elif store.check([_LOST]):
                 self.lost = store.get(_LOST).decode()
             if self.lost is not None:
-                store.add(_TOLD, 1)
+                self._tell(store)
                 # One round more: the main thread may meet the same trouble, and tells it better.
                 # With the store the news would go as well: its holder stays for all to hear it.
                 self.rounds_to_end = 3 if self.group.holds_store else 1
+
+    def _tell(self, store: Any) -> None:
+        if not self.has_told:
+            store.add(_TOLD, 1)
+            self.has_told = True
 
     def _own_beat(self) -> str:
         beat = {
@@ -212,7 +226,9 @@ class Heartbeat:
         """On rank 0: who keeps the others waiting, when nothing has moved for too long."""
         if not self.group.is_first:
             return None
-        if self.own.seconds((self.group.passed, self.alive)) <= self.stall:
+        # Before the first step data are scanned and networks compiled, for as long as it takes.
+        limit = self.stall if self.step else BEFORE * self.stall
+        if self.own.seconds((self.group.passed, self.alive)) <= limit:
             return None
         keys = [f"beat/{rank}" for rank in range(self.group.world)]
         beats = [json.loads(beat) for beat in store.multi_get(keys)]
@@ -224,7 +240,10 @@ class Heartbeat:
         )
         equal = len(behind) == self.group.world
         waiting = "all ranks are equally far" if equal else "the others wait for"
-        return f"no progress for {self.stall:.0f} s; {waiting}{':' * equal} {who}"
+        return (
+            f"no progress for {limit:.0f} s; {waiting}{':' * equal} {who} (if this is slow and not "
+            f"stuck, give more than --rank-timeout {self.timeout:.0f})"
+        )
 
     # The second thread
 

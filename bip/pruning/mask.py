@@ -97,14 +97,15 @@ def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
     """The weights of conv and linear modules, tied weights once.
 
     Structured types take convolutions only. `channel` leaves the first convolution (its inputs
-    are the image's colours) and refuses grouped convolutions with UserError. `filter` leaves a
-    convolution that comes last of all (its outputs are the classes).
+    are the image's colours) and refuses grouped convolutions with UserError. `filter` leaves
+    the last convolution of a network without linear layers (its outputs are the classes).
     """
     tensors: list[PrunableTensor] = []
     seen: set[int] = set()
     start = first_group = convolutions = 0
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-    last = [module for module in network.modules() if isinstance(module, kinds)][-1:]
+    last = [m for m in network.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))][-1:]
+    if any(isinstance(module, nn.Linear) for module in network.modules()):
+        last = []
     for module_name, module in network.named_modules():
         is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         convolutions += is_conv

@@ -262,7 +262,7 @@ class CheckpointFolder:
             found = (read_json(self.manifest) or {"checkpoints": []})["checkpoints"]
             return [{key: entry[key] for key in ("name", "sha256", "step")} for entry in found]
         except (UserError, KeyError, TypeError):
-            print(f"{self.manifest}: damaged; taking the checkpoints beside it as they are")
+            pass
         steps = {path.name: path.name[5:].split(".")[0] for path in self.folder.glob("step-*.tar")}
         newest = sorted((name for name in steps if steps[name][:9].isdigit()), reverse=True)
         return [{"name": n, "sha256": None, "step": int(steps[n][:9])} for n in newest]
@@ -301,6 +301,8 @@ class CheckpointFolder:
         A damaged one is renamed to *.damaged and the one before is used, with a message.
         """
         entries = self.entries()
+        if any(entry["sha256"] is None for entry in entries):
+            print(f"{self.manifest}: damaged; taking the checkpoints beside it as they are")
         for entry in entries:
             path = self.folder / entry["name"]
             try:

@@ -84,11 +84,12 @@ class Loop:
                 self._stop(news.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=False)
-            with means.paused():
-                if news.save or done == self.clock.iterations:
-                    self._checkpoint()
-                    saved = time.monotonic()
-                self._end_epoch_if_due()
+            if news.save or self.clock.is_due(done, self.clock.per_epoch):
+                with means.paused():
+                    if news.save or done == self.clock.iterations:
+                        self._checkpoint()
+                        saved = time.monotonic()
+                    self._end_epoch_if_due()
 
     def _stop(self, signal: int) -> NoReturn:
         """Leave with this iteration saved; a checkpoint of it may be there already."""

@@ -26,7 +26,9 @@ class RunningMean:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: its time does not count."""
+        """Around what is no training: its time does not count. Waits for the device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the steps that the host is ahead of do count
         began = time.perf_counter()
         try:
             yield

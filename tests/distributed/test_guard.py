@@ -334,8 +334,6 @@ def start_differently(group: Group, result_dir: str, what: str) -> str:
             torch.set_num_threads(2)
         elif what == "CPU capability":
             torch.backends.cpu.get_cpu_capability = lambda: "Z80"
-        elif what == "world layout":
-            group.local_world = 1
     config = load_config(arguments("pretrain", Path(result_dir), **settings))
     with pytest.raises(UserError) as raised:
         Run(config, group)
@@ -344,7 +342,7 @@ def start_differently(group: Group, result_dir: str, what: str) -> str:
 
 @pytest.mark.parametrize(
     "what",
-    ["lr", "print_freq", "test_batch_size", "torch", "threads", "CPU capability", "world layout"],
+    ["lr", "print_freq", "test_batch_size", "torch", "threads", "CPU capability"],
 )
 def test_ranks_that_start_differently_are_refused(what: str, tmp_path: Path) -> None:
     for message in run_ranks(2, start_differently, str(tmp_path), what):

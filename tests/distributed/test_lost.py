@@ -66,6 +66,7 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for passed in (8, 9):
         heartbeat, store = heart(0, 3, timeout=30, stall=100)
         heartbeat.group.passed = 9
+        heartbeat.note_step(4)  # before the first step it may take longer
         heartbeat.main = threading.get_ident()
         for beat in range(50):
             now += 5
@@ -80,7 +81,9 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
         assert beat > 30
         told.append(heartbeat.lost)
-    assert told[0] == "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
+    rest = " (if this is slow and not stuck, give more than --rank-timeout 30)"
+    known = "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
+    assert told[0] == known + rest
     assert told[1].startswith("no progress for 100 s; all ranks are equally far: rank 0 (")
 
 
@@ -124,7 +127,7 @@ def test_behind_a_collectives_failure_the_lost_rank_is_raised(
         heartbeat.watching(),
     ):
         raise DistNetworkError("Connection closed by peer")
-    assert time.monotonic() - began < 6
+    assert time.monotonic() - began < 30
     assert causes == ["rank lost: rank 1 (h1) has not answered for 2 s; its last step was 7"]
     time.sleep(0.5)
     assert not codes
@@ -148,7 +151,10 @@ class Flaky:
 
 
 def test_a_broken_connection_to_the_store_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    heartbeat, store = heart(0, 2, timeout=1)
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    heartbeat, store = heart(0, 2, timeout=20)
+    heartbeat.interval = 0.05
     broken = [0, 9, 3, 0, 5]
     flaky = Flaky(store, broken)
     origin = SimpleNamespace(_get_default_store=lambda: flaky)
@@ -161,6 +167,7 @@ def test_a_broken_connection_to_the_store_is_made_anew(monkeypatch: pytest.Monke
     assert not broken
     assert heartbeat.rounds >= 10
     assert heartbeat.lost is None
+    assert not codes
 
 
 def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,19 +180,21 @@ def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None
         "print(store.port, flush=True); time.sleep(100)"
     )
     with subprocess.Popen([sys.executable, "-c", serve], stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        store = TCPStore("127.0.0.1", int(holder.stdout.readline()), is_master=False)
-        origin = SimpleNamespace(_get_default_store=lambda: store)
-        monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
-        causes: list[str] = []
-        heartbeat, _ = heart(1, 2, timeout=1.5, on_end=causes.append)
-        with heartbeat.watching():
-            time.sleep(0.5)
-            holder.send_signal(signal.SIGSTOP)
-            wait_until(lambda: bool(codes), 10)
-            began = time.monotonic()
-        assert time.monotonic() - began < 2
-        holder.kill()
+        try:
+            assert holder.stdout is not None
+            store = TCPStore("127.0.0.1", int(holder.stdout.readline()), is_master=False)
+            origin = SimpleNamespace(_get_default_store=lambda: store)
+            monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+            causes: list[str] = []
+            heartbeat, _ = heart(1, 2, timeout=1.5, on_end=causes.append)
+            with heartbeat.watching():
+                time.sleep(0.5)
+                holder.send_signal(signal.SIGSTOP)
+                wait_until(lambda: bool(codes), 60)
+                began = time.monotonic()
+            assert time.monotonic() - began < 10
+        finally:
+            holder.kill()  # else leaving the block would wait for a stopped process
     told = "rank lost: rank 0, which holds the rendezvous store, has not answered for 2 s"
     assert causes == [told]
     assert codes == [1]
@@ -321,9 +330,10 @@ bip.run.Run._open_data = hang
 def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
     """Its main thread hangs where it waits for a batch, and it beats all the same."""
     change = """
-import bip.distributed.heartbeat
 from bip.data.loaders import Data
-bip.distributed.heartbeat.STALL = 8
+from bip.distributed.heartbeat import Heartbeat
+init = Heartbeat.__init__
+Heartbeat.__init__ = lambda self, group, timeout: init(self, group, timeout, stall=10)
 old = Data.train
 def train(self, level="lower", start=0):
     for number, batch in enumerate(old(self, level, start)):
@@ -332,9 +342,9 @@ def train(self, level="lower", start=0):
         yield batch
 Data.train = train
 """
-    with running(3, endless(tmp_path, rank_timeout=1), "torchrun", change) as ranks:
+    with running(3, endless(tmp_path, rank_timeout=30), "torchrun", change) as ranks:
         for process in ranks:
-            code, stderr = process.ended(90)
+            code, stderr = process.ended(200)
             assert code == 1
             assert "error: no progress for 10 s; the others wait for rank 1 (" in stderr
             assert ") at step 6 in bip.distributed.group, line " in stderr
@@ -402,7 +412,7 @@ CheckpointFolder.save = save
             code, stderr = process.ended()
             assert code == 2, stderr
             assert ": No space left on device; the newest checkpoint is kept" in stderr
-        assert time.monotonic() - began < 40
+        assert time.monotonic() - began < 100
     assert "No space left" in last_cause(tmp_path)
 
 

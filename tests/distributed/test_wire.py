@@ -64,9 +64,8 @@ def bytes_moved() -> tuple[int, int]:
 def network_of(layers: int) -> nn.Module:
     """`layers` prunable ones; the smallest is small_net."""
     network = small_net().float()
-    for number in range(layers - 4):
+    for _ in range(layers - 4):
         network.conv2 = nn.Sequential(network.conv2, nn.Conv2d(6, 6, 3, padding=1, bias=False))
-        assert number < 100
     return network
 
 

@@ -134,13 +134,12 @@ def test_a_flipped_bit_of_a_model_that_others_begin_with_is_found_wherever_it_li
     """It changes nothing that is read, or is an error."""
     path = flipped(saved, saved.best.name, place, bit).best
     path = path.rename(path.parent.parent / "elsewhere.pth.tar")
+    told = []
     try:
         assert_same(read_checkpoint(path), model())
-        told = str(path)
     except UserError as error:
-        told = str(error)
-    assert str(path) in told
-    assert "\n" not in told
+        told.append(str(error))
+    assert all(str(path) in line and "\n" not in line for line in told)
 
 
 @FLIPS
@@ -421,7 +420,7 @@ def test_resume_starts_from_the_file_and_never_goes_back(
         steps.append(read_checkpoint(newest)["progress"]["iteration"])
     assert steps[0] > read_checkpoint(given)["progress"]["iteration"]
     assert steps[1] > steps[0]
-    assert "goes on from there" in capsys.readouterr().out
+    assert "goes on from there" in capsys.readouterr().out.replace("\n", " ")
     (older,) = [p for p in newest.parent.glob("step-*") if p.resolve() != newest.resolve()]
     finished = train("bip", tmp_path / "second", resume=older, **settings)
     assert "goes on from there" in capsys.readouterr().out
