@@ -161,9 +161,10 @@ def storm(
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
     assert len(weather.dealt) >= 6
     for run_id, number in weather.lost:  # that attempt ended without an agreed stop
-        events = [record["event"] for record in sweep.attempts(run_id)]
-        begun = [at for at, event in enumerate(events) if event == "start"]
-        assert "requeue" not in events[begun[number - 1] : begun[number]]
+        records = sweep.attempts(run_id)
+        begun = [at for at, record in enumerate(records) if record["event"] == "start"]
+        after = records[begun[number - 1] : begun[number]]
+        assert not any(r["event"] == "end" and r["cause"].startswith("SIG") for r in after)
     assert "preempted" in causes
     if len(series) > 5:  # of few quick runs none may last until its limit
         assert "timed_out" in causes
