@@ -290,7 +290,7 @@ def _set_timeout(timeout: timedelta) -> None:
 
 
 def _go_or_leave(
-    store: Any, world: int, deadline: float, stop: StopRequest, holds_store: bool
+    store: Any, world: int, deadline: float, stop: StopRequest, holds_store: bool = False
 ) -> None:
     """Wait until all are here. The first word in the store decides for all: to go on or to leave.
 

@@ -93,8 +93,8 @@ def test_ranks_of_an_srun_step_meet_and_leave_nothing(tmp_path: Path) -> None:
         assert run_ranks(3, meet_as_under_srun, tmp_path, join=False) == [(6, [])] * 3
 
 
-def leave_while_meeting(folder: Path) -> str:
-    """Rank 0 is told to stop before rank 2 comes; rank 1 a second later."""
+def leave_while_meeting(folder: Path, told: list[int]) -> str:
+    """Ranks are told to stop before rank 2 comes, one after the other."""
     rank = int(os.environ["RANK"])
     if rank == 2:
         return "never came"
@@ -103,7 +103,8 @@ def leave_while_meeting(folder: Path) -> str:
         "SLURM_STEP_TASKS_PER_NODE": "3", "SLURMD_NODENAME_ADDR": "127.0.0.1",
     }  # fmt: skip
     stop = StopRequest()
-    threading.Timer(1.0 + rank, lambda: setattr(stop, "signal", signal.SIGTERM)).start()
+    if rank in told:
+        threading.Timer(1.0 + rank, lambda: setattr(stop, "signal", signal.SIGTERM)).start()
     try:
         join(folder, env, stop=stop)
     except Stopped as stopped:
@@ -111,8 +112,10 @@ def leave_while_meeting(folder: Path) -> str:
     return "joined"
 
 
-def test_a_signal_while_the_ranks_meet_stops_them_all(tmp_path: Path) -> None:
-    told = run_ranks(3, leave_while_meeting, tmp_path, join=False)
+@pytest.mark.parametrize("ranks", [[0, 1], [0], [1]])
+def test_a_signal_while_the_ranks_meet_stops_them_all(ranks: list[int], tmp_path: Path) -> None:
+    """Also the signal of rank 0 alone, which holds the store and would take the word with it."""
+    told = run_ranks(3, leave_while_meeting, tmp_path, ranks, join=False)
     assert told == [told[0], told[0], "never came"]
     assert told[0].startswith("stopped by SIGTERM at step 0")
 
