@@ -108,8 +108,10 @@ def test_submission_from_inside_a_job_does_not_inherit_it(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_JWT", "token")
     submit(sweep)
-    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+    kept = ["SLURM_CONF=/etc/slurm.conf", "SLURM_JWT=token"]
+    assert sorted(options(bin / "environment")) == kept
 
 
 def options(environment: Path) -> list[str]:
@@ -169,7 +171,13 @@ def test_a_lost_terminal_during_sbatch_leaves_no_unknown_array(
     sweep: Sweep, bin: Path, name: str
 ) -> None:
     (bin / "interrupt-1").write_text(name)
-    process = multiprocessing.get_context("fork").Process(target=submit, args=(sweep,))
+
+    def submit_in_a_terminal() -> None:  # under nohup, SIGHUP is ignored
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        submit(sweep)
+
+    process = multiprocessing.get_context("fork").Process(target=submit_in_a_terminal)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.Signals[f"SIG{name}"]
