@@ -199,6 +199,26 @@ def test_an_array_that_slurm_took_is_recorded_whatever_follows(
     assert recorded(sweep) == ["101"]
 
 
+def test_an_array_that_cannot_be_recorded_is_cancelled(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    dense = sweep.records()[0].run_id
+    sweep.fail(dense, "before")
+    monkeypatch.setattr(arrays, "append_jsonl", fail)
+    told = "No space left on device; array 101 could not be recorded and is cancelled; submitted "
+    with pytest.raises(UserError, match=told + "so far: nothing"):
+        submit(sweep)
+    assert (bin / "scancel-args").read_text() == "101\n"
+    assert recorded(sweep) == []
+    assert sweep.failure_path(dense).exists()
+    (bin / "refuse-scancel").touch()
+    with pytest.raises(UserError, match=r"array 102 is not recorded: end it by scancel 102 \("):
+        submit(sweep)
+
+
 def test_a_pickle_with_too_many_links_is_copied(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
