@@ -8,6 +8,13 @@ class UserError(Exception):
     """
 
 
+class LostWorker(UserError):
+    """A loader process died: for want of memory, or ended with its whole task.
+
+    Who knows what became of the task decides whether that is final.
+    """
+
+
 class RankError(Exception):
     """Ranks disagree, or one is gone. The message names them.
 

@@ -139,7 +139,8 @@ def run(
             return 0
         at_once = f"at most {profile.parallelism} at once"
         if isinstance(profile, SlurmProfile):
-            at_once = f"at most {profile.parallelism} tasks of a stage at once"
+            at_once = f"at most {profile.parallelism} of a stage at once"
+            at_once += ", beside what an earlier command has left in the queue"
         print(f"{len(run_ids)} runs, {at_once}, in {sweep.folder}", flush=True)
         rows = wait(sweep, run_ids, _console(), isinstance(profile, SlurmProfile))
     except KeyboardInterrupt:

@@ -188,7 +188,10 @@ def submit_array(
         array.job = job
         facts_of_it = {"job": job, "stage": array.stage, "tasks": array.tasks}
         more = {"time": submitted, "dependency": array.dependency, "code": code.name}
-        append_jsonl(arrays_file(sweep), facts_of_it | more)
+        try:
+            append_jsonl(arrays_file(sweep), facts_of_it | more)
+        except OSError as error:  # nobody would know of it again
+            raise UserError(_withdraw(array, f"{arrays_file(sweep)}: {error}")) from None
 
     executor = _executor(folder, profile, sweep.folder.absolute(), points, taken)
     executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
@@ -203,8 +206,19 @@ def submit_array(
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     finally:
         if not array.job:
-            for path, note in notes.items():
-                atomic_write_bytes(path, note)
+            with contextlib.suppress(OSError):  # the disk is full, say: that was told
+                for path, note in notes.items():
+                    atomic_write_bytes(path, note)
+
+
+def _withdraw(array: Array, problem: str) -> str:
+    """Cancel an array that could not be recorded; what to tell."""
+    job, array.job = array.job, ""
+    try:
+        slurm.ask("scancel", job)
+    except slurm.SlurmError as error:
+        return f"{problem}; array {job} is not recorded: end it by scancel {job} ({error})"
+    return f"{problem}; array {job} could not be recorded and is cancelled"
 
 
 def sbatch_parameters(

@@ -14,8 +14,8 @@ class Array:
     """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
 
     Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
-    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (arrays
-    of this submission, or jobs in the queue, that must end).
+    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
+    end).
     """
 
     stage: str
@@ -23,7 +23,7 @@ class Array:
     parallelism: int = 1
     corr: "Array | None" = None
     after: list["tuple[Array, str] | str"] = field(default_factory=list)
-    throttled_by: list["Array | str"] = field(default_factory=list)
+    throttled_by: "Array | None" = None
     job: str = ""
 
     def task_of(self, run_id: str) -> str:
@@ -37,8 +37,7 @@ class Array:
         names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
         parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
         parts += [f"afterok:{':'.join(names)}"] if names else []
-        jobs = [one if isinstance(one, str) else one.job for one in self.throttled_by]
-        parts += [f"afterany:{':'.join(jobs)}"] if jobs else []
+        parts += [f"afterany:{self.throttled_by.job}"] if self.throttled_by else []
         return ",".join(parts)
 
 
@@ -54,7 +53,8 @@ def plan_arrays(
     """The arrays that run `run_ids`, in an order in which they can be submitted.
 
     `done` points need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
-    At most `parallelism` tasks of one stage run at once, those in the queue among them.
+    At most `parallelism` tasks of one stage run at once, beside those in the queue: a throttle
+    stays as it is for the life of an array, and those may end in a minute.
     Raises UserError for a point whose need is neither done, queued nor among `run_ids`.
     """
     wanted = [r for r in records if r.run_id in run_ids and r.run_id not in {*done, *queued}]
@@ -112,8 +112,7 @@ def plan_arrays(
                 array.after += [(place[n], n) for n in needed_by_all if n in place]
                 array.after += sorted({queued[n] for n in needed_by_all if n not in place})
                 groups.append(array)
-        going = {queued[r.run_id] for r in records if r.stage == stage and r.run_id in queued}
-        _share(groups, going, parallelism)
+        _share(groups, parallelism)
         place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
     return unique(place.values())
 
@@ -122,19 +121,11 @@ def unique(arrays: Iterable[Array]) -> list[Array]:
     return list({id(array): array for array in arrays}.values())
 
 
-def _share(arrays: list[Array], going: set[str], parallelism: int) -> None:
-    """Throttles that, with the tasks `going`, add up to `parallelism`.
-
-    Arrays beyond it wait for one before them; all of them where `going` leaves no room for one.
-    """
-    free = parallelism - len(going)
-    if free <= 0:
-        free = parallelism
-        for array in arrays[:free]:
-            array.throttled_by += sorted({task.split("_")[0] for task in going})
-    together = arrays[:free]
+def _share(arrays: list[Array], parallelism: int) -> None:
+    """Throttles that add up to `parallelism`; arrays beyond it wait for one before them."""
+    together = arrays[:parallelism]
     for number, array in enumerate(together):
-        array.parallelism = free // len(together) + (number < free % len(together))
-    for number, array in enumerate(arrays[free:]):
+        array.parallelism = parallelism // len(together) + (number < parallelism % len(together))
+    for number, array in enumerate(arrays[parallelism:]):
         array.parallelism = 1
-        array.throttled_by.append(arrays[number])
+        array.throttled_by = arrays[number]

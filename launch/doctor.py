@@ -32,6 +32,13 @@ except ImportError as error:
 """
 
 
+_SUBMIT_LIMITS = {
+    "maxsubmitjobs": "MaxSubmitJobs",
+    "maxsubmitjobsperuser": "MaxSubmitJobsPerUser",
+    "grpsubmitjobs": "GrpSubmitJobs",
+}
+
+
 @dataclass(frozen=True)
 class Finding:
     """One fact. An error would make every task fail; a warning may cost work."""
@@ -45,9 +52,10 @@ class Limits:
     """How much may be submitted at once."""
 
     max_array_size: int
-    max_submit: int | None  # jobs of this user, an array's tasks counted one by one
-    in_queue: int = 0  # that are there now
+    max_submit: int | None  # jobs, an array's tasks counted one by one
+    in_queue: int = 0  # of this user, now
     unknown: str = ""  # why accounting could not be asked
+    source: str = ""  # the limit of SLURM's that max_submit is
 
 
 def limits(profile: SlurmProfile) -> Limits:
@@ -66,10 +74,24 @@ def limits(profile: SlurmProfile) -> Limits:
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
     # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
-    names = ("maxsubmitjobs", "maxsubmitjobsperuser", "grpsubmitjobs")
-    bounds = [record.get(name, "") for record in found for name in names]
-    most = min((int(text) for text in bounds if text.isdigit()), default=None)
-    return Limits(size, most, 0 if most is None else slurm.jobs_of_user())
+    bounds = [
+        (int(text), _source(name, record))
+        for record in found
+        for name in _SUBMIT_LIMITS
+        if (text := record.get(name, "")).isdigit()
+    ]
+    if not bounds:
+        return Limits(size, None)
+    most, source = min(bounds, key=lambda bound: bound[0])
+    return Limits(size, most, slurm.jobs_of_user(), source=source)
+
+
+def _source(limit: str, record: dict[str, str]) -> str:
+    """Whose limit it is: of accounting's record of a QOS, or of an association."""
+    if "name" not in record:
+        return f"{_SUBMIT_LIMITS[limit]} of the user's association"
+    group = ", for all its users together" if limit == "grpsubmitjobs" else ""
+    return f"{_SUBMIT_LIMITS[limit]} of the QOS {record['name']}{group}"
 
 
 def _associations(user: str, account: str | None, profile: SlurmProfile) -> list[dict[str, str]]:
@@ -126,9 +148,9 @@ def examine(profile: SlurmProfile) -> Iterator[Finding]:
         yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
     if found.unknown:
         yield Finding("warning", f"limits of the account and QOS are not known: {found.unknown}")
-    most = "no limit on jobs" if found.max_submit is None else f"{found.max_submit} jobs a user"
-    most = "unknown limits on jobs" if found.unknown else most
-    most += f" ({found.in_queue} are in the queue)" * (found.max_submit is not None)
+    most = "unknown limits on jobs" if found.unknown else "no limit on jobs"
+    if found.max_submit is not None:
+        most = f"{found.max_submit} jobs ({found.source}); {found.in_queue} of yours are queued"
     yield Finding("ok", f"submission: arrays of {found.max_array_size} tasks, {most}")
 
 
@@ -284,12 +306,14 @@ def preflight(profile: SlurmProfile, records: Sequence[Record]) -> tuple[Limits,
 
     if (least := tasks(len(records))) > free:
         raise UserError(
-            f"this user may submit {found.max_submit} jobs and has {found.in_queue} in the queue; "
+            f"this user may submit {found.max_submit} jobs ({found.source}) and has "
+            f"{found.in_queue} in the queue; "
             f"the sweep needs {least} at the least: wait, or give fewer stages or seeds at once"
         )
     if tasks(per_task) > free:
         per_task = max(per_task, -(-len(records) // free))
         while tasks(per_task) > free:
             per_task += 1
-        told.append(f"{per_task} runs per array task: this user may submit {free} more jobs")
+        more = f"this user may submit {free} more jobs ({found.source})"
+        told.append(f"{per_task} runs per array task: {more}")
     return found, per_task, told

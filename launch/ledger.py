@@ -5,6 +5,7 @@
     jobs/queue.json       the points that workers are to run now, and how many at once
     jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
+    jobs/RUN_ID.begun     the newest attempt of an array task of which a rank began
     jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them

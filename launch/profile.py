@@ -31,7 +31,7 @@ _OURS |= {"quiet", "parsable", "test_only", "help", "usage", "version", "cluster
 # The same of srun, with their letters.
 _OURS_OF_SRUN = {"kill-on-bad-exit": "K", "output": "o", "error": "e", "input": "i", "ntasks": "n"}
 _OURS_OF_SRUN |= {"nodes": "N", "cpus-per-task": "c", "open-mode": "", "ntasks-per-node": ""}
-_OURS_OF_SRUN |= {"export": "", "multi-prog": "", "pty": ""}
+_OURS_OF_SRUN |= {"export": "", "multi-prog": "", "pty": ""}  # but --export=ALL,NAME=VALUE
 
 
 def _minutes(value: object) -> object:
@@ -85,7 +85,7 @@ class Retries(BaseModel):
     lost: int = Field(
         default=5,
         ge=0,
-        description="attempts in a row that ended without a word or any progress: node failures",
+        description="attempts in a row that ended without a save or progress: node failures",
     )
 
 
@@ -103,7 +103,7 @@ class SlurmProfile(Profile):
         60, ge=1, description="time limit of one attempt: minutes, H:MM:SS or D-H:MM:SS"
     )
     nodes: int = Field(1, ge=1, description="nodes of one run")
-    gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node: one per rank")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs of one run on a node; a rank uses one")
     mem: str | None = Field(None, description="memory of a node, such as 64G")
     sbatch: dict[str, str | int | bool] = Field(
         default_factory=dict, description="further sbatch options, such as {reservation: NAME}"
@@ -138,11 +138,14 @@ class SlurmProfile(Profile):
     @field_validator("srun_args")
     @classmethod
     def _not_ours(cls, words: list[str]) -> list[str]:
-        for word in words:
-            name = word.partition("=")[0]
+        for word, following in zip(words, [*words, ""][1:], strict=True):
+            name, sign, value = word.partition("=")
             # srun takes a long name's beginning for all of it.
             long = name[2:] and [ours for ours in _OURS_OF_SRUN if ours.startswith(name[2:])]
             short = name[1:2] in [*_OURS_OF_SRUN.values()]
+            # The ranks need the whole environment of the batch script; more does no harm.
+            if long == ["export"] and re.match(r"ALL(,|$)", value if sign else following):
+                continue
             if (name.startswith("--") and long) or (re.match(r"-\w", name) and short):
                 raise ValueError(f"{name} is set by the launcher; leave it out")
         return words
@@ -166,7 +169,8 @@ class SlurmProfile(Profile):
     def _fits_together(self) -> Self:
         if self.signal_lead >= 60 * self.time:
             raise ValueError(f"signal_lead: {self.signal_lead} s is not less than the time limit")
-        if self.gpus_per_node not in (0, self.ntasks_per_node):
+        # Where nodes are given out whole, more GPUs than ranks may have to be asked for.
+        if 0 < self.gpus_per_node < self.ntasks_per_node:
             raise ValueError(
                 f"gpus_per_node: {self.gpus_per_node} GPUs for {self.ntasks_per_node} ranks "
                 "(ntasks_per_node); a rank uses one GPU, and shares none"

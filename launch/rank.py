@@ -3,6 +3,7 @@
 Imports little: a signal must be noticed before the slow imports of a run.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from launch.ledger import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
+ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS, of the batch script's
 PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 PARK_SECONDS = 900.0
@@ -32,8 +34,11 @@ def run_point(folder: str) -> None:
     to end it.
     """
     stop = StopRequest().install()
+    with contextlib.suppress(OSError):  # before anything can go wrong: task.sh asks for it
+        begun = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
+        begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
     from bip.config import build_config, read_yaml
-    from bip.errors import RankError, Stopped, UserError
+    from bip.errors import LostWorker, RankError, Stopped, UserError
     from launch.ledger import Sweep
 
     sweep = Sweep(Path(folder))
@@ -55,10 +60,10 @@ def run_point(folder: str) -> None:
                 signal.signal(number, signal.SIG_DFL)
         print(stopped, flush=True)
         attempt.requeue(stopped.cause)
+    except (RankError, LostWorker) as error:
+        attempt.lose(f"error: {error}")
     except UserError as error:
         attempt.fail(f"error: {error}")
-    except RankError as error:
-        attempt.lose(f"error: {error}")
     except Exception as error:
         import traceback
 

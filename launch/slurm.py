@@ -15,8 +15,8 @@ class SlurmError(UserError):
 
 
 # What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
-# facts of the job around this process.
-_OPTIONS = re.compile(r"SLURM_(?!CONF$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
+# facts of the job around this process. Not where the controller is, and the token it asks for.
+_OPTIONS = re.compile(r"SLURM_(?!(CONF|JWT)$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 
 
 def without_options(env: Mapping[str, str]) -> dict[str, str]:

@@ -8,13 +8,16 @@
 # A run that was stopped by a signal exits with 75 after its save (or dies of the signal before it
 # could take notice), and the task is requeued: from here, because on some SLURM versions a task
 # that exits within the grace period of a preemption is taken as failed. So is a task whose node
-# failed, and one of which no rank began. Any other status is final.
+# failed, and one of which no rank began or the ranks did not meet. Any other status is final.
 #
 # What is final stands in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. What a rank
 # says that lost the others stands in RUN_ID.lost: it cannot know why, so this shell decides, which
 # may be killed with its node. The ranks of a sweep keep the budgets of its profile; without them,
 # BIP_MAX_RESTARTS (100) is how often a task is requeued from here.
 
+# The user's shell lines before this one may have set what these functions do not bear.
+set +efu +o pipefail
+shopt -u nullglob failglob
 # bash would otherwise die of what is meant for the ranks, and with it the requeueing.
 trap '' TERM USR1 USR2
 unset folder point note lost # of the user's environment; set, they mean a point of a sweep
@@ -98,27 +101,40 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
-  # Where a rank has begun, the ranks count; attempts in a row of which none has are counted here.
-  [[ ${folder-} ]] && ! has_begun || return 1
+  # Once they have met, the ranks count; attempts in a row that did not come so far count here.
+  [[ $unmet ]] || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
-    echo "{\"reason\": \"exit code $code of srun, no rank began\"," \
+    echo "{\"reason\": \"exit code $code of srun, $unmet\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
   allowed=$(sed -n 's/.*"lost": *\([0-9]*\).*/\1/p' "${BIP_PROFILE-}" || true)
   allowed=${allowed:-5}
   for ((back = 0; back <= allowed; back++)); do
     grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
   done
-  reason="no rank began in $back attempts in a row (exit code $code of srun); the profile's"
+  reason="$unmet in $back attempts in a row (exit code $code of srun); the profile's"
   reason+=" retries.lost is $allowed; $(logs)"
 }
 
-ledger_size() { # of the run
-  cat "$folder"/*/"$point"/attempts.jsonl 2>/dev/null | wc -c
+attempt_name() {
+  echo "$(task_name).${SLURM_RESTART_COUNT:-0}"
 }
 
-has_begun() { # whether a rank of this attempt has got so far as to leave a record
-  (($(ledger_size) > ledger_before))
+has_begun() { # whether python has come to a rank's first line in this attempt
+  grep -qsxF "$(attempt_name)" "$folder/jobs/$point.begun"
+}
+
+find_unmet() { # sets $unmet to why this attempt came to nothing before its ranks met, or to nothing
+  unmet=
+  [[ ${folder-} ]] || return 0
+  case $code in
+    2 | 13 | 126 | 127) return 0 ;; # the command is missing, or may not be executed
+  esac
+  if [[ -e $lost ]]; then
+    ! grep -q 'error: ranks: .* in time' "$lost" || unmet="the ranks did not meet"
+  elif ! has_begun; then # srun could not start it: the controller or a node was away
+    unmet="no rank began"
+  fi
 }
 
 set_aside_lost() { # what ranks said of an attempt that was not final
@@ -134,7 +150,7 @@ nodes_answer() { # whether a step still starts on every node of the task
 }
 
 run_step() {
-  local code=0
+  local code=0 unmet=
   reason=
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
   ((code)) || return 0
@@ -148,6 +164,7 @@ run_step() {
   esac
   # SLURM ends the ranks of a task that it has requeued before it ends this shell.
   ! is_cancelled || return "$code"
+  find_unmet
   if ((${SLURM_NNODES:-1} > 1)); then
     if ! nodes_answer; then
       # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.
@@ -158,11 +175,9 @@ run_step() {
     fi
     ! is_cancelled || return "$code" # SLURM has noticed meanwhile
   fi
-  if [[ ${folder-} && ! -e $lost ]] && ! has_begun; then
-    case $code in
-      2 | 13 | 126 | 127) ;; # the command is missing, or may not be executed
-      *) requeue ;;          # srun could not start it: the controller or a node was away
-    esac
+  if [[ $unmet ]]; then
+    set_aside_lost
+    requeue
   fi
   return "$code"
 }
@@ -172,14 +187,14 @@ logs() {
 }
 
 run_points() {
-  local folder=$1 list=$2 point failed=0 code note lost ledger_before
+  local folder=$1 list=$2 point failed=0 code note lost
   shift 2
   for point in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
     note=$folder/jobs/$point.failed lost=$folder/jobs/$point.lost
     [[ ! -e $note ]] || { failed=1; continue; } # before a requeue, in this submission
     set_aside_lost # the shell of that attempt was killed, so it was not final
-    ledger_before=$(ledger_size) code=0
-    BIP_POINT=$point run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
+    code=0
+    BIP_POINT=$point BIP_ATTEMPT=$(attempt_name) run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
     ((code)) || continue
     failed=1
     [[ ! -e $note ]] || continue # a rank that could still speak has written why

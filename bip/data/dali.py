@@ -5,7 +5,6 @@ requests like those of every other source. With a GPU the decoding is DALI's "mi
 DALI resizes and flips too. Without one `decode.resize` does that: it takes a third of the time.
 """
 
-import contextlib
 import importlib.util
 import itertools
 from collections import deque
@@ -83,21 +82,18 @@ class DaliSource:
                 _Inputs(self, draw) as inputs,
                 ThreadPoolExecutor(self.num_threads, "dali-resize") as pool,
             ):
-                pipeline = self._start(batch_size, inputs)
+                pipeline, images = self._start(batch_size, inputs), None
                 while True:
                     try:
                         (images,) = pipeline.run()
                     except StopIteration:
                         return
                     except MemoryError as error:
-                        raise UserError(
-                            f"{self.reader.store.path}: no memory for a batch; ask for more, or "
-                            "use a smaller --batch-size or fewer --num-workers"
-                        ) from error
+                        raise self._no_memory() from error
                     except Exception as error:  # DALI raises whatever its C++ side maps to
                         if error is inputs.error:
                             raise
-                        again.extend(self._again(inputs, error))
+                        failure = error.with_traceback(None)  # which holds the pipeline
                         break
                     batch = inputs.in_flight.popleft()
                     skips.tell(batch.skipped)
@@ -106,6 +102,14 @@ class DaliSource:
                         self._from_gpu if self.on_gpu else partial(self._view, pool, batch.samples)
                     )
                     yield finish(images), labels.to(self.device, non_blocking=True)
+                del pipeline, images  # there may be no memory for two
+                again.extendleft(reversed(self._again(inputs, failure)))
+
+    def _no_memory(self) -> UserError:
+        return UserError(
+            f"{self.reader.store.path}: no memory for a batch; ask for more, or use a smaller "
+            "--batch-size or fewer --num-workers"
+        )
 
     def _again(self, inputs: "_Inputs", error: Exception) -> "list[_Task]":
         """What is in flight, to be read again without the images that DALI refuses.
@@ -113,11 +117,16 @@ class DaliSource:
         Its exceptions come in order, so the first batch in flight is at fault.
 
         Raises:
-            UserError: no further image is.
+            UserError: no further image is, or all of several are: then DALI itself is at fault.
         """
         tasks = [batch.task for batch in inputs.in_flight]
-        refused = set(self._refused(inputs.in_flight[0])) - tasks[0].refused if tasks else set()
-        if not refused:
+        refused: set[int] = set()
+        images = 0
+        if tasks:
+            first = inputs.in_flight[0]
+            images = len(set(first.indices))
+            refused = set(self._refused(first)) - tasks[0].refused
+        if not refused or len(refused) == images > 1:
             raise UserError(
                 f"{self.reader.store.path}: DALI fails on a batch ({_what(error)}); use --loader "
                 "lmdb or folder"
@@ -131,11 +140,14 @@ class DaliSource:
         while rows:
             singles = iter([batch.samples.part(slice(row, row + 1), self.on_gpu) for row in rows])
             pipeline = self._start(1, singles)
-            with contextlib.suppress(Exception):
+            try:
                 while rows:
                     pipeline.run()
                     rows.popleft()
-            if rows:
+            except MemoryError as error:
+                raise self._no_memory() from error
+            except Exception:
+                del pipeline  # before its successor
                 yield batch.indices[rows.popleft()]
 
     def _start(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:

@@ -30,6 +30,11 @@ from bip.errors import UserError
 
 SPLITS = ("train", "test", "val")
 _SYNSET_TAR = re.compile(r"(\./)?n\d{8}\.tar")
+# What tells of the images: lists of labels and classes, archives of a class, annotations.
+_TELLS = re.compile(
+    r"((train|test|val)(_annotations)?\.txt|LOC_\w+_solution\.csv|LOC_synset_mapping\.txt|"
+    r"synsets\.txt|.*\.(tar|xml))$"
+)
 _XML_LABEL = re.compile(rb"<object>.*?<name>\s*([^<\s]+)\s*</name>", re.DOTALL)
 
 
@@ -83,7 +88,8 @@ class TarTree:
     train/ of them. Links are files of their own. Read by position, so threads share the file.
 
     Raises:
-        UserError: a member whose bytes are not all in one place, or a link to no file in it.
+        UserError: an image, or what tells of images, whose bytes are not all in one place, or that
+            is a link to no file in the archive. Other such members are left out.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
@@ -101,10 +107,11 @@ class TarTree:
             if member.islnk():
                 links[name] = posixpath.normpath(prefix + member.linkname)
             elif member.issym():
-                links[name] = posixpath.normpath(f"{posixpath.dirname(name)}/{member.linkname}")
-            elif member.issparse():
+                target = posixpath.join(posixpath.dirname(name), member.linkname)
+                links[name] = posixpath.normpath(target)
+            elif member.issparse() and _matters(name):
                 raise UserError(f"{name}: is stored sparse; pack the archive without --sparse")
-            if not member.isfile():
+            if not member.isfile() or member.issparse():
                 continue
             start = base + member.offset_data
             if name.endswith(".tar"):
@@ -119,6 +126,8 @@ class TarTree:
                 seen.add(target)
                 target = links[target]
             if target not in self._places:
+                if not _matters(name):
+                    continue
                 raise UserError(
                     f"{name}: links to {links[name]}, which is no file in the archive; pack it "
                     "with --dereference"
@@ -137,6 +146,12 @@ class TarTree:
 
     def size(self, name: str) -> int:
         return self._places[name][1]
+
+
+def _matters(name: str) -> bool:
+    """Whether a file of this name may be an image, or tell of images."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in IMAGE_SUFFIXES or _TELLS.match(path.name) is not None
 
 
 class ArrayTree:

@@ -21,7 +21,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from bip.data import decode
 from bip.data.datasets import DatasetSpec
 from bip.data.stores import DamagedImage, ImageStore
-from bip.errors import UserError
+from bip.errors import LostWorker, UserError
 
 Batch = tuple[Tensor, Tensor]
 _Item = tuple[Tensor, NDArray[np.int64], list[str]]
@@ -281,7 +281,7 @@ class WorkerSource:
         first = batches._rcvd_idx
         owed = [r for n, r in enumerate(pending, first) if batches._task_info[n][0] in dead]
         where = f" over the batch {_some(owed[0].indices.tolist())}" if owed else ""
-        return UserError(
+        return LostWorker(
             f"{path}: a loader process died{where} ({how}); mostly for want of memory or of space "
             "in /dev/shm: use fewer --num-workers, or ask for more (SIGBUS: or a disk that fails)"
         )

@@ -2,6 +2,7 @@
 
 import random
 import sys
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -240,9 +241,11 @@ def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:
         assert named == {index for index, way in HARMED.items() if way != "zeros"}
 
 
+@pytest.mark.parametrize("depth", [2, 4])
 def test_what_dali_alone_refuses_gets_the_other_loaders_pixels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
 ) -> None:
+    monkeypatch.setattr(dali, "_DEPTH", depth)
     files = {f"a/{n}.jpg": encoded("RGB", "JPEG", quality=50 + n) for n in range(30)}
     bad = {files[f"a/{n}.jpg"] for n in (2, 7, 8, 21)}
     to_dali = dali._for_dali
@@ -288,6 +291,26 @@ def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(dali, "_for_dali", fail)
     with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
         take(opened(**CASE, data_dir=imagenet, loader="dali", skip_bad=True).train(), 1)
+
+
+def test_want_of_memory_while_images_are_tried_alone_is_told(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        def __init__(self, inputs: Iterator[Any], error: Exception) -> None:
+            self.inputs, self.error = inputs, error
+
+        def run(self) -> None:
+            next(self.inputs)
+            raise self.error
+
+    def start(self: Any, batch_size: int, inputs: Iterator[Any]) -> Failing:
+        error = MemoryError() if batch_size == 1 else RuntimeError("Error: what")
+        return Failing(inputs, error)
+
+    monkeypatch.setattr(dali.DaliSource, "_start", start)
+    with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
+        take(opened(**CASE, data_dir=imagenet, loader="dali").train(), 1)
 
 
 def test_without_dali_the_error_names_the_extra(

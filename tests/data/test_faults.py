@@ -11,6 +11,7 @@ import signal
 import struct
 import subprocess
 import time
+from concurrent import futures
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -125,12 +126,24 @@ LOADERS = [
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_store_that_changes_under_the_run_is_told(
-    cifar: Path, change: Any, workers: int, loader: str
+    cifar: Path, change: Any, workers: int, loader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    readers = []
+
+    class Watched(dali._Inputs):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            readers.append(self)
+
+    monkeypatch.setattr(dali, "_Inputs", Watched)
     data = opened(**{**CIFAR, "loader": loader}, data_dir=cifar, num_workers=workers)
     batches = data.train()
     take(batches, 2)
-    time.sleep(0.3)  # what is read ahead is read: a mapped file cut under a read is a bus error
+    # In this process, a mapped file that is cut under a read is a bus error.
+    assert len(readers) == (loader == "dali")
+    for reader in readers:
+        assert reader._ahead is not None
+        futures.wait([reader._ahead])
     change(cifar / "train.lmdb")
     with pytest.raises(
         UserError, match=r"train\.lmdb: .*(replaced or cut short|gone) during the run"

@@ -256,6 +256,29 @@ def test_a_sparse_member_of_a_tar_is_told(tmp_path: Path) -> None:
         build_lmdb(tmp_path / "src.tar", tmp_path / "out")
 
 
+def test_links_and_sparse_members_that_are_no_images_are_left_out(tmp_path: Path) -> None:
+    src = as_folder(tmp_path / "src", train_files(""))
+    (src / "README").symlink_to("nowhere")
+    (src / "newest").symlink_to("train")
+    member = tarfile.TarInfo("holes.bin")
+    member.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(tmp_path / "src.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.add(src, ".")
+        archive.addfile(member)
+    build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+    assert len(content(tmp_path / "out" / "train.lmdb")) == 12
+
+
+@pytest.mark.parametrize("name", ["val_annotations.txt", "LOC_val_solution.csv", "n01.tar"])
+def test_a_list_that_links_out_of_a_tar_is_told(tmp_path: Path, name: str) -> None:
+    src = as_folder(tmp_path / "src", train_files(""))
+    (src / name).symlink_to("nowhere")
+    with tarfile.open(tmp_path / "src.tar", "w") as archive:
+        archive.add(src, ".")
+    with pytest.raises(UserError, match=f"{name}: links to nowhere, which is no file"):
+        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_member_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:

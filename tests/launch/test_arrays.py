@@ -102,20 +102,14 @@ def test_every_plan_runs_each_missing_point_once_after_its_needs(
             for one in array.after:  # for nothing else
                 needs = by_name[task[0]].needs
                 assert one in map(queued.get, needs) if isinstance(one, str) else one[1] in needs
-        waits = [array.corr, *array.throttled_by, *array.after]
+        waits = [array.corr, array.throttled_by, *array.after]
         before_it = [wait[0] if isinstance(wait, tuple) else wait for wait in waits]
         assert all(any(w is b for b in before) for w in before_it if isinstance(w, Array))
         before.append(array)
     for stage in ("pretrain", "prune", "finetune"):
         mine = [array for array in arrays if array.stage == stage]
-        left = parallelism - sum(by_name[run_id].stage == stage for run_id in queued)
-        if left <= 0:
-            assert all(array.throttled_by for array in mine)
-            left = parallelism
-            first = [array for array in mine if array.throttled_by == [stage]]
-        else:
-            first = [array for array in mine if not array.throttled_by]
-        assert sum(array.parallelism for array in first) == (left if mine else 0)
+        first = [array for array in mine if array.throttled_by is None]
+        assert sum(array.parallelism for array in first) == (parallelism if mine else 0)
 
 
 def test_tasks_wait_for_their_own_need_where_an_earlier_stage_has_more() -> None:
@@ -127,15 +121,6 @@ def test_tasks_wait_for_their_own_need_where_an_earlier_stage_has_more() -> None
         ([["p1.0"], ["p0.0"]], "aftercorr:100"),
         ([["f1.0"]], "aftercorr:101"),
     ]
-
-
-def test_tasks_in_the_queue_count_among_those_at_once() -> None:
-    records = sweep_of(6)
-    names = {r.run_id for r in records if r.stage == "prune"}
-    for count, dependency, at_once in ((1, "", 2), (3, "afterany:8", 3), (5, "afterany:8", 3)):
-        queued = {f"p0.{v}": f"8_{v}" for v in range(count)}
-        (array,) = plan_arrays(records, names, {"d0"}, queued, 3)
-        assert (array.dependency, array.parallelism) == (dependency, at_once)
 
 
 def test_seeds_do_not_wait_for_one_another() -> None:
@@ -183,9 +168,11 @@ def test_profiles_load(name: str) -> None:
         ("srun_args: [--label, --kill-on-bad=0]", "srun_args: --kill-on-bad is set by the"),
         ("srun_args: [-N2]", "srun_args: -N2 is set by the launcher"),
         ("srun_args: [--output, x]", "srun_args: --output is set by the launcher"),
+        ("srun_args: [--export=NONE]", "srun_args: --export is set by the launcher"),
+        ("srun_args: [--export, ALLES]", "srun_args: --export is set by the launcher"),
         ("env: {NCCL-DEBUG: WARN}", "env: 'NCCL-DEBUG' is no name of a shell variable"),
         ('python: "it\'s"', "python: No closing quotation"),
-        ("gpus_per_node: 2", "gpus_per_node: 2 GPUs for 1 ranks"),
+        ("gpus_per_node: 1\nntasks_per_node: 2", "gpus_per_node: 1 GPUs for 2 ranks"),
         ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
         ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
         ("retries: {bug: 3}", "unknown key 'retries.bug'"),
@@ -213,7 +200,12 @@ def test_time_limits_are_read_as_sbatch_reads_them(text: int | str, minutes: int
 
 def test_other_arguments_of_srun_are_the_users() -> None:
     words = ["--container-image=/x", "--nodelist=n1", "-l", "--cpu-bind=none", "--mpi", "none"]
+    words += ["--export=ALL,PATH=/nowhere", "--export", "ALL", "--exp=ALL"]
     assert SlurmProfile(executor="slurm", srun_args=words).srun_args == words
+
+
+def test_a_node_may_be_asked_for_with_more_gpus_than_ranks() -> None:
+    assert SlurmProfile(executor="slurm", gpus_per_node=4).gpus_per_node == 4
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,14 @@ QOS = "normal|80|00:01:30|cluster|\ntiny|2|00:00:00|cancel|\nfast|60|00:00:10|re
 
 def test_limits_are_those_of_the_account_and_qos_that_are_used(cluster: FakeCluster) -> None:
     cluster.accounting(ASSOC, QOS)
-    assert limits(profile()) == doctor.Limits(500, 80)
-    assert limits(profile(qos="fast")).max_submit == 55, "of all users of the QOS"
+    own = "MaxSubmitJobsPerUser of the QOS normal"
+    assert limits(profile()) == doctor.Limits(500, 80, source=own)
+    last = list(examine(profile(qos="fast")))[-1].text
+    assert last == (
+        "submission: arrays of 500 tasks, 55 jobs (GrpSubmitJobs of the QOS fast, for all its "
+        "users together); 0 of yours are queued"
+    )
+    assert limits(profile(account="other")).source == "MaxSubmitJobs of the user's association"
     assert limits(profile(account="other")).max_submit == 1
     assert limits(profile(qos="tiny")).max_submit == 2
     assert limits(profile(partition="gpu")).max_submit == 7
@@ -115,10 +121,13 @@ def test_points_share_tasks_until_all_tasks_fit_beside_what_is_queued(cluster: F
     cluster.file("queue", "x\n" * 38)
     assert preflight(profile(), records)[1:] == (1, [])
     cluster.file("queue", "x\n" * 67)
-    told = "4 runs per array task: this user may submit 13 more jobs"
+    told = "4 runs per array task: this user may submit 13 more jobs (MaxSubmitJobsPerUser "
+    told += "of the QOS normal)"
     assert preflight(profile(), records)[1:] == (4, [told])
     cluster.file("queue", "x\n" * 76)
-    with pytest.raises(UserError, match=r"may submit 80 jobs and has 76 in the queue; .* needs 5"):
+    with pytest.raises(
+        UserError, match=r"may submit 80 jobs \(.* normal\) and has 76 in the queue; .* needs 5"
+    ):
         preflight(profile(), records)
 
 

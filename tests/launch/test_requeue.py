@@ -94,11 +94,11 @@ class FakeSlurm:
 
     def batch(
         self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
-        **env: str,
+        setup: str = "", **env: str,
     ) -> int:  # fmt: skip
         """task.sh's run_points, whose ranks exit with `code`; its exit status.
 
-        A rank has recorded its start if `begun`, and ranks have left their notes. A probe of the
+        A rank has left its mark if `begun`, and ranks have left their notes. A probe of the
         nodes ends with `nodes`.
         """
         lines = ["#!/bin/bash", "[[ $* != *overlap* ]] || { echo probe >>${0%/*}/calls;"]
@@ -108,11 +108,11 @@ class FakeSlurm:
                 note = json.dumps({"reason": text}, indent=2)
                 lines.append(f"echo {shlex.quote(note)} >{self.sweep.jobs}/run.{kind}")
         if begun:
-            lines.append(f"echo '{json.dumps(start(5))}' >>{self.run}/attempts.jsonl")
+            lines.append(f"echo $BIP_ATTEMPT >{self.sweep.jobs}/run.begun")
         self.command("srun", "\n".join([*lines, f"echo ranks >>${{0%/*}}/calls; exit {code}\n"]))
         (self.sweep.jobs / "points.txt").write_text("run\n")
         words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"
-        script = f"source {ROOT}/slurm/task.sh; {words}"
+        script = f"{setup}\nsource {ROOT}/slurm/task.sh\n{words}"
         done = subprocess.run(["bash", "-c", script], env=self.env | env, timeout=60, check=False)
         return done.returncode
 
@@ -298,6 +298,7 @@ def test_what_a_rank_says_that_lost_the_others_is_final_where_the_nodes_live(
         ("RankError('rank 0 is gone')", "lost"),
         ("torch.distributed.DistNetworkError('reset')", "lost"),
         ("RuntimeError('[gloo/pair.cc:5] closed')", "lost"),
+        ("LostWorker('a loader process died')", "lost"),
         ("UserError('lr: too high')", "failed"),
         ("ValueError('bug')", "failed"),
     ],
@@ -310,17 +311,18 @@ def test_only_a_rank_that_lost_the_others_leaves_it_open(
     config.write_text((DIGITS / "pretrain.yml").read_text())
     script = f"""
 import bip.run, torch
-from bip.errors import RankError, UserError
+from bip.errors import LostWorker, RankError, UserError
 from launch.rank import run_point
 def train(*_):
     raise {error}
 bip.run.train = train
 run_point({str(fake.sweep.folder)!r})
 """
-    env = fake.env | {"BIP_POINT": "run"}
+    env = fake.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"}
     assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 1
-    left = [path.suffix for path in fake.sweep.jobs.glob("run.*")]
-    assert left == [f".{kind}"]
+    left = sorted(path.suffix for path in fake.sweep.jobs.glob("run.*"))
+    assert left == [".begun", f".{kind}"]
+    assert (fake.sweep.jobs / "run.begun").read_text() == "7_0.0\n"
 
 
 def test_losses_by_failed_nodes_count_and_keep_their_reason(fake: FakeSlurm) -> None:
@@ -339,7 +341,7 @@ def test_losses_by_failed_nodes_count_and_keep_their_reason(fake: FakeSlurm) -> 
     assert fake.note() == told, "which is final, whatever the nodes answer"
 
 
-@pytest.mark.parametrize("code", [1, 137, 143])
+@pytest.mark.parametrize("code", [1, 137])
 def test_a_task_of_which_no_rank_begins_is_tried_again_a_few_times(
     fake: FakeSlurm, code: int
 ) -> None:
@@ -360,6 +362,49 @@ def test_a_task_of_which_no_rank_begins_is_tried_again_a_few_times(
         f"no rank began in 2 attempts in a row (exit code {code} of srun); the profile's "
         "retries.lost is 1; see run.log, and "
     )
+
+
+def test_a_rank_that_dies_before_its_run_starts_is_not_tried_again(fake: FakeSlurm) -> None:
+    """Of a missing import, say, or for want of memory; the mark of an earlier attempt is none."""
+    assert fake.batch(137) == 1
+    assert fake.calls("requeue") == 0
+    assert (fake.note() or "").startswith("exit code 137 of srun; see run.log")
+    fake.sweep.failure_path("run").unlink()
+    fake.says(RUNNING.replace("Restarts=0", "Restarts=1"))
+    assert fake.batch(137, begun=False, SLURM_RESTART_COUNT="1") == os.EX_TEMPFAIL
+
+
+def test_a_preemption_before_a_rank_begins_is_no_loss(fake: FakeSlurm) -> None:
+    fake.profile(retries={"lost": 0})
+    for count, code in enumerate((75, 138, 140, 143)):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={count}"))
+        done = fake.batch(code, begun=False, SLURM_RESTART_COUNT=str(count))
+        assert done == os.EX_TEMPFAIL
+    assert fake.calls("requeue") == 4
+    assert fake.set_aside() == []
+
+
+def test_ranks_that_do_not_come_in_time_are_tried_again_a_few_times(fake: FakeSlurm) -> None:
+    fake.profile(retries={"lost": 1})
+    late = "error: ranks: the other ranks did not come in time"
+    for count, status in enumerate((os.EX_TEMPFAIL, 1)):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={count}"))
+        more = {"SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(count)}
+        assert fake.batch(1, lost=late, **more) == status
+    assert fake.calls("requeue") == 1
+    assert fake.set_aside().count(late) == 2
+    assert (fake.note() or "").startswith("the ranks did not meet in 2 attempts in a row (exit")
+
+
+def test_options_of_the_setup_lines_do_not_change_what_follows(fake: FakeSlurm) -> None:
+    setup = "set -efuo pipefail; shopt -s nullglob failglob"
+    assert fake.batch(0, setup=setup) == 0
+    assert fake.batch(1, setup=setup) == 1
+    assert (fake.note() or "").startswith("exit code 1 of srun")
+    fake.sweep.failure_path("run").unlink()
+    fake.says(RUNNING.replace("Restarts=0", "Restarts=1"))
+    more = {"setup": setup, "SLURM_RESTART_COUNT": "1"}
+    assert fake.batch(1, begun=False, **more) == os.EX_TEMPFAIL
 
 
 def test_a_missing_command_is_not_tried_again(fake: FakeSlurm) -> None:

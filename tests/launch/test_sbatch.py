@@ -108,8 +108,10 @@ def test_submission_from_inside_a_job_does_not_inherit_it(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "5")
     monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_JWT", "token")
     submit(sweep)
-    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
+    kept = ["SLURM_CONF=/etc/slurm.conf", "SLURM_JWT=token"]
+    assert sorted(options(bin / "environment")) == kept
 
 
 def options(environment: Path) -> list[str]:
@@ -169,7 +171,13 @@ def test_a_lost_terminal_during_sbatch_leaves_no_unknown_array(
     sweep: Sweep, bin: Path, name: str
 ) -> None:
     (bin / "interrupt-1").write_text(name)
-    process = multiprocessing.get_context("fork").Process(target=submit, args=(sweep,))
+
+    def submit_in_a_terminal() -> None:  # under nohup, SIGHUP is ignored
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        submit(sweep)
+
+    process = multiprocessing.get_context("fork").Process(target=submit_in_a_terminal)
     process.start()
     process.join(60)
     assert process.exitcode == -signal.Signals[f"SIG{name}"]
@@ -189,6 +197,26 @@ def test_an_array_that_slurm_took_is_recorded_whatever_follows(
     with pytest.raises(UserError, match="disk full; submitted so far: pretrain 101"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
+
+
+def test_an_array_that_cannot_be_recorded_is_cancelled(
+    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    dense = sweep.records()[0].run_id
+    sweep.fail(dense, "before")
+    monkeypatch.setattr(arrays, "append_jsonl", fail)
+    told = "No space left on device; array 101 could not be recorded and is cancelled; submitted "
+    with pytest.raises(UserError, match=told + "so far: nothing"):
+        submit(sweep)
+    assert (bin / "scancel-args").read_text() == "101\n"
+    assert recorded(sweep) == []
+    assert sweep.failure_path(dense).exists()
+    (bin / "refuse-scancel").touch()
+    with pytest.raises(UserError, match=r"array 102 is not recorded: end it by scancel 102 \("):
+        submit(sweep)
 
 
 def test_a_pickle_with_too_many_links_is_copied(
