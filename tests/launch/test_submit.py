@@ -232,9 +232,12 @@ def test_run_that_ends_without_a_result_has_failed(fake: FakeSweep) -> None:
 
 def test_several_ranks_start_through_torchrun(fake: FakeSweep, tmp_path: Path) -> None:
     fake.script.write_text(
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "text = ' '.join(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE'))\n"
-        f"pathlib.Path({str(tmp_path)!r}, 'rank' + os.environ['RANK']).write_text(text)\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "(here / ('rank' + os.environ['RANK'])).write_text(text)\n"
+        # torchrun ends the others when one has failed, perhaps before they have come so far.
+        "while len(list(here.glob('rank?'))) < 2: time.sleep(0.05)\n"
         "sys.exit('error: batch_size: too small')\n"
     )
     profile = tmp_path / "profile.yml"
