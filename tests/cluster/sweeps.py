@@ -95,8 +95,9 @@ class ClusterSweep:
 def high(cluster: Cluster, seconds: float, tasks_per_node: int | None = None) -> str:
     """A job that preempts: on both nodes, whole or with some CPUs of each."""
     size = ["--exclusive"] if tasks_per_node is None else [f"--ntasks-per-node={tasks_per_node}"]
-    script = f"sleep {seconds}"
-    return cluster.submit(script, "--partition=high", "--nodes=2", "--mem-per-cpu=10", *size)
+    # Requeued after its own node has failed, it might be held for good.
+    job = ["--partition=high", "--nodes=2", "--mem-per-cpu=10", "--no-requeue", *size]
+    return cluster.submit(f"sleep {seconds}", *job)
 
 
 def train_here(text: str) -> None:
