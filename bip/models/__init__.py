@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torchvision
 from torch import nn
 
 from bip.errors import UserError
@@ -46,6 +45,8 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     """
     if arch in _OWN:
         return _OWN[arch](num_classes, channels)
+    import torchvision  # takes over a second, and most runs have no need of it
+
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if arch in _IMAGENET_STEM:
         name = _IMAGENET_STEM[arch]

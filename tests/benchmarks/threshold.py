@@ -170,6 +170,20 @@ def measure_ranks(world: int, rounds: int) -> float:
     return float(max(seconds))
 
 
+def reading_scales(rounds: int) -> float:
+    """Two threads' read pass over one thread's: what memory leaves two ranks on one machine."""
+    values = torch.randn(HEADLINE)
+
+    def read(threads: int) -> None:
+        torch.set_num_threads(threads)
+        values.sum()
+
+    before = torch.get_num_threads()
+    seconds = take_turns({"one": lambda: read(1), "two": lambda: read(2)}, rounds)
+    torch.set_num_threads(before)
+    return ratio(seconds["two"], seconds["one"])
+
+
 def measure_outside(rounds: int) -> tuple[float, float]:
     """Of a BiP iteration (ResNet-18, batch 32), the time outside its two forward-backwards: its
     share, and how many times that of moving the least bytes.
@@ -287,6 +301,7 @@ def main() -> None:
     one, two = (measure_ranks(world, 4 * options.rounds) for world in (1, 2))
     print(f"one rank {1e3 * one:.2f} ms, two ranks {1e3 * two:.2f} ms")
     figures["two_ranks_over_one"] = two / one
+    figures["two_readers_over_one"] = reading_scales(4 * options.rounds)
     figures["outside_share"], figures["outside_over_least"] = measure_outside(
         max(5, options.rounds // 2)
     )
