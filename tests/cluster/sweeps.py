@@ -95,7 +95,7 @@ class ClusterSweep:
 def high(cluster: Cluster, seconds: float, tasks_per_node: int | None = None) -> str:
     """A job that preempts: on both nodes, whole or with some CPUs of each."""
     size = ["--exclusive"] if tasks_per_node is None else [f"--ntasks-per-node={tasks_per_node}"]
-    # Requeued after its own node has failed, it might be held for good.
+    # When its own node fails it is to be gone, not to come back and be waited for.
     job = ["--partition=high", "--nodes=2", "--mem-per-cpu=10", "--no-requeue", *size]
     return cluster.submit(f"sleep {seconds}", *job)
 
