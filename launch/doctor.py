@@ -56,13 +56,17 @@ class Limits:
     in_queue: int = 0  # of this user, now
     unknown: str = ""  # why accounting could not be asked
     source: str = ""  # the limit of SLURM's that max_submit is
+    qos: tuple[dict[str, str], ...] = ()  # accounting's records of the QOS that jobs get
 
 
 def limits(profile: SlurmProfile) -> Limits:
     """What binds this profile's jobs: of the user in its account, and of its QOS.
 
-    Raises SlurmError if the controller does not answer.
+    Raises SlurmError if the controller does not answer, or a command is missing.
     """
+    for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
+        if shutil.which(command) is None:
+            raise slurm.SlurmError(f"{command}: not found; submit from a login node")
     size = slurm.number(slurm.settings().get("MaxArraySize", ""), 1001) or 1
     user = pwd.getpwuid(os.getuid()).pw_name
     account = profile.account
@@ -70,20 +74,21 @@ def limits(profile: SlurmProfile) -> Limits:
         if account is None:
             default = slurm.accounting("user", "defaultaccount", f"name={user}")
             account = default[0]["defaultaccount"] if default else None
-        found = _associations(user, account, profile) + qos_records(profile, user, account)
+        found = _associations(user, account, profile)
+        qos = _qos_records(profile, found)
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
     # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
     bounds = [
         (int(text), _source(name, record))
-        for record in found
+        for record in [*found, *qos]
         for name in _SUBMIT_LIMITS
         if (text := record.get(name, "")).isdigit()
     ]
     if not bounds:
-        return Limits(size, None)
+        return Limits(size, None, qos=tuple(qos))
     most, source = min(bounds, key=lambda bound: bound[0])
-    return Limits(size, most, slurm.jobs_of_user(), source=source)
+    return Limits(size, most, slurm.jobs_of_user(), source=source, qos=tuple(qos))
 
 
 def _source(limit: str, record: dict[str, str]) -> str:
@@ -103,31 +108,23 @@ def _associations(user: str, account: str | None, profile: SlurmProfile) -> list
     return [record for record in found if record["partition"] in names]
 
 
-def qos_records(
-    profile: SlurmProfile, user: str | None = None, account: str | None = None
-) -> list[dict[str, str]]:
+def _qos_records(profile: SlurmProfile, associations: list[dict[str, str]]) -> list[dict[str, str]]:
     """Accounting's records of the QOS that the profile's jobs get, then of the partitions' own."""
-    user = user or pwd.getpwuid(os.getuid()).pw_name
     names = [profile.qos or ""]
-    if profile.qos is None:
-        found = _associations(user, account or profile.account, profile)
-        names = [record["defaultqos"] or "normal" for record in found]  # as slurmctld does
+    if profile.qos is None:  # as slurmctld does
+        names = [record["defaultqos"] or "normal" for record in associations]
     names += [partition.get("QoS", "") for partition in slurm.partitions(profile.partition)]
     fields = "name,maxsubmitjobsperuser,gracetime,preemptmode,grpsubmitjobs"
     known = {record["name"]: record for record in slurm.accounting("qos", fields)}
     return [known[name] for name in dict.fromkeys(names) if name in known]
 
 
-def examine(profile: SlurmProfile) -> Iterator[Finding]:
-    """What the controller tells about the profile; nothing is submitted."""
-    for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
-        if shutil.which(command) is None:
-            yield Finding("error", f"{command}: not found; submit from a login node")
-            return
+def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Finding]:
+    """What the controller tells about the profile; nothing is submitted. `found`: its `limits`."""
     try:
+        found = found or limits(profile)
         settings = slurm.settings()
         partitions = slurm.partitions(profile.partition)
-        found = limits(profile)
     except slurm.SlurmError as error:
         yield Finding("error", str(error))
         return
@@ -139,7 +136,7 @@ def examine(profile: SlurmProfile) -> Iterator[Finding]:
     yield _accepted(profile)
     for partition in partitions:
         where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
-        yield from _preemption(settings, partition, profile, where)
+        yield from _preemption(settings, partition, found, where)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
     yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
     if settings.get("JobRequeue") == "0":
@@ -176,20 +173,19 @@ def _accepted(profile: SlurmProfile) -> Finding:
 
 
 def _preemption(
-    settings: dict[str, str], partition: dict[str, str], profile: SlurmProfile, where: str
+    settings: dict[str, str], partition: dict[str, str], found: Limits, where: str
 ) -> Iterator[Finding]:
     """What happens to a preempted task, and how long it has to save. `where` is for the texts."""
     mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF")).upper()
     grace = slurm.number(partition.get("GraceTime", "0"), 0)
     if "qos" in settings.get("PreemptType", ""):
-        try:
-            found = qos_records(profile)
-        except slurm.AccountingError as error:
-            yield Finding("warning", f"preemption{where}: that of the QOS is not known: {error}")
+        if found.unknown:
+            text = f"preemption{where}: that of the QOS is not known: {found.unknown}"
+            yield Finding("warning", text)
             return
-        if found:
-            grace = int(slurm.seconds_of(found[0]["gracetime"]))
-            own = found[0]["preemptmode"].upper()
+        if found.qos:
+            grace = int(slurm.seconds_of(found.qos[0]["gracetime"]))
+            own = found.qos[0]["preemptmode"].upper()
             mode = settings.get("PreemptMode", "OFF").upper() if own in ("", "CLUSTER") else own
     if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
         yield Finding("ok", f"preemption{where or ' in this partition'}: none")
@@ -286,12 +282,12 @@ def preflight(profile: SlurmProfile, records: Sequence[Record]) -> tuple[Limits,
     UserError for what would make every task fail, and if they are too many nevertheless.
     """
     told = []
-    for finding in examine(profile):
+    found = limits(profile)
+    for finding in examine(profile, found):
         if finding.level == "error":
             raise UserError(finding.text)
         if finding.level == "warning":
             told.append(f"warning: {finding.text}")
-    found = limits(profile)
     per_task = profile.points_per_task
     if found.max_submit is None or not records:
         return found, per_task, told

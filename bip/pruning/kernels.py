@@ -17,6 +17,7 @@ INFINITY = np.int32(0x7F800000)  # a larger key is NaN
 BLOCK = 64  # counted without branches, then searched only if it holds a candidate
 
 Bits = NDArray[np.int32]
+Mask = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 i32, u32 = numba.int32, numba.uint32
 compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
@@ -140,7 +141,7 @@ def hash_place(place: int) -> np.uint32:
 
 
 @compiled
-def write_mask(bits: Bits, key: np.int32, last: int, first: int, mask: Floats) -> tuple[int, int]:
+def write_mask(bits: Bits, key: np.int32, last: int, first: int, mask: Mask) -> tuple[int, int]:
     """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`.
 
     Returns (ones, checksum): the sum modulo 2^32 of `hash_place` of the ones, `first` being the
@@ -152,8 +153,23 @@ def write_mask(bits: Bits, key: np.int32, last: int, first: int, mask: Floats) -
         keep = (own > key) | ((own == key) & (i <= last))
         kept += int(keep)
         checksum = u32(checksum + u32(keep) * hash_place(first + i))
-        mask[i] = np.float32(keep)
+        mask[i] = np.uint8(keep)
     return kept, int(checksum)
+
+
+@compiled
+def mask_out(values: Floats, mask: Mask, out: Floats) -> None:
+    """out = mask · values."""
+    for i in range(values.size):
+        out[i] = values.dtype.type(mask[i]) * values[i]
+
+
+@parallel
+def mask_out_parts(values: Floats, mask: Mask, out: Floats, parts: int) -> None:
+    """`mask_out` of equal parts."""
+    for part in numba.prange(parts):
+        a, b = part * values.size // parts, (part + 1) * values.size // parts
+        mask_out(values[a:b], mask[a:b], out[a:b])
 
 
 @compiled
@@ -163,7 +179,7 @@ def move_mask_and_z(
     last: int,
     first: int,
     weights: Floats,
-    mask: Floats,
+    mask: Mask,
     z: Floats,
 ) -> tuple[int, int]:
     """`write_mask`, and z = mask · weights, which must hold before too: from one step to the next
@@ -179,21 +195,23 @@ def move_mask_and_z(
             keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
             count += keep
             hashes = u32(hashes + u32(keep) * hash_place(u32(first + start) + u32(j)))
-            moved |= i32(mask[start + j] != np.float32(keep))
+            moved |= i32(mask[start + j]) ^ keep
         kept += int(count)
         checksum = u32(checksum + hashes)
         if moved:
-            for i in range(start, start + BLOCK):
-                own = bits[i] & MAGNITUDE
-                mask[i] = np.float32((own > key) | ((own == key) & (i <= last)))
-                z[i] = mask[i] * weights[i]
+            for j in range(BLOCK):
+                own = bits[start + j] & MAGNITUDE
+                keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
+                if i32(mask[start + j]) != keep:
+                    mask[start + j] = np.uint8(keep)
+                    z[start + j] = weights.dtype.type(keep) * weights[start + j]
     for i in range(whole, bits.size):
         own = bits[i] & MAGNITUDE
         keep = (own > key) | ((own == key) & (i <= last))
         kept += int(keep)
         checksum = u32(checksum + u32(keep) * hash_place(first + i))
-        mask[i] = np.float32(keep)
-        z[i] = mask[i] * weights[i]
+        mask[i] = np.uint8(keep)
+        z[i] = weights.dtype.type(keep) * weights[i]
     return kept, int(checksum)
 
 
@@ -204,7 +222,7 @@ def move_mask_and_z_parts(
     last: int,
     first: int,
     weights: Floats,
-    mask: Floats,
+    mask: Mask,
     z: Floats,
     proofs: NDArray[np.int64],
 ) -> None:
@@ -219,17 +237,17 @@ def move_mask_and_z_parts(
 
 @compiled
 def upper_gradient(
-    g: Floats, weights: Floats, mask: Floats, scores: Floats, inv_gamma: float, out: Floats
+    g: Floats, weights: Floats, mask: Mask, scores: Floats, inv_gamma: float, out: Floats
 ) -> None:
     """out = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, with +1 at s = 0, in one pass."""
     for i in range(g.size):
-        slope = (weights[i] - inv_gamma * mask[i] * g[i]) * g[i]
+        slope = (weights[i] - inv_gamma * g.dtype.type(mask[i]) * g[i]) * g[i]
         out[i] = -slope if scores[i] < 0 else slope
 
 
 @parallel
 def upper_gradient_parts(
-    g: Floats, weights: Floats, mask: Floats, scores: Floats, inv_gamma: float, out: Floats,
+    g: Floats, weights: Floats, mask: Mask, scores: Floats, inv_gamma: float, out: Floats,
     parts: int,
 ) -> None:  # fmt: skip
     """`upper_gradient` of equal parts."""

@@ -34,9 +34,8 @@ class PrunedParameters:
     """The pruned-parameter state of one network.
 
     weights (θ), scores (s): leaf tensors (n,), in logical order whatever the network's memory
-    format; torch.optim owns them. mask (m): (n,) of 0.0 and 1.0, float32 because a float
-    product is several times faster than a bool one. `gradient` (n,) holds the gradient of the
-    level whose step is being taken: the two levels never need theirs at once.
+    format; torch.optim owns them. mask (m): (n,) of 0 and 1, uint8. `gradient` (n,) holds the
+    gradient of the level whose step is being taken: the two levels never need theirs at once.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class PrunedParameters:
         flat = torch.cat([z.detach().reshape(-1) for z in self.z])
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
-        self.mask = torch.ones(layout.size, dtype=dtype, device=device)
+        self.mask = torch.ones(layout.size, dtype=torch.uint8, device=device)
         # Of the last selection: the number of ones and their checksum, for comparison.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
-            self._group_mask = torch.zeros(layout.groups, dtype=torch.float32, device=device)
+            self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
 
     @staticmethod
     def view(flat: Tensor, tensor: PrunableTensor) -> Tensor:
@@ -86,7 +85,7 @@ class PrunedParameters:
         for z, weight, mask in zip(
             self.z, self.views(self.weights), self.views(self.mask), strict=True
         ):
-            torch.mul(weight, mask, out=z)
+            mask_out(weight, mask, z.detach())
 
     @torch.no_grad()
     def take_gradient(self) -> None:
@@ -112,7 +111,7 @@ class PrunedParameters:
     def set_lower_gradient(self) -> None:
         """θ.grad = m ⊙ g, in `gradient`."""
         for part, g in self._gradients():
-            torch.mul(g, self.mask[part], out=self.gradient[part])
+            mask_out(g, self.mask[part], self.gradient[part])
         self.weights.grad = self.gradient
 
     @torch.no_grad()
@@ -174,7 +173,7 @@ class PrunedParameters:
                 cuts = self.threshold.select(values)
             except ValueError as error:
                 raise UserError(f"{self._name_nan()} [{error}]") from None
-            if write_z and not structured and mask.dtype == torch.float32:
+            if write_z and not structured and self.weights.dtype == torch.float32:
                 self._move_mask_and_z(values, cuts)
                 return
             self._write_mask(values, cuts, mask)
@@ -186,12 +185,11 @@ class PrunedParameters:
             self.write_z()
 
     def _write_mask(self, values: Tensor, cuts: list[Cut], mask: Tensor) -> None:
-        proofs = []
-        for segment, cut in zip(self.segments, cuts, strict=True):
-            part = slice(segment.start, segment.stop)
-            out = mask[part] if mask.dtype == torch.float32 else torch.empty(len(mask[part]))
-            proofs.append(write_mask(values[part], cut, segment.start, out))
-            mask[part] = out
+        parts = (slice(segment.start, segment.stop) for segment in self.segments)
+        proofs = [
+            write_mask(values[part], cut, part.start, mask[part])
+            for part, cut in zip(parts, cuts, strict=True)
+        ]
         self.proof = torch.tensor(add_proofs(proofs))
 
     def _move_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
@@ -206,7 +204,7 @@ class PrunedParameters:
                 proof = move_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
             else:  # channels_last: z's memory is in another order than the flat buffers'
                 proof = write_mask(values[part], cut, tensor.start, mask)
-                torch.mul(weights.view(tensor.shape), mask.view(tensor.shape), out=z)
+                mask_out(weights.view(tensor.shape), mask.view(tensor.shape), z)
             proofs.append(proof)
         self.proof = torch.tensor(add_proofs(proofs))
 
@@ -237,6 +235,18 @@ class PrunedParameters:
     def kept(self) -> int:
         """Weights kept. Waits for the device."""
         return int(torch.count_nonzero(self.mask))
+
+
+def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
+    """out = m ⊙ values, all of one shape. `out` may be `values`."""
+    if out.device.type != "cpu" or not (values.is_contiguous() and out.is_contiguous()):
+        torch.mul(values, mask, out=out)
+        return
+    arrays = [tensor.view(-1).numpy() for tensor in (values, mask, out)]
+    if (parts := kernels.use_threads(values.numel())) > 1:
+        kernels.mask_out_parts(*arrays, parts)
+    else:
+        kernels.mask_out(*arrays)
 
 
 def upper_gradient(

@@ -37,8 +37,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(bits: Tensor, size: int) -> Tensor:
-    """The float32 mask (size,) of `pack_mask`'s bits."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size).astype(np.float32))
+    """The uint8 mask (size,) of `pack_mask`'s bits."""
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=size))
 
 
 def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def split_state(state: State) -> tuple[dict[str, Tensor], Tensor | None]:
 
 
 def layer_masks(state: State) -> dict[str, Tensor]:
-    """The mask of each pruned weight, float32 in its shape, by the weight's name."""
+    """The mask of each pruned weight, uint8 in its shape, by the weight's name."""
     weights, bits = split_state(state)
     if bits is None:
         return {}

@@ -33,7 +33,7 @@ def test_selection_is_the_sorts(kind: str, n: int) -> None:
     values = make_scores(kind, n, 0)
     for segments in ((Segment("a", 0, n, max(1, n // 20)),), _halves(n)):
         threshold = DeviceThreshold(segments, n, Alone(), torch.device("cuda"))
-        mask = torch.empty(n, device="cuda")
+        mask = torch.empty(n, dtype=torch.uint8, device="cuda")
         on_gpu = values.cuda()
         write_mask(on_gpu, segments, *threshold.select(on_gpu), mask)
         assert torch.equal(mask.cpu(), sorted_mask(values, segments))

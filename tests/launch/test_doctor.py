@@ -83,7 +83,8 @@ QOS = "normal|80|00:01:30|cluster|\ntiny|2|00:00:00|cancel|\nfast|60|00:00:10|re
 def test_limits_are_those_of_the_account_and_qos_that_are_used(cluster: FakeCluster) -> None:
     cluster.accounting(ASSOC, QOS)
     own = "MaxSubmitJobsPerUser of the QOS normal"
-    assert limits(profile()) == doctor.Limits(500, 80, source=own)
+    found = limits(profile())
+    assert (found.max_array_size, found.max_submit, found.source) == (500, 80, own)
     last = list(examine(profile(qos="fast")))[-1].text
     assert last == (
         "submission: arrays of 500 tasks, 55 jobs (GrpSubmitJobs of the QOS fast, for all its "

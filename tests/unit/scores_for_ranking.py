@@ -36,7 +36,7 @@ def make_scores(kind: str, n: int, seed: int) -> Tensor:
 
 def sorted_mask(values: Tensor, segments: tuple[Segment, ...]) -> Tensor:
     """The right mask, by a stable sort of each segment: larger first, then lower index."""
-    mask = torch.zeros(len(values))
+    mask = torch.zeros(len(values), dtype=torch.uint8)
     for segment in segments:
         magnitudes = values[segment.start : segment.stop].abs()
         order = torch.argsort(magnitudes, descending=True, stable=True)
@@ -58,7 +58,7 @@ class Selector:
         )
 
     def __call__(self, values: Tensor) -> Tensor:
-        mask = torch.full((len(values),), 7.0)
+        mask = torch.full((len(values),), 7, dtype=torch.uint8)
         if isinstance(self.inner, DeviceThreshold):
             write_mask_on_device(values, self.segments, *self.inner.select(values), mask)
             return mask

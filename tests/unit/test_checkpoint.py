@@ -33,7 +33,7 @@ def state(step: int) -> dict[str, Any]:
     torch.manual_seed(step)
     return {
         "state_dict": {"layer.weight": torch.randn(40), "layer.popup_scores": torch.randn(40)},
-        "mask": pack_mask(torch.randint(0, 2, (41,)).float()),
+        "mask": pack_mask(torch.randint(0, 2, (41,))),
         "progress": {"iteration": step, "seconds": 1.5, "best_epoch": None},
         "optimizer": {"lower": {"state": {0: {"momentum_buffer": torch.randn(3)}}}},
     }
@@ -72,7 +72,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 7, 8, 9, 1000])
 def test_masks_pack_to_bits(size: int) -> None:
-    mask = torch.randint(0, 2, (size,)).float()
+    mask = torch.randint(0, 2, (size,), dtype=torch.uint8)
     bits = pack_mask(mask)
     assert bits.numel() == -(-size // 8)
     assert torch.equal(unpack_mask(bits, size), mask)

@@ -22,7 +22,7 @@ DOUBLE = torch.float64
 def leaves(pruned: PrunedParameters) -> tuple[list[Tensor], list[Tensor]]:
     """θ and m as autograd leaves, one pair per prunable tensor."""
     weights = [t.detach().clone().requires_grad_() for t in pruned.views(pruned.weights)]
-    masks = [t.detach().clone().requires_grad_() for t in pruned.views(pruned.mask)]
+    masks = [t.double().requires_grad_() for t in pruned.views(pruned.mask)]
     return weights, masks
 
 
@@ -95,8 +95,8 @@ def test_hypergradient_of_a_linear_loss_is_exact(
     generator = torch.Generator().manual_seed(3)
     c = torch.randn(pruned.layout.size, generator=generator, dtype=DOUBLE)
     if not binary:
-        pruned.mask.copy_(torch.rand(pruned.mask.shape, generator=generator))
-    m = pruned.mask.clone().requires_grad_()
+        pruned.mask = torch.rand(pruned.layout.size, generator=generator, dtype=DOUBLE)
+    m = pruned.mask.double().requires_grad_()
     theta = -(1 / gamma) * m * c
     (exact,) = torch.autograd.grad(c @ (m * theta), m)
 
@@ -125,7 +125,7 @@ def test_hypergradient_of_a_quadratic_loss_errs_by_one_over_gamma() -> None:
 
     errors = []
     for gamma in (1e2, 1e3, 1e4, 1e5, 1e6):
-        m = pruned.mask.clone().requires_grad_()
+        m = pruned.mask.double().requires_grad_()
         identity = torch.eye(n, dtype=DOUBLE)
         theta = torch.linalg.solve(torch.outer(m, m) * a + gamma * identity, -m * b)
         (exact,) = torch.autograd.grad(quadratic(m * theta), m)
@@ -149,7 +149,7 @@ def test_the_implicit_term_is_half_of_the_hypergradient_at_the_linear_optimum() 
     pruned = prune(network, "unstructured")
     c = torch.randn(pruned.layout.size, dtype=DOUBLE)
     with torch.no_grad():
-        pruned.weights.copy_(-0.01 * pruned.mask * c)
+        pruned.weights.copy_(pruned.mask * c * -0.01)
     pruned.write_z()
     linear_term(c, pruned.z).backward()
     pruned.take_gradient()

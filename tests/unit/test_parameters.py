@@ -41,7 +41,7 @@ def test_one_step_moves_the_scores_by_the_formula(inv_gamma: float) -> None:
     images, labels = random_batch(2, dtype=torch.float64)
     F.cross_entropy(network(images), labels).backward()
     g = torch.cat([z.grad.flatten() for z in pruned.z])
-    direct, implicit = pruned.weights * g, inv_gamma * pruned.mask * g * g
+    direct, implicit = pruned.weights * g, pruned.mask * g * g * inv_gamma
     before = pruned.scores.detach().clone()
     optimizer = torch.optim.SGD([pruned.scores], lr=1.0)
 
@@ -71,7 +71,7 @@ def test_large_arrays_are_shared_among_threads_and_agree_with_the_operations_of_
     torch.manual_seed(0)
     n = 1 << 19
     g, weights, scores = torch.randn(n), torch.randn(n), torch.randn(n)
-    mask = (torch.rand(n) < 0.3).float()
+    mask = (torch.rand(n) < 0.3).to(torch.uint8)
     scores[::7], scores[::14] = 0.0, -0.0
     sign = torch.where(scores < 0, -1.0, 1.0)
     expected = sign * (weights - 0.3 * mask * g) * g

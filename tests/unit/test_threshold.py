@@ -156,7 +156,8 @@ def test_writing_proves_what_was_written(n: int, count: int) -> None:
     not; with cuts at and around the seams between threads."""
     values, weights = make_scores("ties", n, 5), make_scores("normal", n, 6)
     key = torch.tensor(0.25).view(torch.int32)
-    mask, moved, other, z = torch.empty(n), torch.ones(n), torch.empty(n), weights.clone()
+    mask, moved, other = (torch.full((n,), fill, dtype=torch.uint8) for fill in (7, 1, 7))
+    z = weights.clone()
     seams = [n * part // 2 + away for part in (0, 1, 2) for away in (-1, 0, 1)]
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -170,7 +171,7 @@ def test_writing_proves_what_was_written(n: int, count: int) -> None:
             assert proof == tuple(on_device.tolist())
             right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
             for written in (mask, moved, other):
-                assert torch.equal(written, right.float())
+                assert torch.equal(written, right.to(torch.uint8))
             assert torch.equal(z, weights * mask)
             assert proof[0] == int(right.sum())
             half = n // 2
@@ -193,7 +194,7 @@ def test_other_masks_have_other_proofs(one: set[int], other: set[int]) -> None:
     for kept in (one, other):
         values = torch.zeros(41)
         values[list(kept)] = 1.0
-        proofs.append(write_mask(values, Cut(0, -1), 1000, torch.empty(41)))
+        proofs.append(write_mask(values, Cut(0, -1), 1000, torch.empty(41, dtype=torch.uint8)))
     assert (proofs[0] == proofs[1]) == (one == other)
 
 
