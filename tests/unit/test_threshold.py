@@ -1,5 +1,7 @@
 """The sharded selection against a plain sort: exact for any n, k, W, distribution and history."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from bip.pruning.threshold import (
     write_mask,
 )
 from bip.pruning.threshold_device import write_mask as write_mask_on_device
-from tests.unit.ranks_in_threads import on_threads
+from tests.unit.ranks_in_threads import ThreadRank, on_threads
 from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
 
 BOTH = pytest.mark.parametrize("device_way", [False, True], ids=["cpu", "device"])
@@ -76,6 +78,29 @@ def test_selection_stays_exact_as_scores_move(device_way: bool, world: int) -> N
     for found in on_threads(world, masks):
         for values, mask in zip(history, found, strict=True):
             assert torch.equal(mask, sorted_mask(values, segments))
+
+
+def test_a_steady_move_is_foreseen_and_a_turn_is_found() -> None:
+    """Where the threshold moves evenly, however fast, one gather selects; it may turn or leap."""
+    n = 20_000
+    segments = (Segment("network", 0, n, 1234),)
+    start, drift = make_scores("normal", n, 0).abs() + 1, 0.01
+    places = [*range(40), 60, 39, 38, *range(37, 0, -1)]  # on, a leap, back, and on the way back
+    history = [start + drift * place for place in places]
+
+    def select(ranks: ThreadRank) -> tuple[list[int], list[Tensor]]:
+        selector, rounds, masks = Selector(segments, n, ranks), [0], []
+        for values in history:
+            masks.append(selector(values))
+            rounds.append(ranks.rounds)
+        return [after - before for before, after in pairwise(rounds)], masks
+
+    for gathers, masks in on_threads(2, select):
+        for values, mask in zip(history, masks, strict=True):
+            assert torch.equal(mask, sorted_mask(values, segments))
+        assert gathers[30:40] == [1] * 10
+        assert gathers[-5:] == [1] * 5
+        assert max(gathers) <= 6
 
 
 @pytest.mark.parametrize("kind", KINDS)
