@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be submitted at once."""
+    """How much may be submitted at once, and under which QOS."""
 
     max_array_size: int
     max_submit: int | None  # jobs, an array's tasks counted one by one
@@ -62,11 +62,12 @@ class Limits:
 def limits(profile: SlurmProfile) -> Limits:
     """What binds this profile's jobs: of the user in its account, and of its QOS.
 
-    Raises SlurmError if the controller does not answer, or a command is missing.
+    Raises SlurmError if the controller does not answer, a command is missing, or the partition.
     """
     for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         if shutil.which(command) is None:
             raise slurm.SlurmError(f"{command}: not found; submit from a login node")
+    partitions = slurm.partitions(profile.partition)
     size = slurm.number(slurm.settings().get("MaxArraySize", ""), 1001) or 1
     user = pwd.getpwuid(os.getuid()).pw_name
     account = profile.account
@@ -75,7 +76,7 @@ def limits(profile: SlurmProfile) -> Limits:
             default = slurm.accounting("user", "defaultaccount", f"name={user}")
             account = default[0]["defaultaccount"] if default else None
         found = _associations(user, account, profile)
-        qos = _qos_records(profile, found)
+        qos = _qos_records(profile, found, partitions)
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
     # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
@@ -108,12 +109,14 @@ def _associations(user: str, account: str | None, profile: SlurmProfile) -> list
     return [record for record in found if record["partition"] in names]
 
 
-def _qos_records(profile: SlurmProfile, associations: list[dict[str, str]]) -> list[dict[str, str]]:
+def _qos_records(
+    profile: SlurmProfile, associations: list[dict[str, str]], partitions: list[dict[str, str]]
+) -> list[dict[str, str]]:
     """Accounting's records of the QOS that the profile's jobs get, then of the partitions' own."""
     names = [profile.qos or ""]
     if profile.qos is None:  # as slurmctld does
         names = [record["defaultqos"] or "normal" for record in associations]
-    names += [partition.get("QoS", "") for partition in slurm.partitions(profile.partition)]
+    names += [partition.get("QoS", "") for partition in partitions]
     fields = "name,maxsubmitjobsperuser,gracetime,preemptmode,grpsubmitjobs"
     known = {record["name"]: record for record in slurm.accounting("qos", fields)}
     return [known[name] for name in dict.fromkeys(names) if name in known]

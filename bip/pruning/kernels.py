@@ -183,7 +183,7 @@ def move_mask_and_z(
     z: Floats,
 ) -> tuple[int, int]:
     """`write_mask`, and z = mask · weights, which must hold before too: from one step to the next
-    few weights come or go, and only blocks where one does are written.
+    few weights come or go, and only those are written.
     """
     kept, checksum = 0, u32(0)
     whole = bits.size // BLOCK * BLOCK

@@ -13,6 +13,7 @@ from decimal import Decimal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from bip.errors import UserError
 from bip.pruning import kernels
@@ -202,6 +203,7 @@ class PrunedParameters:
             if z.is_contiguous():
                 flat = z.detach().view(-1)
                 proof = move_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
+                increment_version(flat)
             else:  # channels_last: z's memory is in another order than the flat buffers'
                 proof = write_mask(values[part], cut, tensor.start, mask)
                 mask_out(weights.view(tensor.shape), mask.view(tensor.shape), z)
@@ -239,7 +241,8 @@ class PrunedParameters:
 
 def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
     """out = m ⊙ values, all of one shape. `out` may be `values`."""
-    if out.device.type != "cpu" or not (values.is_contiguous() and out.is_contiguous()):
+    compiled = out.device.type == "cpu" and out.dtype in (torch.float32, torch.float64)
+    if not (compiled and values.is_contiguous() and out.is_contiguous()):
         torch.mul(values, mask, out=out)
         return
     arrays = [tensor.view(-1).numpy() for tensor in (values, mask, out)]
@@ -247,6 +250,7 @@ def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
         kernels.mask_out_parts(*arrays, parts)
     else:
         kernels.mask_out(*arrays)
+    increment_version(out)  # autograd does not see what is written through numpy
 
 
 def upper_gradient(

@@ -81,11 +81,12 @@ class _Hint:
         return min(max(0, self.key + self.move), LARGEST)
 
     def after(self, key: int) -> "_Hint":
-        """The hint when `key` was found: four times as far around as this one was wrong, and
-        three quarters of the old spread if it was right. On real runs one in 300 misses.
+        """The hint when `key` was found: four times as far around as this one was wrong, but never
+        less than three quarters as far as this one. A miss was a jump, which is not repeated.
         """
-        spread = max(4 * abs(key - self.middle), 3 * self.spread // 4, 1)
-        return _Hint(key, key - self.key, min(spread, LARGEST // 2))
+        error = abs(key - self.middle)
+        move = key - self.key if error <= self.spread else 0
+        return _Hint(key, move, min(max(4 * error, 3 * self.spread // 4, 1), LARGEST // 2))
 
 
 @dataclass

@@ -99,6 +99,22 @@ def test_limits_are_those_of_the_account_and_qos_that_are_used(cluster: FakeClus
     assert limits(profile(partition="low,gpu")).max_submit == 2
 
 
+def test_the_qos_is_that_of_the_default_account(cluster: FakeCluster) -> None:
+    cluster.settings(PreemptType="preempt/qos", PreemptMode="REQUEUE")
+    cluster.accounting("other |tiny|1|\nmine |fast||\n", QOS)
+    text = "preemption (REQUEUE): SIGTERM, then 10 s to finish a step and save (GraceTime)"
+    assert preemption(cluster) == [("warning", text)]
+
+
+def test_a_missing_command_is_named(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cluster.folder / "srun").unlink()
+    monkeypatch.setenv("PATH", str(cluster.folder))
+    (finding,) = examine(profile())
+    assert (finding.level, finding.text) == ("error", "srun: not found; submit from a login node")
+    with pytest.raises(UserError, match="srun: not found; submit from a login node"):
+        preflight(profile(), sweep_of(3))
+
+
 def test_without_accounting_there_is_no_limit(cluster: FakeCluster) -> None:
     assert limits(profile()) == doctor.Limits(500, None)
     assert "no limit on jobs" in list(examine(profile()))[-1].text

@@ -160,6 +160,7 @@ def test_the_mask_is_a_function_of_the_scores_alone() -> None:
         scores = pruned.scores.normal_().clone()
         pruned.update_mask()
         first = pruned.mask.clone()
+        assert first.dtype == torch.uint8
         pruned.scores.normal_()
         pruned.update_mask()
         assert not torch.equal(first, pruned.mask)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from bip.config import load_config
 from bip.pruning.mask import find_followers, find_prunable
-from bip.pruning.parameters import PrunedParameters, upper_gradient
+from bip.pruning.parameters import PrunedParameters, mask_out, upper_gradient
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, build_step
 from tests.runs import LAYER_TYPES, Finished, arguments, train
@@ -82,6 +82,12 @@ def test_large_arrays_are_shared_among_threads_and_agree_with_the_operations_of_
             out = torch.empty(n)
             upper_gradient(g, weights, mask, scores, 0.3, out)
             torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+            for values in (g.clone(), g.double(), g.bfloat16()):
+                masked, before = torch.empty_like(values), values.clone()
+                mask_out(values, mask, masked)
+                assert torch.equal(masked, before * mask)
+                mask_out(values, mask, values)
+                assert torch.equal(values, masked)
     finally:
         torch.set_num_threads(threads)
 

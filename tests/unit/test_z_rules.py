@@ -187,6 +187,16 @@ def test_a_compiled_network_sees_the_rewritten_z() -> None:
     assert max(losses) - min(losses) > 0.1
 
 
+def test_autograd_refuses_to_go_back_over_a_rewritten_z() -> None:
+    network = small_net()
+    pruned = prune(network, "unstructured")
+    for rewrite in (pruned.write_z, pruned.update_mask_and_z):
+        loss = network(random_batch(0)[0]).sum()
+        rewrite()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_compile_is_in_force() -> None:
     network = small_net()
     run = ForwardBackward(make_config(compile=True), network, None, 0, CPU)
