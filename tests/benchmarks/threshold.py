@@ -238,9 +238,9 @@ TABLE = 4 * 2048  # bytes of one digit's counts; the last of 31 bits takes 512
 def most_sent(case: str, world: int) -> tuple[int, int]:
     """(bytes, gathers) that a rank contributes at most to a selection over the whole network.
 
-    A hit finds the threshold in the bracket around where it was expected: a digit of 11 bits with the pass's totals (in calm that is all), perhaps the rest, perhaps the
-    place of a tie. A miss has spent that digit and searches anew, 31 bits. Cold, there is a sample
-    before.
+    A hit finds the threshold in the bracket where it was expected: a digit of 11 bits with the
+    pass's totals (in calm that is all), perhaps the rest, perhaps the place of a tie. A miss has
+    spent that digit and searches anew, 31 bits. Cold, there is a sample before.
     """
     heads, tie, sample = 24, 8, 4 * max(1, SAMPLE // world)
     return {
