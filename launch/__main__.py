@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,14 +74,13 @@ def series(argv: list[str], command: list[str]) -> int:
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
     plan = make_plan(flags, profile.ranks)
-    sizes = check_inputs([point.config for point in plan.points])
     for note in plan.notes:
         print(note)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     sweep, run_ids = Sweep(plan.folder), [point.run_id for point in plan.points]
     records = [r for r in map(Record.of, plan.points) if not sweep.is_done(r)]
-    submission = prepare(profile, [point.config for point in plan.points], sizes, records)
+    submission = prepare(profile, [point.config for point in plan.points], records)
     sweep.add(plan.points)
     keep_code = flags.get("snapshot", True)
     return run(sweep, run_ids, submission, command, flags.get("wait", True), keep_code)
@@ -96,18 +96,19 @@ class Submission:
 
 
 def prepare(
-    profile: LocalProfile | SlurmProfile,
-    configs: list[RunConfig],
-    sizes: dict[str, int],
-    records: list[Record],
+    profile: LocalProfile | SlurmProfile, configs: list[RunConfig], records: list[Record]
 ) -> Submission:
-    """All checks of cluster and disk. Raises UserError; nothing is created.
+    """All checks of inputs, cluster and disk. Raises UserError; nothing is created.
 
     `records` are the points that are to be submitted.
     """
     if not isinstance(profile, SlurmProfile):
+        check_inputs(configs)
         return Submission(profile)
-    limits, per_task, lines = preflight(profile, records)
+    with ThreadPoolExecutor(1) as pool:  # SLURM answers while torch is imported
+        asked = pool.submit(preflight, profile, records)
+        sizes = check_inputs(configs)
+        limits, per_task, lines = asked.result()
     if warning := check_place(configs[0].result_dir.absolute()):
         lines.append(warning)
     lines.append(check_disk(configs, sizes, profile.parallelism))
@@ -185,7 +186,7 @@ def resume(argv: list[str], command: list[str]) -> int:
         for config in configs:
             config.batch_per_rank(facts.ranks)
         records = [record for record in sweep.records() if record.run_id in missing]
-        submission = prepare(facts, configs, check_inputs(configs), records)
+        submission = prepare(facts, configs, records)
         codes.append(run(sweep, missing, submission, command, wait, snapshot))
 
     call({"resume": given}, ["resume", *argv], "python -m launch")

@@ -62,7 +62,10 @@ class ClusterSweep:
         return any(record["step"] > records[-1]["step"] for record in steps)
 
     def training(self) -> list[str]:
-        return [run_id for run_id in self.points() if self.is_training(run_id)]
+        """Those that SLURM shows as running, too: a run that a failed node took says no end."""
+        tasks = set(self.cluster.run("squeue", "-hr", "-t", "R", "-o", "%F_%K").split())
+        points = (run_id for run_id in self.points() if self.task(run_id) in tasks)
+        return [run_id for run_id in points if self.is_training(run_id)]
 
     def result(self, run_id: str) -> dict[str, Any] | None:
         path = self.points()[run_id].run_folder / "result.json"

@@ -46,7 +46,9 @@ class Storm:
         self.limited: str | None = None  # the run whose time limit is near
 
     def preempt(self) -> None:
-        high(self.cluster, 1, self.random.choice([1, None]))
+        """All that run, where several are not struck yet; else all, or one of them."""
+        everything = len(self.untouched()) > 1 or self.random.random() < 0.5
+        high(self.cluster, 1, None if everything else 1)
 
     def requeue(self) -> None:
         """The scheduler's operator requeues one task."""
@@ -106,8 +108,14 @@ class Storm:
     def victim(self) -> str:
         """A run that trains, rather one not struck yet. Raises LookupError if there is none."""
         names = [name for name in self.sweep.training() if name != self.limited]
-        untouched = [name for name in names if not interrupted(self.sweep.attempts(name))]
+        untouched = [name for name in self.untouched() if name in names]
+        if not names:
+            raise LookupError("no run trains")
         return self.random.choice(untouched or names)
+
+    def untouched(self) -> list[str]:
+        names = self.sweep.training()
+        return [name for name in names if not interrupted(self.sweep.attempts(name))]
 
     def rage(self, seconds: float) -> None:
         """Until every run was interrupted, several of them twice, and all are done."""
