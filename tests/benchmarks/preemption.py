@@ -81,21 +81,14 @@ class SignalledRun:
         return sum(a["step"] - b["step"] for a, b in pairs if b["event"] == "start")
 
 
-def write_and_fsync(folder: Path, data: bytes) -> float:
-    """Median seconds to write these bytes to a new file and fsync it.
-
-    The files stay until the last is written, as a run's checkpoint before stays: what a removed one
-    leaves in the page cache would make the next one quicker than any save can be.
-    """
-    numbers = iter(range(10**6))
-
-    def write() -> None:
-        with open(folder / f"plain-{next(numbers)}", "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    return statistics.median(take_turns({"write": write}, 5, 1)["write"])
+def write_and_fsync(path: Path, data: bytes) -> float:
+    """Seconds to write these bytes to a new file and fsync it."""
+    began = time.perf_counter()
+    with open(path, "xb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return time.perf_counter() - began
 
 
 def exchange_seconds(group: Group) -> float:
@@ -157,7 +150,7 @@ def submission() -> dict[str, float | None]:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "", rounds=3)
+    options = arguments(__doc__ or "", rounds=7)
     print(machine())
     figures: dict[str, Any] = {}
     saved: dict[str, float] = {}
@@ -165,16 +158,19 @@ def main() -> None:
     for arch in NETWORKS:
         with tempfile.TemporaryDirectory(dir=ROOT) as folder:
             run = SignalledRun(Path(folder), arch)
-            times = [run.stop() for _ in range(options.rounds)]
-            saved[arch] = statistics.median(time for time, _ in times)
-            step = statistics.median(step for _, step in times)
-            data = run.bytes_saved()
-            plain = write_and_fsync(Path(folder), data)
+            rows = []
+            for turn in range(options.rounds):  # in turn: a disk's speed changes by the minute
+                seconds, step = run.stop()
+                data = run.bytes_saved()
+                plain = write_and_fsync(Path(folder, f"plain-{turn}"), data)
+                Path(folder, f"plain-{turn - 1}").unlink(missing_ok=True)  # as a run keeps two
+                rows.append((seconds, step, plain, (seconds - step) / plain))
             lost += run.steps_lost()
+            saved[arch], step, plain, over = (statistics.median(c) for c in zip(*rows, strict=True))
             figures[f"{arch}_megabytes"] = len(data) / 1e6
             figures[f"{arch}_step_s"] = step
             figures[f"{arch}_write_fsync_s"] = plain
-            figures[f"{arch}_saved_over_write"] = (saved[arch] - step) / plain
+            figures[f"{arch}_saved_over_write"] = over
     bip_step = make_step("resnet18", 32, "bip")
     numbers = iter(range(10**6))
     step_seconds = statistics.median(take_turns({"s": lambda: bip_step(next(numbers))}, 5, 1)["s"])
