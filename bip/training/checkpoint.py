@@ -14,7 +14,7 @@ import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import DigestWriter, atomic_open, atomic_write_json, read_json
-from bip.pruning.parameters import PrunedParameters
+
+if TYPE_CHECKING:  # it compiles kernels, which no submission needs
+    from bip.pruning.parameters import PrunedParameters
 
 FORMAT = 1
 SCORES = "popup_scores"
@@ -41,7 +43,7 @@ def unpack_mask(bits: Tensor, size: int) -> Tensor:
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=size))
 
 
-def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[str, Tensor]:
+def network_state(network: nn.Module, pruned: "PrunedParameters | None") -> dict[str, Tensor]:
     """state_dict with θ in z's place, the scores as `LAYER.popup_scores`; on the CPU.
 
     What lies there already is shared, not copied, and changes with the next step.
@@ -56,7 +58,7 @@ def network_state(network: nn.Module, pruned: PrunedParameters | None) -> dict[s
     return state
 
 
-def model_state(config: RunConfig, network: nn.Module, pruned: PrunedParameters | None) -> State:
+def model_state(config: RunConfig, network: nn.Module, pruned: "PrunedParameters | None") -> State:
     """What every checkpoint holds: the network, its mask, and the settings that made it."""
     return {
         "format": FORMAT,
@@ -94,7 +96,7 @@ def layer_masks(state: State) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_model(
-    network: nn.Module, pruned: PrunedParameters | None, state: State, where: str
+    network: nn.Module, pruned: "PrunedParameters | None", state: State, where: str
 ) -> None:
     """Load a checkpoint into the network (in place) and, where given, into θ, scores and mask.
 
