@@ -232,6 +232,7 @@ class Run:
                 if self.pruned is not None:
                     self.pruned.write_followers()
             loop = self._loop(Progress(), RunLog(self.folder, active=False))
+            loop.agree()
             accuracy = loop.evaluate("test")
             self.group.barrier()
             self.heartbeat.stop()
@@ -529,6 +530,7 @@ class Run:
             self.pruned.write_followers()
             if self.config.recalibrate_bn:
                 loop.recalibrate(self.config.recalibrate_bn)
+        loop.agree()
         return loop.evaluate("test")
 
     def _result(

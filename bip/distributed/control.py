@@ -106,6 +106,6 @@ class Control:
         proofs = [f"{kept} with checksum {checksum}" for kept, checksum in rows[:, 2:].tolist()]
         if who := tell_apart(proofs):
             raise RankError(
-                f"mask: the weights kept differ between ranks ({who}); the last checkpoint is good"
+                f"mask: what is kept differs between ranks ({who}); the last checkpoint is good"
             )
         return News(int(rows[:, 0].max()), bool(rows[0, 1]))

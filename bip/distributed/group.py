@@ -266,7 +266,7 @@ def _meet(
         store = _srun_store(ranks, address, env, deadline, stop)
     holds_store = ranks.rank == 0 and address is not None
     try:
-        _go_or_leave(store, ranks.world, deadline, stop, holds_store)
+        _go_or_leave(store, ranks, deadline, stop, holds_store)
         store.set_timeout(MEETING)
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=MEETING
@@ -290,15 +290,21 @@ def _set_timeout(timeout: timedelta) -> None:
 
 
 def _go_or_leave(
-    store: Any, world: int, deadline: float, stop: StopRequest, holds_store: bool = False
+    store: Any, ranks: Ranks, deadline: float, stop: StopRequest, holds_store: bool = False
 ) -> None:
     """Wait until all are here. The first word in the store decides for all: to go on or to leave.
 
     A rank that left on its own word could leave the others waiting in the first collective, and
     one that holds the store could take the word with it.
     """
+    store.set(f"here/{ranks.rank}", "")
+    world = store.compare_set("world", "", str(ranks.world)).decode()
     try:
-        if store.add("here", 1) == world:
+        if world != str(ranks.world):  # none of the others', whatever they have agreed on
+            verdict = f"unlike {world} {ranks.world}".encode()
+            store.compare_set(_VERDICT, "", verdict.decode())
+            store.add("here", 1)
+        elif store.add("here", 1) == ranks.world:
             verdict = store.compare_set(_VERDICT, "", "go")
         else:
             _wait(lambda: store.check([_VERDICT]), deadline, stop, "the other ranks did not come")
@@ -307,7 +313,7 @@ def _go_or_leave(
         verdict = store.compare_set(_VERDICT, "", f"stop {stop.signal}")
     except RankError:
         verdict = store.compare_set(_VERDICT, "", "late")
-    word, *signals = verdict.decode().split()
+    word, *numbers = verdict.decode().split()
     if word != "go":
         store.add("heard", 1)
         until = time.monotonic() + 5
@@ -316,9 +322,16 @@ def _go_or_leave(
                 break
             time.sleep(0.05)
     if word == "stop":
-        raise Stopped(signal_name(int(signals[0])), 0)
+        raise Stopped(signal_name(int(numbers[0])), 0)
+    if word == "unlike":
+        raise UserError(
+            f"ranks: some were started as one of {numbers[0]}, some as one of {numbers[1]}; start "
+            "all by one command"
+        )
     if word == "late":
-        raise RankError("ranks: the other ranks did not come in time")
+        absent = [rank for rank in range(ranks.world) if not store.check([f"here/{rank}"])]
+        names = ", ".join(map(str, absent[:16])) + ", ..." * (len(absent) > 16)
+        raise RankError(f"ranks: of {ranks.world} these did not come in time: {names or 'none'}")
 
 
 def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest, problem: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -234,6 +235,9 @@ class Heartbeat:
         beats = [json.loads(beat) for beat in store.multi_get(keys)]
         least = min(beat["passed"] for beat in beats)
         behind = {r: beat for r, beat in enumerate(beats) if beat["passed"] == least}
+        places = Counter(beat["where"] for beat in beats)
+        # Those that wait are at one place; who is at another comes first.
+        behind = dict(sorted(behind.items(), key=lambda known: places[known[1]["where"]]))
         who = "; ".join(
             f"rank {rank} ({beat['host']}) at step {beat['step']} in {beat['where']}"
             for rank, beat in list(behind.items())[:8]
@@ -242,7 +246,7 @@ class Heartbeat:
         waiting = "all ranks are equally far" if equal else "the others wait for"
         return (
             f"no progress for {limit:.0f} s; {waiting}{':' * equal} {who} (if this is slow and not "
-            f"stuck, give more than --rank-timeout {self.timeout:.0f})"
+            f"stuck, give --rank-timeout more than {self.stall / 10:.0f})"
         )
 
     # The second thread

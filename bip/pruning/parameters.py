@@ -159,8 +159,9 @@ class PrunedParameters:
 
     def check(self) -> None:
         """Raise UserError if a selection on CUDA met a NaN. Waits for the device."""
-        if isinstance(self.threshold, DeviceThreshold) and bool(self.threshold.nan):
-            raise UserError(self._name_nan())
+        if isinstance(self.threshold, DeviceThreshold) and (bad := self.threshold.nan).any():
+            ranks = ", ".join(map(str, bad.nonzero().flatten().tolist()))
+            raise UserError(f"{self._name_nan()} [in the slice of rank {ranks}]")
 
     def _move_mask(self, write_z: bool) -> None:
         structured = self.layout.layer_type != "unstructured"

@@ -29,7 +29,7 @@ from bip.pruning.mask import Segment
 
 LARGEST = int(kernels.MAGNITUDE)
 ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut
-SAMPLE = 1 << 14  # keys that the first bracket is estimated from, over all ranks
+SAMPLE = 1 << 13  # keys that the first bracket is estimated from, over all ranks
 FIRST_SPREAD = 1 << 16  # half-width of the second bracket, in keys: 0.5 to 1% of the threshold
 
 

@@ -19,7 +19,8 @@ SPREAD = 4096  # counters that keys outside the search share, so that they do no
 class DeviceThreshold:
     """Selects the `keep` largest |values| of each segment. The same on every rank.
 
-    `nan` is a device flag, set when a selection met a NaN; reading it waits for the device.
+    `nan` (W,) are device flags, set when a selection met a NaN in that rank's slice; reading them
+    waits for the device.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class DeviceThreshold:
             torch.arange(len(segments), device=device, dtype=torch.int32), lengths
         )
         self.ones = torch.ones(1, dtype=torch.int32, device=device).expand(self.end - self.begin)
-        self.nan = torch.zeros((), dtype=torch.bool, device=device)
+        self.nan = torch.zeros(exchange.world, dtype=torch.bool, device=device)
 
     @torch.no_grad()
     def select(self, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +73,7 @@ class DeviceThreshold:
             prefix = (prefix << width) | digit[:, 0].int()
             ties = by_rank.gather(2, digit[None].expand(len(by_rank), -1, -1))[:, :, 0]
         bad = (keys > int(INFINITY)).any()
-        self.nan |= self.exchange.gather(bad[None].int()).sum() > 0
+        self.nan |= self.exchange.gather(bad[None].int())[:, 0] > 0
         return prefix, self._last_ties(keys, prefix, self.keep - above, ties)
 
     def _last_ties(self, keys: Tensor, key: Tensor, wanted: Tensor, ties: Tensor) -> Tensor:

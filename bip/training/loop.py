@@ -83,7 +83,7 @@ class Loop:
             if news.stop:
                 self._stop(news.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
-                self._compare_ranks(buffers=False)
+                self._compare_ranks(buffers=self.config.freeze_bn)
             if news.save or self.clock.is_due(done, self.clock.per_epoch):
                 with means.paused():
                     if news.save or done == self.clock.iterations:
@@ -134,8 +134,7 @@ class Loop:
             return
         if epoch % self.config.eval_every == 0 or last:
             self.control.finish()
-            share_statistics(self.network, self.group)
-            self._compare_ranks(buffers=True)
+            self.agree()
             self._end_epoch(epoch)
         self.progress.evaluated = done
 
@@ -186,11 +185,19 @@ class Loop:
 
     def _checkpoint(self) -> None:
         self.control.finish()
-        share_statistics(self.network, self.group)
-        self._compare_ranks(buffers=True)
+        self.agree()
         check_finite(self._state(buffers=True), self.progress.iteration)
         self.save()
         self.saved_at = self.progress.iteration
+
+    def agree(self) -> None:
+        """Give all ranks rank 0's running statistics; raise RankError if anything else differs.
+
+        Frozen statistics never differ by nature.
+        """
+        if not self.config.freeze_bn:
+            share_statistics(self.network, self.group)
+        self._compare_ranks(buffers=True)
 
     def _compare_ranks(self, buffers: bool) -> None:
         compare_ranks(self._state(buffers), self.group)

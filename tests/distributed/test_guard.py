@@ -191,7 +191,7 @@ def test_a_perturbed_score_ends_training(check: int, source: Path, tmp_path: Pat
         if check:
             assert re.match(r"scores: differs between ranks \(rank 0 has .* \[step 3\]", message)
         else:
-            assert message.startswith("mask: the weights kept differ between ranks (rank 0 has ")
+            assert message.startswith("mask: what is kept differs between ranks (rank 0 has ")
             assert int(re.findall(r"step (\d+)", message)[0]) <= 6
     (attempts,) = tmp_path.glob("*/*/*/attempts.jsonl")
     assert list(read_jsonl(attempts))[-1]["cause"].startswith("error: ")
@@ -210,7 +210,7 @@ def test_masks_that_differ_are_named_by_the_next_exchange(group: Group) -> None:
     if group.world == 3:
         others = f"rank 1 has 5 with checksum 78, the others have {common}"
     assert str(raised.value) == (
-        f"mask: the weights kept differ between ranks ({others}); the last checkpoint is good"
+        f"mask: what is kept differs between ranks ({others}); the last checkpoint is good"
     )
 
 

@@ -16,7 +16,7 @@ from torch.distributed import TCPStore
 from bip import errors
 from bip.distributed import group as group_module
 from bip.distributed.control import Control
-from bip.distributed.group import Group, _go_or_leave, join, wrap
+from bip.distributed.group import Group, Ranks, _go_or_leave, join, wrap
 from bip.distributed.heartbeat import _is_echo
 from bip.distributed.preemption import StopRequest
 from bip.errors import Stopped, UserError
@@ -120,6 +120,9 @@ def test_a_signal_while_the_ranks_meet_stops_them_all(ranks: list[int], tmp_path
     assert told[0].startswith("stopped by SIGTERM at step 0")
 
 
+TWO = [Ranks(rank, 2, rank, 2) for rank in range(2)]
+
+
 class Slow:
     """A store in which the last rank comes between this one's look and its word."""
 
@@ -133,7 +136,7 @@ class Slow:
         seen = self.store.check(keys)
         if self.comes:
             self.comes = False
-            _go_or_leave(self.store, 2, time.monotonic() + 5, StopRequest())
+            _go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
         return bool(seen)
 
 
@@ -144,18 +147,33 @@ def test_all_ranks_go_on_or_none() -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         soon = time.monotonic() + 5
         if comes:  # told to stop just when the last has seen that all are here: both go on
-            _go_or_leave(Slow(store, comes), 2, soon, told)
+            _go_or_leave(Slow(store, comes), TWO[0], soon, told)
             continue
         for stop in (told, StopRequest()):  # the other was not told, and leaves as well
             with pytest.raises(Stopped, match="stopped by SIGUSR2 at step 0"):
-                _go_or_leave(Slow(store, comes), 2, soon, stop)
+                _go_or_leave(Slow(store, comes), TWO[0], soon, stop)
 
 
 def test_who_comes_too_late_finds_nobody_waiting() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
-        with pytest.raises(errors.RankError, match="ranks: the other ranks did not come in time"):
-            _go_or_leave(store, 2, time.monotonic() + 0.2, StopRequest())
+        with pytest.raises(errors.RankError) as raised:
+            _go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
+        assert str(raised.value) == "ranks: of 3 these did not come in time: 0, 1"
+
+
+@pytest.mark.parametrize("first", [2, 3])
+def test_ranks_of_unlike_worlds_all_leave(first: int) -> None:
+    """One srun of two tasks and one of three: also where the two have met each other already."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    if first == 2:
+        store.add("here", 1)  # the other of the two
+        _go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
+    else:
+        store.compare_set("world", "", "3")  # one of the three
+    for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
+        with pytest.raises(errors.UserError, match="ranks: some were started as one of [23], some"):
+            _go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
 
 
 def wait_long() -> str:

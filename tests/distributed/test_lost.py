@@ -59,9 +59,12 @@ def test_a_suspended_job_is_not_a_lost_rank(
 
 
 def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It beats, but has not come as far as the others, who wait for it."""
+    """It beats, but has not come as far as the others, who wait for it; or, where all have come
+    equally far (it hangs in its forward pass, they wait in the backward one), it is elsewhere.
+    """
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("bip.distributed.heartbeat._where", lambda _thread: "it")
     told = []
     for passed in (8, 9):
         heartbeat, store = heart(0, 3, timeout=30, stall=100)
@@ -71,7 +74,8 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         for beat in range(50):
             now += 5
             for rank, far in ((1, passed), (2, 9)):
-                facts = {"beat": beat, "passed": far, "step": 4, "where": "it", "host": f"h{rank}"}
+                where = "the forward pass" if rank == 2 else "it"
+                facts = {"beat": beat, "passed": far, "step": 4, "where": where, "host": f"h{rank}"}
                 store.set(f"beat/{rank}", json.dumps(facts))
             heartbeat._round(store)
             if beat == 15:
@@ -81,10 +85,13 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
         assert beat > 30
         told.append(heartbeat.lost)
-    rest = " (if this is slow and not stuck, give more than --rank-timeout 30)"
+    rest = " (if this is slow and not stuck, give --rank-timeout more than 10)"
     known = "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
     assert told[0] == known + rest
-    assert told[1].startswith("no progress for 100 s; all ranks are equally far: rank 0 (")
+    equal = (
+        "no progress for 100 s; all ranks are equally far: rank 2 (h2) at step 4 in the forward "
+    )
+    assert told[1].startswith(f"{equal}pass; rank 0 (")
 
 
 def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:

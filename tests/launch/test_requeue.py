@@ -386,7 +386,7 @@ def test_a_preemption_before_a_rank_begins_is_no_loss(fake: FakeSlurm) -> None:
 
 def test_ranks_that_do_not_come_in_time_are_tried_again_a_few_times(fake: FakeSlurm) -> None:
     fake.profile(retries={"lost": 1})
-    late = "error: ranks: the other ranks did not come in time"
+    late = "error: ranks: of 2 these did not come in time: 1"
     for count, status in enumerate((os.EX_TEMPFAIL, 1)):
         fake.says(RUNNING.replace("Restarts=0", f"Restarts={count}"))
         more = {"SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(count)}
