@@ -159,12 +159,27 @@ def test_only_a_majority_is_the_others(values: str, told: str | None) -> None:
     assert tell_apart(values) == told
 
 
-def run_perturbed(group: Group, result_dir: str, source: str, check: int) -> str:
-    """A BiP run in which one score of rank 1 changes after the third step."""
-    config = load_config(
-        arguments("bip", Path(result_dir), source_net=source, max_steps=8, check_ranks=check)
-    )
-    run = Run(config, group)
+# What rank 1 changes by itself in a BiP run, who finds it, at which step, and how it is named.
+PERTURBED = {
+    "a score, at --check-ranks": ("score", {"check_ranks": 1}, 3, "scores: differs"),
+    "a score, at an evaluation": ("score", {"batch_size": 360, "epochs": 3}, 3, "scores: differs"),
+    "a score, at the checkpoint": ("score", {"eval_every": 100}, 8, "scores: differs"),
+    "a frozen buffer, at --check-ranks": (
+        "buffer", {"freeze_bn": True, "check_ranks": 1}, 3, "bn1.running_mean: differs",
+    ),
+    "a frozen buffer, at the checkpoint": (
+        "buffer", {"freeze_bn": True, "eval_every": 100}, 8, "bn1.running_mean: differs",
+    ),
+    "the mask, by the exchange after it": ("mask", {}, 4, "mask: what is kept differs"),
+}  # fmt: skip
+
+
+def run_perturbed(
+    group: Group, result_dir: str, source: str, what: str, settings: dict[str, Any]
+) -> str:
+    """What the run ends with. Rank 1 changes something after its third step."""
+    given = {"source_net": source, "max_steps": 8, "batch_size": 60} | settings
+    run = Run(load_config(arguments("bip", Path(result_dir), **given)), group)
     assert run.pruned is not None
     pruned, select, count = run.pruned, run.pruned.update_mask_and_z, 0
 
@@ -174,10 +189,12 @@ def run_perturbed(group: Group, result_dir: str, source: str, check: int) -> str
         count += 1
         if count == 3 and group.rank == 1:
             with torch.no_grad():
-                if check:
-                    pruned.scores[17] += 1e-6
-                else:  # enough to move the mask: its proof shows it, without --check-ranks
+                if what == "buffer":
+                    run.network.get_buffer("bn1.running_mean")[0] += 1e-6
+                elif what == "mask":
                     pruned.scores[:200] *= -3
+                else:
+                    pruned.scores[17] += 1e-6
 
     pruned.update_mask_and_z = perturbed  # type: ignore[method-assign]
     with pytest.raises(RankError) as raised:
@@ -185,16 +202,40 @@ def run_perturbed(group: Group, result_dir: str, source: str, check: int) -> str
     return f"{raised.value} [step {run.heartbeat.step}]"
 
 
-@pytest.mark.parametrize("check", [0, 1])
-def test_a_perturbed_score_ends_training(check: int, source: Path, tmp_path: Path) -> None:
-    for message in run_ranks(2, run_perturbed, str(tmp_path), str(source), check):
-        if check:
-            assert re.match(r"scores: differs between ranks \(rank 0 has .* \[step 3\]", message)
-        else:
-            assert message.startswith("mask: what is kept differs between ranks (rank 0 has ")
-            assert int(re.findall(r"step (\d+)", message)[0]) <= 6
-    (attempts,) = tmp_path.glob("*/*/*/attempts.jsonl")
-    assert list(read_jsonl(attempts))[-1]["cause"].startswith("error: ")
+@pytest.mark.parametrize("case", PERTURBED)
+def test_a_perturbed_rank_ends_training(case: str, source: Path, tmp_path: Path) -> None:
+    what, settings, step, told = PERTURBED[case]
+    messages = run_ranks(3, run_perturbed, str(tmp_path), str(source), what, settings)
+    for message in messages:
+        named = rf"{told} between ranks \(rank 1 has .*, the others have .*\).* \[step (\d+)\]"
+        found = re.fullmatch(named, message)
+        assert found is not None, message
+        assert step <= int(found[1]) <= step + 2 * (what == "mask")
+    (folder,) = tmp_path.glob("*/*/*")
+    assert list(read_jsonl(folder / "attempts.jsonl"))[-1]["cause"].startswith("error: ")
+    assert not list(folder.glob("checkpoint/*")), "what differs is not saved"
+
+
+def begin_unlike(group: Group, result_dir: str, source: str) -> list[int]:
+    """Hashes of a run's state, whose network rank 1 has built otherwise."""
+
+    class Unlike(Run):
+        def _build_network(self) -> nn.Module:
+            network = super()._build_network()
+            if group.rank == 1:
+                with torch.no_grad():
+                    for tensor in [*network.parameters(), *network.buffers()]:
+                        tensor += 1
+            return network
+
+    run = Unlike(load_config(arguments("bip", Path(result_dir), source_net=source)), group)
+    state = run_state(run.network, run.pruned, {}, buffers=True)
+    return [int(hash_tensor(tensor)) for _, tensor in state]
+
+
+def test_every_rank_begins_with_rank_0s_network(source: Path, tmp_path: Path) -> None:
+    first, second = run_ranks(2, begin_unlike, str(tmp_path), str(source))
+    assert first == second
 
 
 @world_size(2, 3)
