@@ -41,6 +41,8 @@ class Holder:
     @classmethod
     def self(cls, env: Mapping[str, str] = os.environ) -> "Holder":
         job = env.get("SLURM_JOB_ID")
+        if "SLURM_ARRAY_JOB_ID" in env:  # the ID of one of its tasks is that of the whole array
+            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
         restart = int(env.get("SLURM_RESTART_COUNT", 0))
         return cls(platform.node(), _boot(), os.getpid(), _born(os.getpid()) or "", job, restart)
 
@@ -148,8 +150,11 @@ class RunLock:
 
     def check(self) -> None:
         """Raises RankError if another attempt has taken the folder over."""
-        if self.path is not None and not self.path.exists():
-            raise RankError(f"{self.folder}: another attempt has taken this run over")
+        try:
+            if self.path is not None:
+                self.path.open("rb").close()  # opening asks an NFS server anew
+        except FileNotFoundError:
+            raise RankError(f"{self.folder}: another attempt has taken this run over") from None
 
     def release(self) -> None:
         """Let go, if it is held."""

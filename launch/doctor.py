@@ -193,6 +193,11 @@ def _preemption(
     if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
         yield Finding("ok", f"preemption{where or ' in this partition'}: none")
         return
+    if "SUSPEND" in mode or mode == "GANG":
+        yield Finding(
+            "ok", f"preemption{where} ({mode}): runs are halted, stay in memory and go on"
+        )
+        return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
     told = "the user signal" if "send_user_signal" in options else "SIGTERM"
     kill_wait = slurm.number(settings.get("KillWait", ""), 30)

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bip.errors import UserError
 from bip.pruning import kernels
 from bip.pruning.kernels import Bits
 from bip.pruning.mask import Segment
@@ -55,6 +56,17 @@ class Exchange(Protocol):
     def gather(self, values: Tensor) -> Tensor:
         """Every rank's `values` (m,), the same m on all, as (W, m)."""
         ...
+
+
+def own_slice(size: int, exchange: Exchange) -> tuple[int, int]:
+    """(begin, end) of what this rank counts of `size` scores.
+
+    Raises UserError for more than 32-bit counts can hold.
+    """
+    if size // exchange.world >= LARGEST:
+        least = -(-size // LARGEST) + 1
+        raise UserError(f"ranks: {size:,} scores need {least} ranks or more to be counted")
+    return exchange.rank * size // exchange.world, (exchange.rank + 1) * size // exchange.world
 
 
 @dataclass(frozen=True)
@@ -130,8 +142,7 @@ class Threshold:
     def __init__(self, segments: tuple[Segment, ...], size: int, exchange: Exchange) -> None:
         self.segments = segments
         self.exchange = exchange
-        self.begin = exchange.rank * size // exchange.world
-        self.end = (exchange.rank + 1) * size // exchange.world
+        self.begin, self.end = own_slice(size, exchange)
         self.digit_bits = 11 if len(segments) == 1 else 8
         self.hints: list[_Hint | None] = [None] * len(segments)
 

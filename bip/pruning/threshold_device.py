@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bip.pruning.kernels import INFINITY, MAGNITUDE
 from bip.pruning.mask import Segment
-from bip.pruning.threshold import Exchange
+from bip.pruning.threshold import Exchange, own_slice
 
 CHUNK = 1 << 24  # elements whose temporaries exist at once
 SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
@@ -27,8 +27,7 @@ class DeviceThreshold:
         self, segments: tuple[Segment, ...], size: int, exchange: Exchange, device: torch.device
     ) -> None:
         self.exchange = exchange
-        self.begin = exchange.rank * size // exchange.world
-        self.end = (exchange.rank + 1) * size // exchange.world
+        self.begin, self.end = own_slice(size, exchange)
         self.digits = (12, 12, 7) if len(segments) == 1 else (8, 8, 8, 7)
         self.keep = torch.tensor([segment.keep for segment in segments], device=device)
         starts = [min(max(segment.start, self.begin), self.end) for segment in segments]

@@ -257,7 +257,8 @@ def model(world: int, n: int) -> str:
     told = ", ".join(f"{c} {kib[c]} in {rounds[c]} gathers" for c in kib)
     return (
         f"W = {world}, n = {n:,}: at most {told}; received {world} times that; a hit reads "
-        f"{n // world:,} scores once, a miss four times; mask and z: one pass over all {n:,}"
+        f"{n // world:,} scores once, up to five times where many are equal, as a miss does; mask "
+        f"and z: one pass over all {n:,}"
     )
 
 

@@ -192,15 +192,24 @@ def trajectory(group: Group, kind: str, folder: Path, settings: dict[str, Any]) 
     return found
 
 
-@pytest.mark.parametrize("layer_type", LAYER_TYPES)
-def test_four_ranks_follow_one_at_every_step(layer_type: str, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("world", "kind", "layer_type"),
+    [
+        *((4, "bip", layer_type) for layer_type in LAYER_TYPES),
+        (2, "bip", "unstructured"),
+        (2, "hydra", "unstructured"),
+    ],
+)
+def test_ranks_follow_one_at_every_step(
+    world: int, kind: str, layer_type: str, source: Path, tmp_path: Path
+) -> None:
     """Bit for bit among themselves; up to the order of summation like one rank."""
     settings = {"freeze_bn": True, "max_steps": 12, "k": 0.3, "source_net": source}
     settings["layer_type"] = layer_type
-    (one,) = run_ranks(1, trajectory, "bip", tmp_path / "one", settings)
-    ranks = run_ranks(4, trajectory, "bip", tmp_path / "four", settings)
+    (one,) = run_ranks(1, trajectory, kind, tmp_path / "one", settings)
+    ranks = run_ranks(world, trajectory, kind, tmp_path / "several", settings)
     losses = []
-    for name in ("one", "four"):
+    for name in ("one", "several"):
         (path,) = (tmp_path / name).rglob("metrics.jsonl")
         lines = map(json.loads, path.read_text().splitlines())
         losses.append([record["loss"] for record in lines if record["event"] == "step"])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from bip.distributed.group import Group
 from bip.pruning.mask import Segment
@@ -38,6 +40,38 @@ def check_all(group: Group, device_way: bool) -> int:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_mask_is_the_sorts(world: int, device_way: bool) -> None:
     assert len(set(run_ranks(world, check_all, device_way, timeout=240))) == 1
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[tuple[Segment, ...], str, int, list[float]]:
+    """(segments, kind of scores, seed, and how far they move each time)."""
+    segments, start = [], 0
+    for number, size in enumerate(draw(st.lists(st.integers(1, 30_000), min_size=1, max_size=3))):
+        keep = draw(st.integers(1, size))
+        segments.append(Segment(f"layer{number}", start, start + size, keep))
+        start += size
+    moves = draw(st.lists(st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e20]), max_size=5))
+    return tuple(segments), draw(st.sampled_from(KINDS)), draw(st.integers(0, 99)), moves
+
+
+def solve(group: Group, drawn: list[tuple[tuple[Segment, ...], str, int, list[float]]]) -> int:
+    checked = 0
+    for segments, kind, seed, moves in drawn:
+        values = make_scores(kind, segments[-1].stop, seed)
+        selector = Selector(segments, len(values), group)
+        for move in (0.0, *moves):
+            values = (values + move * make_scores("normal", len(values), seed + 1)).nan_to_num()
+            assert torch.equal(selector(values), sorted_mask(values, segments)), (segments, move)
+            checked += 1
+    return checked
+
+
+@given(st.integers(2, 4), st.lists(problems(), min_size=20, max_size=20))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_is_drawn_is_the_sorts(
+    world: int, drawn: list[tuple[tuple[Segment, ...], str, int, list[float]]]
+) -> None:
+    assert len(set(run_ranks(world, solve, drawn))) == 1
 
 
 def find_nan(group: Group) -> tuple[str, list[bool]]:

@@ -166,6 +166,9 @@ def test_seconds_to_save_are_those_of_the_partition(cluster: FakeCluster) -> Non
     assert "30 s to finish a step and save (KillWait; GraceTime is 0)" in preemption(cluster)[0][1]
     cluster.partition(PreemptMode="OFF")
     assert preemption(cluster) == [("ok", "preemption in this partition: none")]
+    cluster.partition(PreemptMode="GANG,SUSPEND", GraceTime="0")
+    text = "preemption (GANG,SUSPEND): runs are halted, stay in memory and go on"
+    assert preemption(cluster) == [("ok", text)]
 
 
 def test_several_partitions_are_examined_each(cluster: FakeCluster) -> None:

@@ -46,6 +46,30 @@ def test_second_attempt_is_refused_with_the_holders_name(tmp_path: Path) -> None
     second.release()
 
 
+def test_a_requeued_attempt_waits_for_the_one_before_to_die(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """That lives on for KillWait at most; another task's attempt is not waited for."""
+    task = {"SLURM_JOB_ID": "12", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}
+    monkeypatch.setenv("BIP_KILL_WAIT", "30")
+    for name, value in task.items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, taken, 5))
+    process.start()
+    taken.wait(10)
+    with pytest.raises(UserError, match=r"in use by .*, SLURM job 9_3"):
+        RunLock(tmp_path, task | {"SLURM_ARRAY_TASK_ID": "4"}).acquire()
+    lock = RunLock(tmp_path, task | {"SLURM_RESTART_COUNT": "1"})
+    assert lock.acquire()
+    process.join(0.5)
+    assert process.exitcode == 0, "it has let go"
+    assert "waiting for process" in capsys.readouterr().out
+    lock.check()
+    lock.release()
+
+
 def test_a_killed_holder_is_recognised_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     taken = context.Event()

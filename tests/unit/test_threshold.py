@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bip.errors import UserError
 from bip.pruning import kernels
 from bip.pruning.mask import Segment
 from bip.pruning.threshold import (
@@ -115,6 +116,11 @@ def test_large_slices_are_shared_by_threads(kind: str) -> None:
         assert torch.equal(Selector(segments, n, Alone())(values), sorted_mask(values, segments))
     finally:
         torch.set_num_threads(before)
+
+
+def test_more_scores_than_can_be_counted_are_refused() -> None:
+    with pytest.raises(UserError, match="9,000,000,000 scores need 6 ranks or more"):
+        Threshold((Segment("x", 0, 9_000_000_000, 1),), 9_000_000_000, Alone())
 
 
 @BOTH
