@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -203,6 +204,49 @@ def assert_cancelled(sweep: ClusterSweep, run_id: str) -> None:
 
 
 @pytest.mark.parametrize("requeue_by", ["scontrol", "batch"])
+def ranks_of(run_id: str) -> dict[int, int]:
+    """rank -> process, of a run on this machine."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes()
+            facts = dict(
+                line.partition(b"=")[::2] for line in (folder / "environ").read_bytes().split(b"\0")
+            )
+        except (OSError, ValueError):
+            continue
+        if facts.get(b"BIP_POINT") == run_id.encode() and b"submitit.core._submit" in command:
+            found[int(facts[b"SLURM_PROCID"])] = int(folder.name)
+    return found
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_rank_ends_its_step(
+    cluster: Cluster,
+    on: Callable[[Cluster], Cluster],
+    tmp_path: Path,
+    source: Path,
+    blow: signal.Signals,
+) -> None:
+    """One of two, killed or frozen: the other ends too, and srun clears away what is left."""
+    on(cluster)
+    sweep = ClusterSweep(cluster, tmp_path / "out")
+    line = ("--series", "0.5", "--source-net", source, "--rank-timeout", 10)
+    assert sweep.series("Digits/bip.yml", *line, *LONG, "--epochs", 400) == 0
+    sweep.wait(sweep.training, "it trains")
+    (run_id,) = sweep.training()
+    ranks = ranks_of(run_id)
+    assert sorted(ranks) == [0, 1]
+    os.kill(ranks[1], blow)
+    gone = lambda: not set(ranks.values()) & set(ranks_of(run_id).values())  # noqa: E731
+    cluster.wait(gone, "both ranks are gone", 90)
+    assert main(["cancel", str(sweep.folder)]) == 0
+    cluster.wait(lambda: not cluster.run("squeue", "-h"), "the queue is empty")
+    assert not sweep.result(run_id)
+    if blow == signal.SIGSTOP:  # nothing but the silence tells of it
+        assert "has not answered for 10 s; its last step was" in sweep.log(run_id)
+
+
 def test_scancel_is_not_undone_by_the_run(
     requeue_by: str,
     cluster: Cluster,
@@ -394,7 +438,7 @@ def test_the_whole_path(
     """sbatch array, two nodes, ResNet18, real ImageNet images from LMDB, preempted mid-epoch."""
     cluster = on(patient)
     sweep = ClusterSweep(cluster, tmp_path / "out")
-    flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 4,
+    flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 6,
              "--test-batch-size", 64, "--num-workers", 1, "--loader", loader, "--print-freq", 1,
              "--epochs", 1, "--stages", "pretrain,prune", "--series", "0.1")  # fmt: skip
     assert sweep.series("ImageNet/bip.yml", *flags) == 0
@@ -404,7 +448,7 @@ def test_the_whole_path(
     sweep.wait(lambda: sweep.attempts(prune, "requeue"), "the requeue")
     sweep.wait(sweep.all_done, "all is done", 300)
     (end,) = [r for r in sweep.attempts(prune, "end") if r["cause"] != "finished"]
-    assert 0 < end["step"] < 171 // 4, "in mid-epoch"
+    assert 0 < end["step"] < 171 // 6, "in mid-epoch"
     assert_story(sweep.attempts(prune))
     config = sweep.points()[prune]
     assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
