@@ -12,7 +12,7 @@ from rich.console import Console
 from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
 from bip.flags import call, nearest, parse_flags
-from launch.arrays import arrays_file, cancel, submit_arrays
+from launch.arrays import arrays_file, cancel, doomed_now, submit_arrays
 from launch.doctor import check_disk, check_place, examine, preflight
 from launch.doctor import probe as doctor_probe
 from launch.inputs import check_inputs
@@ -80,7 +80,7 @@ def series(argv: list[str], command: list[str]) -> int:
         print(f"warning: {warning}", file=sys.stderr)
     sweep, run_ids = Sweep(plan.folder), [point.run_id for point in plan.points]
     records = [r for r in map(Record.of, plan.points) if not sweep.is_done(r)]
-    submission = prepare(profile, [point.config for point in plan.points], records)
+    submission = prepare(sweep, profile, [point.config for point in plan.points], records)
     sweep.add(plan.points)
     keep_code = flags.get("snapshot", True)
     return run(sweep, run_ids, submission, command, flags.get("wait", True), keep_code)
@@ -96,7 +96,10 @@ class Submission:
 
 
 def prepare(
-    profile: LocalProfile | SlurmProfile, configs: list[RunConfig], records: list[Record]
+    sweep: Sweep,
+    profile: LocalProfile | SlurmProfile,
+    configs: list[RunConfig],
+    records: list[Record],
 ) -> Submission:
     """All checks of inputs, cluster and disk. Raises UserError; nothing is created.
 
@@ -105,8 +108,13 @@ def prepare(
     if not isinstance(profile, SlurmProfile):
         check_inputs(configs)
         return Submission(profile)
+    if "%" in str(folder := sweep.folder.absolute()):
+        raise UserError(
+            f"result_dir, exp_name: {folder} has a %, which SLURM expands in the names of logs; "
+            "give a folder without it"
+        )
     with ThreadPoolExecutor(1) as pool:  # SLURM answers while torch is imported
-        asked = pool.submit(preflight, profile, records)
+        asked = pool.submit(lambda: preflight(profile, records, len(doomed_now(sweep))))
         sizes = check_inputs(configs)
         limits, per_task, lines = asked.result()
     if warning := check_place(configs[0].result_dir.absolute()):
@@ -186,7 +194,7 @@ def resume(argv: list[str], command: list[str]) -> int:
         for config in configs:
             config.batch_per_rank(facts.ranks)
         records = [record for record in sweep.records() if record.run_id in missing]
-        submission = prepare(facts, configs, records)
+        submission = prepare(sweep, facts, configs, records)
         codes.append(run(sweep, missing, submission, command, wait, snapshot))
 
     call({"resume": given}, ["resume", *argv], "python -m launch")

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,60 @@ def in_queue(sweep: Sweep) -> dict[str, slurm.Queued]:
     return {run_id: queue[task] for run_id, task in tasks.items() if task in queue}
 
 
+def doomed_tasks(
+    sweep: Sweep,
+    done: Collection[str],
+    failed: Collection[str],
+    queue: Mapping[str, slurm.Queued],
+) -> dict[str, list[str]]:
+    """PENDING tasks that will never start, and their points that are not done.
+
+    What they wait for failed, or is one of them. SLURM ends them too, but within a minute only.
+    `queue` is that of `in_queue`; `done` and `failed` points were looked for after it.
+    """
+    waiting = {q.task: q for q in queue.values()}
+    dead: set[str] = set()
+    doomed = {}
+    for array in read_jsonl(arrays_file(sweep)):  # what a task waits for comes before it
+        for index, run_ids in enumerate(array["tasks"]):
+            task = f"{array['job']}_{index}"
+            left = [run_id for run_id in run_ids if run_id not in done]
+            found = waiting.get(task)
+            if found is not None and found.state == "PENDING":
+                never = found.reason == "DependencyNeverSatisfied"
+                if never or not dead.isdisjoint(_awaited(array["dependency"], index)):
+                    doomed[task] = left
+            if task in doomed or (left and found is None) or not {*left}.isdisjoint(failed):
+                dead.add(task)
+    return doomed
+
+
+def _awaited(dependency: str, index: int) -> set[str]:
+    """The tasks that must succeed before task `index` of an array starts."""
+    found: set[str] = set()
+    for kind, *names in (part.split(":") for part in dependency.split(",")):
+        if kind == "aftercorr":
+            found |= {f"{job}_{index}" for job in names}
+        elif kind == "afterok":
+            found |= {*names}
+    return found
+
+
+def doomed_now(sweep: Sweep) -> dict[str, list[str]]:
+    """The doomed tasks of a sweep that may not have begun; SLURM is asked if it has."""
+    if not arrays_file(sweep).exists():
+        return {}
+    queue = in_queue(sweep)
+    return doomed_tasks(sweep, *_ended(sweep, sweep.records()), queue)
+
+
+def _ended(sweep: Sweep, records: Sequence[Record]) -> tuple[set[str], set[str]]:
+    """The points that are done, and those that failed."""
+    done = {record.run_id for record in records if sweep.is_done(record)}
+    others = [record for record in records if record.run_id not in done]
+    return done, {r.run_id for r in others if sweep.failure(r) is not None}
+
+
 def submit_arrays(
     sweep: Sweep,
     profile: SlurmProfile,
@@ -71,6 +125,8 @@ def submit_arrays(
 ) -> list[Array]:
     """Submit what of `run_ids` is neither done nor queued. Their old failures are forgotten.
 
+    Tasks in the queue that wait for a failed one are cancelled first, and their points submitted
+    anew, if what these need is done, in the queue or submitted now.
     Raises UserError, which names the arrays that SLURM took before, when it refuses one, when a
     file cannot be written, and on Ctrl-C. What was submitted stays, and is in the ledger.
     """
@@ -78,9 +134,23 @@ def submit_arrays(
     try:
         with Lock.wait(sweep.jobs / "submit.lock"):
             records = sweep.records()
-            queued = _wait_for_ending(sweep, run_ids, told)
-            done = {record.run_id for record in records if sweep.is_done(record)}
-            left = _left_out(sweep, records, done, queued)
+            queue = _wait_for_ending(sweep, run_ids, told)
+            done, failed = _ended(sweep, records)
+            doomed = doomed_tasks(sweep, done, failed, queue)
+            queued = {run_id: waiting.task for run_id, waiting in queue.items()}
+            hopeful = {run_id: task for run_id, task in queued.items() if task not in doomed}
+            left = _left_out(records, done, failed, hopeful)
+            ready = {*done, *hopeful, *run_ids} - {*left}
+            if renewed := _renewable(records, doomed, ready):
+                slurm.ask("scancel", *renewed)
+                _wait_for_ending(sweep, run_ids, told, cancelled=renewed)
+                queued = {name: task for name, task in queued.items() if task not in renewed}
+                anew = [run_id for task in renewed for run_id in doomed[task]]
+                run_ids = list(dict.fromkeys([*run_ids, *anew]))
+                told(
+                    f"cancelled {len(renewed)} tasks ({len(anew)} runs) that waited for what "
+                    "failed; they are submitted anew"
+                )
             for reason, count in Counter(left[name] for name in run_ids if name in left).items():
                 told(f"left out ({count}): {reason}")
             wanted = [run_id for run_id in run_ids if run_id not in left]
@@ -112,25 +182,53 @@ def submit_arrays(
 
 
 def _wait_for_ending(
-    sweep: Sweep, run_ids: Collection[str], told: Callable[[str], None]
-) -> dict[str, str]:
-    """RUN_ID -> its task in the queue, once cancelled tasks have left it (or will not)."""
+    sweep: Sweep,
+    run_ids: Collection[str],
+    told: Callable[[str], None],
+    cancelled: Collection[str] = (),
+) -> dict[str, slurm.Queued]:
+    """RUN_ID -> its task in the queue, once cancelled tasks have left it (or will not).
+
+    They are those that end already and have a point of `run_ids`, and `cancelled`.
+    """
     deadline = time.monotonic() + ENDING_SECONDS
     for tries in itertools.count():
         queue = in_queue(sweep)
         ending = {q.task for name, q in queue.items() if name in run_ids} & {
             q.task for q in queue.values() if q.state == "COMPLETING"
         }
+        ending |= {q.task for q in queue.values()} & {*cancelled}
         if not ending or time.monotonic() > deadline:
             break
         if tries == 0:
             told(f"waiting for {', '.join(sorted(ending))} to end")
         time.sleep(ENDING_SECONDS / 60)
-    return {run_id: waiting.task for run_id, waiting in queue.items()}
+    return queue
+
+
+def _renewable(
+    records: Sequence[Record], doomed: Mapping[str, list[str]], ready: Collection[str]
+) -> list[str]:
+    """The doomed tasks whose points can all be submitted: these need nothing but `ready` points
+    and one another."""
+    task_of = {run_id: task for task, run_ids in doomed.items() for run_id in run_ids}
+    needs = {record.run_id: record.needs for record in records}
+    good = {*ready} - {*task_of}
+    renewed: list[str] = []
+    # What a point needs comes before it. (A ledger that was made anew may lack points.)
+    for task in dict.fromkeys(task_of[run_id] for run_id in needs if run_id in task_of):
+        points = doomed[task]
+        if good.issuperset(need for run_id in points for need in needs.get(run_id, [run_id])):
+            renewed.append(task)
+            good |= {*points}
+    return renewed
 
 
 def _left_out(
-    sweep: Sweep, records: Sequence[Record], done: Collection[str], queued: dict[str, str]
+    records: Sequence[Record],
+    done: Collection[str],
+    failed: Collection[str],
+    queued: dict[str, str],
 ) -> dict[str, str]:
     """RUN_ID -> why it cannot be submitted now: it, or what it needs, failed in a task that goes on
     with other points, and would end as failed whatever was submitted after it."""
@@ -139,7 +237,7 @@ def _left_out(
         stuck = [need for need in record.needs if need in left]
         if record.run_id in done:
             continue
-        if record.run_id in queued and sweep.failure(record) is not None:
+        if record.run_id in queued and record.run_id in failed:
             task = queued[record.run_id]
             left[record.run_id] = f"still in task {task}; resume when it has ended"
         elif stuck and record.run_id not in queued:

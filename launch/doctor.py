@@ -283,9 +283,12 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
             yield Finding("error", f"a node shows {value} GPUs, not {profile.gpus_per_node}")
 
 
-def preflight(profile: SlurmProfile, records: Sequence[Record]) -> tuple[Limits, int, list[str]]:
+def preflight(
+    profile: SlurmProfile, records: Sequence[Record], leaving: int = 0
+) -> tuple[Limits, int, list[str]]:
     """Before submission of `records`: (limits, points per task, what to tell).
 
+    `leaving` tasks in the queue are cancelled before.
     More tasks than the user may submit are made fewer by running several points in each. Raises
     UserError for what would make every task fail, and if they are too many nevertheless.
     """
@@ -299,7 +302,7 @@ def preflight(profile: SlurmProfile, records: Sequence[Record]) -> tuple[Limits,
     per_task = profile.points_per_task
     if found.max_submit is None or not records:
         return found, per_task, told
-    free = found.max_submit - found.in_queue
+    free = found.max_submit - found.in_queue + leaving
     run_ids = {record.run_id for record in records}
     elsewhere = {need for record in records for need in record.needs} - run_ids
 

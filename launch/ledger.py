@@ -294,7 +294,10 @@ class Sweep:
                 state = State("blocked", f"needs {stuck[0]}, which {states[stuck[0]].name}")
             elif record.run_id in lost:
                 err = f"jobs/slurm/{submitted[record.run_id]}_0_log.err"
-                state = State("failed", f"{LEFT_QUEUE} without a result; see {err}")
+                told = f"without a result; see {err}"
+                if not (self.folder / err).exists():
+                    told = f"and never started; python -m launch resume {self.folder} submits it"
+                state = State("failed", f"{LEFT_QUEUE} {told}")
             else:
                 state = State("waiting")
             states[record.run_id] = state

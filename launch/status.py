@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch import slurm
-from launch.arrays import submitted_tasks
+from launch.arrays import doomed_tasks, submitted_tasks
 from launch.ledger import FINAL, Record, State, StateName, Sweep
 
 _STYLES: dict[StateName, str] = {
@@ -64,6 +64,13 @@ def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
     queue = _queue(tasks)  # asked before results are looked for: a task may end in between
     queued = None if queue is None else {run_id: _queued_state(q) for run_id, q in queue.items()}
     states = sweep.states(records, queued, tasks)
+    if queue and queued and not sweep.live_workers():
+        done = {run_id for run_id, state in states.items() if state.name == "done"}
+        failed = {run_id for run_id, state in states.items() if state.name == "failed"}
+        if doomed := doomed_tasks(sweep, done, failed, queue):
+            blocked = State("blocked", "its task in the queue waits for one that failed")
+            queued |= {run_id: blocked for run_ids in doomed.values() for run_id in run_ids}
+            states = sweep.states(records, queued, tasks)
     rows = []
     for record in records:
         if run_ids is None or record.run_id in run_ids:

@@ -333,6 +333,11 @@ def test_status_of_what_left_the_queue_says_where_to_look_and_how_to_go_on(
     submit(sweep)
     assert main(["status", str(sweep.folder)]) == 0
     told = " ".join(capsys.readouterr().out.split())
+    resume = f"python -m launch resume {sweep.folder}"
+    assert f"left SLURM's queue and never started; {resume} submits it" in told
+    (sweep.jobs / "slurm" / "101_0_0_log.err").touch()
+    assert main(["status", str(sweep.folder)]) == 0
+    told = " ".join(capsys.readouterr().out.split())
     assert "left SLURM's queue without a result; see jobs/slurm/101_0_0_log.err" in told
     assert told.endswith(f"python -m launch resume {sweep.folder}")
     # Any colleague's look finds the jobs; squeue fails for one unknown ID, but not for two.
