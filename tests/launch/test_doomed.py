@@ -121,7 +121,7 @@ def test_one_that_only_left_the_queue_dooms_too(chain: Chain, command: str) -> N
 
 @pytest.mark.parametrize("command", ["resume", "series"])
 def test_only_what_waits_for_the_failed_one(chain: Chain, command: str) -> None:
-    """One pruning runs and its fine-tuning waits; the other failed, and is still ending."""
+    """One pruning runs and its fine-tuning waits; the other failed."""
     dense, pruned, tuned = map(chain.ids, ("pretrain", "prune", "finetune"))
     finish(chain.sweep, dense[0])
     chain.queue(t102_0="RUNNING", t103_0="PENDING", t103_1="PENDING")
