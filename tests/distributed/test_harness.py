@@ -172,7 +172,7 @@ def test_ranks_of_unlike_worlds_all_leave(first: int) -> None:
     else:
         store.compare_set("world", "", "3")  # one of the three
     for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
-        with pytest.raises(errors.UserError, match="ranks: some were started as one of [23], some"):
+        with pytest.raises(errors.UserError, match=r"ranks: some were started as one of [23]"):
             _go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
 
 

@@ -10,8 +10,8 @@ the global scope, one per pruned layer in the layer scope, whatever the layer ty
     layer   cold    32768 / W    + 24 * S         + 4 * 4 * 256 * S   + 8 * S
     layer   warm    0            + 24 * S         + 3 * 4 * 256 * S   + 8 * S
 
-(the sample has at least one key of each segment and rank: 4 * S where that is more). Cold: the first
-time. Warm: the threshold lies where the last ones let expect it. Where it does not, a global
+(the sample has at least one key of each segment and rank: 4 * S where that is more). Cold: the
+first time. Warm: the threshold lies where the last ones let expect it. Where it does not, a global
 selection puts 3 * 4 * 2048 + 4 * 512 bytes of digits, one of layers 5 * 4 * 256 * S. On a GPU every
 selection puts 4 * (2 * 4096 + 128) + 12 (global) or (4 * (3 * 256 + 128) + 8) * S + 4.
 So up to four ranks each sends at most 64 KiB an iteration, cold and in the global scope.
