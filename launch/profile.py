@@ -85,7 +85,7 @@ class Retries(BaseModel):
     lost: int = Field(
         default=5,
         ge=0,
-        description="attempts in a row that ended without a save or progress: node failures",
+        description="attempts in a row without a save or progress: a node, rank or disk failed",
     )
 
 

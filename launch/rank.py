@@ -4,6 +4,7 @@ Imports little: a signal must be noticed before the slow imports of a run.
 """
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bip.distributed.preemption import SIGNALS, StopRequest
+from bip.distributed.preemption import SIGNALS, StopRequest, signal_name
 
 if TYPE_CHECKING:
     from launch import slurm
@@ -23,6 +24,11 @@ ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS, of the batch script's
 PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 PARK_SECONDS = 900.0
+LATE_SECONDS = 4.0  # by which SLURM's record of a preemption may come after the signal
+# A file system that is away for a while. (bip.run makes a UserError of a disk that is full.)
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY}
+_PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
+_PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
 
 
 def run_point(folder: str) -> None:
@@ -52,6 +58,11 @@ def run_point(folder: str) -> None:
         from bip.run import train
 
         train(config, stop)
+        # Nothing that follows, as submitit's word of the end, may make a failure of it.
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(0)
     except Stopped as stopped:
         if not attempt.is_first:
             # Where rank 0 exits, SLURM ends the others by SIGTERM: one that did not notice would
@@ -69,7 +80,13 @@ def run_point(folder: str) -> None:
 
         traceback.print_exc()
         told = f"{type(error).__name__}: {error}"
-        attempt.lose(told) if _is_collective(error) else attempt.fail(told)
+        if _is_collective(error):
+            attempt.lose(told)
+        if stop.signal:  # what the run had started may have died of the signal, and it of that
+            attempt.requeue(signal_name(stop.signal), told)
+        if isinstance(error, OSError) and error.errno in _PASSING:
+            attempt.requeue("", told)
+        attempt.fail(told)
 
 
 def _is_collective(error: Exception) -> bool:
@@ -96,18 +113,27 @@ class Attempt:
         """
         from bip.errors import UserError
 
-        silent, begun, is_open = 0, 0, False
-        for record in [*self._records(), {"event": "start", "step": self._saved_step()}]:
+        if (silent := self._losses()) > (allowed := self.profile["retries"]["lost"]):
+            raise UserError(
+                f"{silent} attempts ended without a word and without progress (nodes failed, the "
+                "memory did not suffice, or the time to save was too short: a lower "
+                "--checkpoint-minutes saves more often); the profile's retries.lost is "
+                f"{allowed}"
+            )
+
+    def _losses(self, *more: dict[str, Any]) -> int:
+        """Attempts in a row that were lost without progress, `more` being further records."""
+        silent, begun, is_open = 0, sys.maxsize, False
+        now = {"event": "start", "step": self._saved_step()}
+        for record in [*self._records(), *more, now]:
             if record["event"] == "start":
                 silent = 0 if record["step"] > begun else silent + is_open
                 begun, is_open = record["step"], True
             elif record["event"] == "end":  # an error that was tried again was not final: a loss
                 is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
-        if silent > (allowed := self.profile["retries"]["lost"]):
-            raise UserError(
-                f"{silent} attempts ended without a word and without progress (nodes failed, or "
-                f"the memory did not suffice); the profile's retries.lost is {allowed}"
-            )
+            elif record["event"] == "requeue" and record["cause"] == "lost":
+                silent, is_open = silent + 1, False
+        return silent
 
     def _saved_step(self) -> int:
         from bip.training.checkpoint import CheckpointFolder
@@ -116,20 +142,23 @@ class Attempt:
         saved = CheckpointFolder(self.run_folder / "checkpoint").entries()
         return max((entry["step"] for entry in saved), default=0)
 
-    def requeue(self, signal_name: str) -> NoReturn:
-        """Have the task requeued if its cause has budget left, and wait for the end."""
+    def requeue(self, signal_name: str, told: str = "") -> NoReturn:
+        """Have the task requeued if its cause has budget left, and wait for the end.
+
+        Nothing was saved where `told` says what went wrong: the attempt is lost.
+        """
         by_batch = self.profile["requeue_by"] == "batch"
         try:
             if self.is_first:
-                self._requeue(signal_name, by_batch)
-            elif not by_batch:
+                self._requeue(signal_name, told, by_batch)
+            elif not by_batch and not told:  # rank 0 may wait for this one
                 self._park()
         except Exception as error:  # the state is saved, whatever goes wrong here
             print(f"not requeued from here ({type(error).__name__}: {error})", flush=True)
         sys.stdout.flush()
         os._exit(os.EX_TEMPFAIL)
 
-    def _requeue(self, signal_name: str, by_batch: bool) -> None:
+    def _requeue(self, signal_name: str, told: str, by_batch: bool) -> None:
         """On return the batch script requeues, if SLURM has not been asked to already."""
         from launch import slurm
 
@@ -138,17 +167,33 @@ class Attempt:
             self.fail(f"cancelled; {resume}")  # the note is that of launch cancel
         name = slurm.own_task() or ""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        try:
-            task = slurm.show_task(name)
-        except slurm.SlurmError:
-            task = None
+        deadline = time.monotonic() + LATE_SECONDS
+        while True:
+            try:
+                task = slurm.show_task(name)
+            except slurm.SlurmError:
+                task = None
+            cause = "lost" if told else self._cause(task, restarts, signal_name)
+            if told or cause != "lost" or time.monotonic() > deadline:
+                break
+            time.sleep(1)
         if task is not None and task.ended and task.restarts <= restarts:
             self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
-        cause = self._cause(task, restarts, signal_name)
+        if cause == "lost":
+            losses = self._losses({"event": "requeue", "cause": cause})
+            if losses > (allowed := self.profile["retries"]["lost"]):
+                why = told or (
+                    f"{signal_name} came, and SLURM had neither preempted the task nor was it at "
+                    "its limit: another rank died before it, or somebody ended the step"
+                )
+                self.fail(
+                    f"lost {losses} times in a row without progress, the last time: {why}; the "
+                    f"profile's retries.lost is {allowed}; see {self.run_id}.log"
+                )
         used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())
         # An operator's requeue counts as a preemption.
         kind = cause if cause in self.profile["retries"] else "preempted"
-        if used >= (allowed := self.profile["retries"][kind]):
+        if cause != "lost" and used >= (allowed := self.profile["retries"][kind]):
             self.fail(f"{cause} {used + 1} times; the profile's retries.{kind} is {allowed}")
         self._record("requeue", cause, "batch" if by_batch else "scontrol")
         if by_batch:
@@ -192,7 +237,7 @@ class Attempt:
         os._exit(os.EX_TEMPFAIL)
 
     def _cause(self, task: "slurm.Task | None", restarts: int, signal_name: str) -> str:
-        """preempted, timed_out, or requeued by somebody."""
+        """preempted, timed_out, requeued by somebody, or lost: SLURM did nothing to the task."""
         if task is None:
             return "preempted" if signal_name == "SIGTERM" else "timed_out"
         if task.preempted:
@@ -200,7 +245,9 @@ class Attempt:
         lead = self.profile["signal_lead"] + 120  # SLURM signals up to a minute early
         if task.end is not None and task.end - time.time() < lead:
             return "timed_out"
-        return "requeued" if task.restarts > restarts else "preempted"
+        if task.restarts > restarts:
+            return "requeued"
+        return "lost" if task.state == "RUNNING" else "preempted"
 
     def _records(self) -> list[dict[str, Any]]:
         """What attempts.jsonl tells since the array was submitted."""

@@ -12,8 +12,9 @@
 #
 # What is final stands in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. What a rank
 # says that lost the others stands in RUN_ID.lost: it cannot know why, so this shell decides, which
-# may be killed with its node. The ranks of a sweep keep the budgets of its profile; without them,
-# BIP_MAX_RESTARTS (100) is how often a task is requeued from here.
+# may be killed with its node. The ranks of a sweep keep the budgets of its profile. Whatever they
+# say, a task is requeued from here BIP_MAX_RESTARTS times at most: 100; of a sweep, 1000 more than
+# its budgets.
 
 # The user's shell lines before this one may have set what these functions do not bear.
 set +efu +o pipefail
@@ -93,22 +94,38 @@ requeue() { # returns, with $reason, only if SLURM will not run this task again
   echo "$reason" >&2
 }
 
+of_profile() { # the number that the array's profile gives for $1; $2 without one
+  local number
+  number=$(sed -n "s/.*\"$1\": *\([0-9]*\).*/\1/p" "${BIP_PROFILE-}" 2>/dev/null || true)
+  echo "${number:-$2}"
+}
+
+is_preempted() { # says $answer
+  [[ $answer =~ \ PreemptTime=[0-9] ]]
+}
+
+is_near_limit() { # says $answer; SLURM signals up to a minute early
+  local end
+  [[ $answer =~ \ EndTime=([0-9][^ ]*) ]] && end=$(date -d "${BASH_REMATCH[1]}" +%s) &&
+    ((end - $(date +%s) < $(of_profile signal_lead 120) + 120))
+}
+
 is_spent() { # whether this task has been requeued often enough; sets $reason
-  local restarts=${SLURM_RESTART_COUNT:-0} most=${BIP_MAX_RESTARTS-} name allowed back
-  [[ ${folder-} ]] || most=${most:-100}
-  if [[ $most ]] && ((restarts >= most)); then
+  local restarts=${SLURM_RESTART_COUNT:-0} most=100 name allowed back
+  [[ ! ${folder-} ]] || most=$((1000 + $(of_profile preempted 100) + $(of_profile timed_out 100)))
+  most=${BIP_MAX_RESTARTS:-$most}
+  if ((restarts >= most)); then
     reason="exit code $code of srun, and already restarted $restarts times (BIP_MAX_RESTARTS is"
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
   # Once they have met, the ranks count; attempts in a row that did not come so far count here.
-  [[ $unmet ]] || return 1
+  [[ $unmet ]] && ! is_preempted || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
     echo "{\"reason\": \"exit code $code of srun, $unmet\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
-  allowed=$(sed -n 's/.*"lost": *\([0-9]*\).*/\1/p' "${BIP_PROFILE-}" || true)
-  allowed=${allowed:-5}
+  allowed=$(of_profile lost 5)
   for ((back = 0; back <= allowed; back++)); do
     grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
   done
@@ -137,6 +154,14 @@ find_unmet() { # sets $unmet to why this attempt came to nothing before its rank
   fi
 }
 
+find_loss() { # find_unmet after a signal: that counts only where it was not SLURM's
+  find_unmet
+  [[ $unmet ]] || return 0
+  sleep 5 # its record of a preemption may come late
+  look
+  [[ $standing == runs ]] && ! is_preempted && ! is_near_limit || unmet=
+}
+
 set_aside_lost() { # what ranks said of an attempt that was not final
   [[ -e ${lost-} ]] || return 0
   { tr -d '\n' <"$lost" && echo; } >>"$note.before"
@@ -158,6 +183,8 @@ run_step() {
   [[ ! -e ${note-} ]] || return "$code"
   case $code in
     75 | 138 | 140 | 143) # EX_TEMPFAIL; 128 + USR1, USR2, TERM
+      # Where one rank could not start, srun ends the others by TERM.
+      ((code == 75)) || find_loss
       requeue
       return "$code"
       ;;
@@ -165,6 +192,13 @@ run_step() {
   # SLURM ends the ranks of a task that it has requeued before it ends this shell.
   ! is_cancelled || return "$code"
   find_unmet
+  if [[ ${folder-} && ! $unmet ]] && has_begun && { is_preempted || is_near_limit; }; then
+    # What it runs may die of the signal (a compiler's processes, say), and the ranks of that.
+    unmet="the ranks failed while SLURM was ending them"
+    set_aside_lost
+    requeue
+    return "$code"
+  fi
   if ((${SLURM_NNODES:-1} > 1)); then
     if ! nodes_answer; then
       # A node failed: the ranks notice it minutes before SLURM does, which then requeues the task.

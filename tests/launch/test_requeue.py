@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from launch.rank import Attempt
 from launch.slurm import Task
 from tests.launch.conftest import DIGITS, ROOT
 
-# What SLURM 22.05 says of a task that runs, was requeued, reached its limit or was cancelled.
+# What SLURM 22.05 says of a task that runs, has its grace time, was requeued, reached its limit or
+# was cancelled.
 RUNNING = "JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00 PreemptTime=None "
+PREEMPTED = RUNNING.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00")
 REQUEUED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=Unknown PreemptTime=None "
 NODE_FAILED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=2099-01-01T00:00:00 "
 AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=0 EndTime=2026-01-01T00:00:00 "
@@ -40,6 +43,11 @@ line=$(head -n 1 answers)
 [[ $line != '!'* ]] || { echo "${line#!}" >&2; exit 1; }
 echo "$line"
 """
+
+
+def in_minutes(minutes: float) -> str:
+    """As scontrol writes it."""
+    return (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
 
 
 class FakeSlurm:
@@ -130,6 +138,33 @@ attempt.requeue({signal_name!r})
         words = [sys.executable, "-c", script]
         return subprocess.run(words, env=self.env | env, timeout=60, check=False).returncode
 
+    def run_point(self, train: str, **env: str) -> int:
+        """A rank whose training is the Python in `train`, which knows `stop`; its exit status."""
+        config = self.sweep.folder / "points" / "run.yml"
+        config.parent.mkdir(exist_ok=True)
+        text = (DIGITS / "pretrain.yml").read_text()
+        config.write_text(text.replace("./trained_models", str(self.sweep.folder / "runs")))
+        script = f"""
+import atexit, errno, os, signal
+import bip.run, torch
+from bip.errors import LostWorker, RankError, Stopped, UserError
+from launch.rank import run_point
+atexit.register(lambda: os._exit(1)) # as submitit would
+def train(_, stop):
+    {train}
+bip.run.train = train
+run_point({str(self.sweep.folder)!r})
+"""
+        env = self.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"} | env
+        words = [sys.executable, "-c", script]
+        return subprocess.run(words, env=env, timeout=60, check=False).returncode
+
+    def causes(self) -> list[str]:
+        """Those of all requeues by ranks."""
+        paths = self.sweep.folder.rglob("attempts.jsonl")
+        records = [record for path in paths for record in read_jsonl(path)]
+        return [record["cause"] for record in records if record["event"] == "requeue"]
+
     def events(self) -> list[str]:
         return [record["event"] for record in read_jsonl(self.run / "attempts.jsonl")]
 
@@ -207,6 +242,7 @@ def test_a_task_that_slurm_has_requeued_is_left_alone(fake: FakeSlurm, answer: s
 def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlurm) -> None:
     """Parked, they would be killed when rank 0 exits, and a kill is no good save."""
     fake.profile(requeue_by="batch")
+    fake.says(PREEMPTED)
     assert fake.rank(SLURM_PROCID="1") == os.EX_TEMPFAIL
     assert fake.events() == []
     assert fake.rank() == os.EX_TEMPFAIL
@@ -215,12 +251,14 @@ def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlu
 
 
 def test_a_refused_requeue_counts_once_and_ends_with_the_batch_script(fake: FakeSlurm) -> None:
+    fake.says(PREEMPTED)
     fake.refuses("Socket timed out")
     assert fake.rank() == os.EX_TEMPFAIL
     assert fake.events() == ["requeue", "requeue_refused"]
 
 
 def test_whatever_goes_wrong_after_the_save_the_batch_script_requeues(fake: FakeSlurm) -> None:
+    fake.says(PREEMPTED)
     (fake.run / "attempts.jsonl").mkdir()  # stands for a full disk: nothing can be appended
     assert fake.rank() == os.EX_TEMPFAIL
 
@@ -264,6 +302,14 @@ def test_only_silent_attempts_without_progress_use_up_the_budget(fake: FakeSlurm
     assert lost_budget(fake, start(5), start(5), start(5), saved=6) is None
     assert lost_budget(fake, start(5), start(5), start(5), end("SIGTERM"), saved=5) is None
     assert told in (lost_budget(fake, *3 * [start(5), end("rank lost: 1")], saved=5) or "")
+    lost = {"event": "requeue", "cause": "lost"}
+    assert lost_budget(fake, *2 * [start(5), end("SIGTERM"), lost], saved=5) is None
+    assert told in (lost_budget(fake, *3 * [start(5), end("SIGTERM"), lost], saved=5) or "")
+    assert told in (lost_budget(fake, lost, start(5), lost, lost, saved=5) or "")
+    assert told in (lost_budget(fake, lost, lost, lost, saved=5) or ""), "of an older submission"
+    assert lost_budget(fake, lost, lost, start(5), lost, saved=6) is None
+    causes = "the time to save was too short: a lower --checkpoint-minutes saves more often"
+    assert causes in (lost_budget(fake, start(5), start(5), start(5), saved=5) or "")
 
 
 def test_a_rank_that_lost_the_others_is_not_final_when_the_batch_shell_died(
@@ -301,25 +347,13 @@ def test_what_a_rank_says_that_lost_the_others_is_final_where_the_nodes_live(
         ("LostWorker('a loader process died')", "lost"),
         ("UserError('lr: too high')", "failed"),
         ("ValueError('bug')", "failed"),
+        ("OSError(errno.EISDIR, 'Is a directory')", "failed"),
     ],
 )
 def test_only_a_rank_that_lost_the_others_leaves_it_open(
     fake: FakeSlurm, error: str, kind: str
 ) -> None:
-    config = fake.sweep.folder / "points" / "run.yml"
-    config.parent.mkdir()
-    config.write_text((DIGITS / "pretrain.yml").read_text())
-    script = f"""
-import bip.run, torch
-from bip.errors import LostWorker, RankError, UserError
-from launch.rank import run_point
-def train(*_):
-    raise {error}
-bip.run.train = train
-run_point({str(fake.sweep.folder)!r})
-"""
-    env = fake.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"}
-    assert subprocess.run([sys.executable, "-c", script], env=env, check=False).returncode == 1
+    assert fake.run_point(f"raise {error}") == 1
     left = sorted(path.suffix for path in fake.sweep.jobs.glob("run.*"))
     assert left == [".begun", f".{kind}"]
     assert (fake.sweep.jobs / "run.begun").read_text() == "7_0.0\n"
@@ -377,11 +411,60 @@ def test_a_rank_that_dies_before_its_run_starts_is_not_tried_again(fake: FakeSlu
 def test_a_preemption_before_a_rank_begins_is_no_loss(fake: FakeSlurm) -> None:
     fake.profile(retries={"lost": 0})
     for count, code in enumerate((75, 138, 140, 143)):
-        fake.says(RUNNING.replace("Restarts=0", f"Restarts={count}"))
+        fake.says(PREEMPTED.replace("Restarts=0", f"Restarts={count}"))
         done = fake.batch(code, begun=False, SLURM_RESTART_COUNT=str(count))
         assert done == os.EX_TEMPFAIL
     assert fake.calls("requeue") == 4
+    fake.says(RUNNING, PREEMPTED)
+    assert fake.batch(143, begun=False) == os.EX_TEMPFAIL, "SLURM's record may come late"
+    fake.says(RUNNING.replace("2099-01-01T00:00:00", in_minutes(3)))
+    assert fake.batch(140, begun=False) == os.EX_TEMPFAIL, "nor is the time limit"
+    fake.says(RUNNING, REQUEUED)
+    assert fake.batch(143, begun=False) == os.EX_TEMPFAIL
+    assert fake.calls("requeue") == 6
     assert fake.set_aside() == []
+
+
+@pytest.mark.parametrize("code", [138, 140, 143])
+def test_ranks_that_a_rank_which_cannot_start_takes_along_are_not_tried_for_ever(
+    fake: FakeSlurm, code: int
+) -> None:
+    """Its node lacks what python imports; srun ends the others by TERM, and says that."""
+    fake.profile(retries={"lost": 1})
+    for count, status in enumerate((os.EX_TEMPFAIL, 1)):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={count}"))
+        more = {"SLURM_NNODES": "2", "SLURM_RESTART_COUNT": str(count)}
+        assert fake.batch(code, begun=False, **more) == status
+    assert fake.calls("requeue") == 1
+    assert (fake.note() or "").startswith(
+        f"no rank began in 2 attempts in a row (exit code {code} of srun); the profile's "
+        "retries.lost is 1; see run.log, and "
+    )
+
+
+def test_restarts_of_a_sweep_are_bounded(fake: FakeSlurm) -> None:
+    """Whatever its ranks say."""
+    fake.profile(retries={"preempted": 7, "timed_out": 3})
+    for count, status in ((1009, os.EX_TEMPFAIL), (1010, 1)):
+        fake.says(PREEMPTED.replace("Restarts=0", f"Restarts={count}"))
+        assert fake.batch(75, SLURM_RESTART_COUNT=str(count)) == status
+    assert "already restarted 1010 times (BIP_MAX_RESTARTS is 1010)" in (fake.note() or "")
+
+
+def test_ranks_that_fail_while_slurm_ends_them_are_tried_again(fake: FakeSlurm) -> None:
+    """One that heard of another's failure ends by itself, with or without a word."""
+    fake.profile(retries={"lost": 0})
+    fake.says(PREEMPTED)
+    for lost in ("", "error: rank 1: RuntimeError: a process of the compiler died"):
+        assert fake.batch(1, lost=lost, SLURM_NNODES="2") == os.EX_TEMPFAIL
+    assert fake.set_aside() == [lost]
+    assert fake.batch(1, failed="error: lr: too high") == 1, "which is final"
+    fake.sweep.failure_path("run").unlink()
+    fake.says(RUNNING.replace("2099-01-01T00:00:00", in_minutes(3)))
+    assert fake.batch(1) == 1, "a short limit is always near: it counts"
+    assert (fake.note() or "").startswith("the ranks failed while SLURM was ending them in 1 att")
+    assert fake.calls("requeue") == 2
+    assert fake.calls("probe") == 0
 
 
 def test_ranks_that_do_not_come_in_time_are_tried_again_a_few_times(fake: FakeSlurm) -> None:
@@ -450,3 +533,68 @@ def test_a_spent_budget_names_its_key(fake: FakeSlurm) -> None:
     fake.says(RUNNING.replace("Restarts=0", "Restarts=1"))
     assert fake.rank() == 1
     assert fake.note() == "requeued 3 times; the profile's retries.preempted is 1"
+
+
+def test_a_signal_that_slurm_knows_nothing_of_is_a_loss(fake: FakeSlurm) -> None:
+    """Another rank died before the ranks met, and srun ended this one."""
+    fake.profile(retries={"lost": 1})
+    assert fake.rank() == os.EX_TEMPFAIL
+    assert fake.rank() == 1
+    assert fake.causes() == ["lost"]
+    assert fake.note() == (
+        "lost 2 times in a row without progress, the last time: SIGTERM came, and SLURM had "
+        "neither preempted the task nor was it at its limit: another rank died before it, or "
+        "somebody ended the step; the profile's retries.lost is 1; see run.log"
+    )
+    assert fake.calls("requeue") == 1
+
+
+@pytest.mark.parametrize(
+    ("answers", "cause"),
+    [
+        ([PREEMPTED], "preempted"),
+        ([RUNNING, RUNNING, PREEMPTED], "preempted"),
+        ([RUNNING, REQUEUED], "requeued"),
+        ([RUNNING.replace("2099-01-01T00:00:00", in_minutes(3))], "timed_out"),
+        (["!Unable to contact slurm controller"], "preempted"),
+    ],
+)
+def test_what_slurm_did_is_no_loss_also_where_its_record_comes_late(
+    fake: FakeSlurm, answers: list[str], cause: str
+) -> None:
+    fake.profile(retries={"lost": 0})
+    fake.says(*answers)
+    assert fake.rank() == os.EX_TEMPFAIL
+    assert fake.causes() == [cause]
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')",
+        "raise OSError(errno.ESTALE, 'Stale file handle')",
+    ],
+)
+def test_a_failure_of_the_stop_or_of_a_file_system_is_a_loss(fake: FakeSlurm, train: str) -> None:
+    fake.profile(retries={"lost": 1})
+    assert fake.run_point(train, SLURM_PROCID="1") == os.EX_TEMPFAIL, "at once"
+    assert fake.causes() == []
+    assert fake.run_point(train) == os.EX_TEMPFAIL
+    assert fake.note() is None
+    assert fake.run_point(train) == 1
+    assert fake.causes() == ["lost"]
+    told = "RuntimeError: a process" if "Runtime" in train else "OSError: [Errno "
+    start = "lost 2 times in a row without progress, the last time: "
+    assert (fake.note() or "").startswith(start + told)
+    assert fake.calls("requeue") == 1
+
+
+def test_bad_input_is_final_also_when_it_is_told_to_stop(fake: FakeSlurm) -> None:
+    assert fake.run_point("stop.signal = signal.SIGTERM; raise UserError('lr: too high')") == 1
+    assert fake.note() == "error: lr: too high"
+
+
+def test_nothing_after_its_end_makes_a_failure_of_a_finished_run(fake: FakeSlurm) -> None:
+    """Least of all submitit, which finds the torn result of an attempt that was killed."""
+    assert fake.run_point("print('finished')") == 0
+    assert fake.note() is None
