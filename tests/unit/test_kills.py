@@ -4,10 +4,14 @@ import builtins
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,69 +22,109 @@ from bip.config import build_config, load_config
 from bip.errors import UserError
 from bip.files import read_jsonl
 from bip.run import train
-from bip.training.checkpoint import CheckpointFolder
+from bip.training.checkpoint import CheckpointFolder, read_checkpoint
 from tests.distributed.harness import PRELOAD
 from tests.runs import Finished, arguments
 
 STEPS = 12
-OPERATIONS = ("fsync", "replace", "link", "symlink", "unlink")
+OPERATIONS = ("fsync", "replace", "rename", "link", "symlink", "unlink")
+Operation = tuple[str, int]  # what is done to which file, and which write of that file (or 0)
+CLOCK: Operation = ("clock", 0)
+# Beside the writes of a step's checkpoint: what each twenty kills hit.
+COMMITS = (
+    "fsync step",
+    "replace step",
+    "fsync checkpoint",
+    "write manifest.json",
+    "fsync manifest.json",
+    "replace manifest.json",
+    "replace checkpoint.pth.tar",
+    "write result.json",
+    "replace result.json",
+)
 
 
-class _HalfWriting:
-    """A file whose `last` write stops half-way."""
+@dataclass(frozen=True)
+class Kill:
+    """At the `nth` time that an attempt comes to `operation`; by the clock, after `seconds`."""
 
-    def __init__(self, stream: Any, last: int) -> None:
-        self.stream, self.left = stream, last
+    operation: Operation
+    nth: int = 1
+    seconds: float | None = None
+
+
+def _role(path: Path) -> str:
+    """What a file is for, whatever the temporary name it is written under."""
+    name = path.name
+    if name.startswith(".lock"):
+        return "lock"
+    if name.startswith("."):
+        name = re.sub(r"^\.(.+?)(\.[0-9a-f]{32}\.tmp|\.\d+)$", r"\1", name)
+    if name.startswith("step-"):
+        return "step"
+    return "run folder" if path.is_dir() and name != "checkpoint" else name
+
+
+class _Writes:
+    """A file of which each write is an operation."""
+
+    def __init__(self, stream: Any, role: str, come_to: Callable[..., None]) -> None:
+        self.stream, self.role, self.come_to = stream, role, come_to
+        self.number = 0
 
     def write(self, data: bytes) -> int:
-        self.left -= 1
-        if self.left == 0:
+        def half() -> None:
             self.stream.write(data[: len(data) // 2])
             self.stream.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
+
+        self.number += 1
+        self.come_to((f"write {self.role}", self.number), half)
         return int(self.stream.write(data))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
-    def __enter__(self) -> "_HalfWriting":
+    def __enter__(self) -> "_Writes":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stream.close()
 
 
-def _train(text: str, kill_at: int, answers: Any) -> None:
-    """In a process of its own: train, killed at the `kill_at`-th operation on files (0: not).
+def _train(text: str, kill: Kill | None, answers: Any) -> None:
+    """In a process of its own: train, killed before the operation that `kill` names.
 
-    Writing a file is one; it is killed in the middle of its first or a later write, or, where
-    there are fewer, not at all. Answers with how many operations there were.
+    A write is killed half-way. Answers with how often each operation was come to.
     """
     import bip.files
 
-    done = 0
+    done: Counter[Operation] = Counter()
 
-    def is_due() -> bool:
-        nonlocal done
-        done += 1
-        return done == kill_at
+    def come_to(operation: Operation, half: Callable[[], None] = lambda: None) -> None:
+        done[operation] += 1
+        if kill and operation == kill.operation and done[operation] == kill.nth:
+            half()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def faulty(operation: Callable[..., Any]) -> Callable[..., Any]:
+    def faulty(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if is_due():
-                os.kill(os.getpid(), signal.SIGKILL)
+            path = args[-1] if name in ("replace", "rename", "link") else args[name == "symlink"]
+            if name == "fsync":
+                path = os.readlink(f"/proc/self/fd/{path}")
+            come_to((f"{name} {_role(Path(path))}", 0))
             return operation(*args, **kwargs)
 
         return call
 
     def opened(path: Any, mode: str = "r", *more: Any) -> Any:
-        stream = builtins.open(path, mode, *more)  # noqa: SIM115
-        if "x" not in mode or not is_due():
-            return stream
-        return _HalfWriting(stream, last=1 if kill_at % 2 else 40)
+        if "x" not in mode and "a" not in mode:
+            return builtins.open(path, mode, *more)
+        role = _role(Path(path))
+        come_to((f"open {role}", 0))
+        return _Writes(builtins.open(path, mode, *more), role, come_to)
 
     for name in OPERATIONS:
-        setattr(os, name, faulty(getattr(os, name)))
+        setattr(os, name, faulty(name, getattr(os, name)))
     bip.files.open = opened  # type: ignore[attr-defined]
     train(build_config(yaml.safe_load(text)))
     answers.put(done)
@@ -98,57 +142,109 @@ class Killer:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(PRELOAD)
 
-    def attempt(self, kill_at: int = 0, after: float | None = None) -> int | None:
-        """How many operations a run to the end made; None if it was killed."""
-        answers = self.context.Queue()
-        process = self.context.Process(
-            target=_train, args=(self.config.to_yaml(), kill_at, answers)
-        )
+    def attempt(self, kill: Kill | None = None) -> Counter[Operation] | None:
+        """How often a run to the end came to each operation; None if it was killed."""
+        answers = self.context.SimpleQueue()
+        process = self.context.Process(target=_train, args=(self.config.to_yaml(), kill, answers))
         process.start()
-        if after is not None:
-            process.join(after)
+        if kill and kill.seconds is not None:
+            process.join(kill.seconds)
             process.kill()
         process.join(60)
         assert process.exitcode in (0, -signal.SIGKILL), "it failed by itself"
-        return answers.get(timeout=5) if process.exitcode == 0 else None
+        return answers.get() if process.exitcode == 0 else None
 
     def check(self) -> int:
-        """The newest checkpoint is readable, or there never was one. Returns its step."""
-        state = self.checkpoints.load()
-        assert (state is None) == (not self.checkpoints.manifest.exists())
-        return state["progress"]["iteration"] if state else 0
+        """What is committed is readable under each of its names. Returns the newest's step."""
+        entries, state = self.checkpoints.entries(), self.checkpoints.load()
+        assert (state is None) == (not self.checkpoints.manifest.exists()) == (not entries)
+        for name in (self.checkpoints.newest, self.checkpoints.best):
+            if name.is_symlink() or name.exists():
+                read_checkpoint(name)
+        if state is None:
+            return 0
+        step = int(state["progress"]["iteration"])
+        assert step == entries[0]["step"], "the newest is readable, not only the one before"
+        return step
 
     def finish(self) -> Finished:
-        while self.attempt() is None:
-            pass
+        assert self.attempt() is not None
         result = (self.config.run_folder / "result.json").read_text()
         return Finished(self.config.run_folder, yaml.safe_load(result))
 
 
+@dataclass(frozen=True)
+class Calm:
+    """The undisturbed run, what it did to files, and how long its process took."""
+
+    run: Finished
+    operations: Counter[Operation]
+    seconds: float
+
+
 @pytest.fixture(scope="module")
-def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return Killer(tmp_path_factory.mktemp("calm"), source).finish()
+def calm(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    # The first process waits for the server's imports.
+    Killer(tmp_path_factory.mktemp("warm"), source).attempt(Kill(("open config.yml", 0)))
+    killer = Killer(tmp_path_factory.mktemp("calm"), source)
+    began = time.monotonic()
+    operations = killer.attempt()
+    seconds = time.monotonic() - began
+    assert operations is not None
+    return Calm(killer.finish(), operations, seconds)
 
 
-def kill_often(killer: Killer, calm: Finished, kills: int) -> None:
-    """Before the 1st, 2nd, 3rd ... operation of an attempt, and every fifth time at any moment.
+def third_of(write: int, calm: Calm) -> int:
+    """Whether a write of a step's checkpoint is in its first (0), middle or last (2) third."""
+    writes = max(number for name, number in calm.operations if name == "write step")
+    return 3 * (write - 1) // writes
 
-    A run that comes to its end in between (a quick machine) is compared and begun again.
+
+def twenty(chance: random.Random, calm: Calm) -> list[Kill]:
+    """In any order: one in each third of a checkpoint's writes, one at each of `COMMITS`, five by
+    the clock and three at operations of any kind.
     """
-    moments = random.Random(7)
-    killed = number = 0
-    while killed < kills:
-        number += 1
-        if (killer.config.run_folder / "result.json").exists():
-            compare(killer, calm)
-            shutil.rmtree(killer.config.run_folder)
-            number = 1
-        by_clock = number % 5 == 0
-        after = moments.uniform(0.1, 1.2) if by_clock else None
-        if killer.attempt(0 if by_clock else number, after) is None:
-            killed += 1
-        killer.check()
-    compare(killer, calm)
+    writes = sorted(number for name, number in calm.operations if name == "write step")
+    thirds = [[n for n in writes if third_of(n, calm) == third] for third in range(3)]
+    chosen: list[Operation] = [("write step", chance.choice(third)) for third in thirds]
+    chosen += [(name, 1 if name.startswith("write") else 0) for name in COMMITS]
+    names = sorted({name for name, _ in calm.operations})
+    for _ in range(3):  # by name first: nearly all operations are writes of checkpoints
+        name = chance.choice(names)
+        chosen.append(chance.choice(sorted(o for o in calm.operations if o[0] == name)))
+    # In the first saves of an attempt: several kills share a run, which goes on between them.
+    kills = [Kill(o, nth=chance.randint(1, min(3, calm.operations[o]))) for o in chosen]
+    kills += [Kill(CLOCK, seconds=chance.uniform(0, calm.seconds)) for _ in range(5)]
+    chance.shuffle(kills)
+    return kills
+
+
+def kill_often(killer: Killer, calm: Calm, kills: list[Kill]) -> Counter[Operation]:
+    """Kill one attempt after the other. Returns what was hit how often.
+
+    A run that comes to its end in between is compared and begun again; where the kill was still
+    due, it is due in the new run: there it comes to every operation.
+    """
+    hit: Counter[Operation] = Counter()
+    committed = 0
+    result = killer.config.run_folder / "result.json"
+    for kill in kills:
+        while True:
+            if result.exists():
+                compare(killer, calm.run)
+                shutil.rmtree(killer.config.run_folder)
+                committed = 0
+            killed = killer.attempt(kill) is None
+            step = killer.check()
+            assert step >= committed, "what was committed stays"
+            committed = step
+            if killed:
+                break
+            if kill.seconds is not None:  # the machine is quicker now
+                kill = replace(kill, seconds=kill.seconds / 2)
+        hit[kill.operation] += 1
+    compare(killer, calm.run)
+    return hit
 
 
 def compare(killer: Killer, calm: Finished) -> None:
@@ -159,21 +255,38 @@ def compare(killer: Killer, calm: Finished) -> None:
     for name, value in calm.weights.items():
         assert value.numpy().tobytes() == finished.weights[name].numpy().tobytes(), name
     told = [record["step"] for record in finished.records()]
-    assert told == sorted(set(told)), "no step is reported twice"
+    assert told == list(range(1, STEPS + 1)), "each step is reported once"
     assert [record["step"] for record in finished.records("epoch")] == [STEPS]
     starts = [r for r in read_jsonl(finished.folder / "attempts.jsonl") if r["event"] == "start"]
     assert finished.result["attempts"] == len(starts)
 
 
-def test_twenty_kills(tmp_path: Path, source: Path, calm: Finished) -> None:
-    kill_often(Killer(tmp_path, source), calm, 20)
+def check_spread(hit: Counter[Operation], calm: Calm, each: int) -> None:
+    """Every part of a commit was hit `each` times or more, and so many kills came by the clock."""
+    names: Counter[str] = Counter()
+    thirds: Counter[int] = Counter()
+    for (name, write), times in hit.items():
+        names[name] += times
+        if name == "write step":
+            thirds[third_of(write, calm)] += times
+    assert {name: names[name] for name in COMMITS if names[name] < each} == {}
+    assert all(thirds[third] >= each for third in range(3)), thirds
+    assert names["clock"] >= 5 * each
+    assert hit.total() == 20 * each
+
+
+def test_twenty_kills(tmp_path: Path, source: Path, calm: Calm) -> None:
+    kills = twenty(random.Random(7), calm)
+    check_spread(kill_often(Killer(tmp_path, source), calm, kills), calm, each=1)
 
 
 @pytest.mark.storm
 @pytest.mark.timeout(1800)
-def test_a_hundred_kills(tmp_path: Path, source: Path, calm: Finished) -> None:
-    for number in range(5):
-        kill_often(Killer(tmp_path / str(number), source), calm, 20)
+def test_a_hundred_kills(tmp_path: Path, source: Path, calm: Calm) -> None:
+    chance = random.Random(8)
+    kills = [kill for _ in range(5) for kill in twenty(chance, calm)]
+    assert len(set(kills)) > 60, "not the same twenty again"
+    check_spread(kill_often(Killer(tmp_path, source), calm, kills), calm, each=5)
 
 
 @pytest.fixture
@@ -189,7 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_full_disk_is_one_line_and_the_last_checkpoint_stays(
-    small_disk: Path, tmp_path: Path, source: Path, calm: Finished
+    small_disk: Path, tmp_path: Path, source: Path, calm: Calm
 ) -> None:
     killer = Killer(small_disk, source)
     with pytest.raises(UserError, match="No space left on device; the newest checkpoint is kept"):
@@ -197,15 +310,15 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_stays(
     assert killer.check() >= 1
     # With room again the same command goes on, to the same bits.
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    assert killer.finish().result["weights_sha256"] == calm.result["weights_sha256"]
+    assert killer.finish().result["weights_sha256"] == calm.run.result["weights_sha256"]
 
 
 def test_folder_that_becomes_read_only(small_disk: Path, source: Path) -> None:
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
     killer = Killer(small_disk, source)
-    assert killer.attempt(kill_at=40) is None  # in the third save or so of twelve
+    assert killer.attempt(Kill(("replace manifest.json", 0), nth=3)) is None
     step = killer.check()
-    assert 0 < step < STEPS
+    assert step == 2
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(UserError, match="Read-only file system") as error:
         train(killer.config)
