@@ -203,7 +203,6 @@ def assert_cancelled(sweep: ClusterSweep, run_id: str) -> None:
     assert json.loads(note.read_text())["reason"].startswith("cancelled; python -m launch resume")
 
 
-@pytest.mark.parametrize("requeue_by", ["scontrol", "batch"])
 def ranks_of(run_id: str) -> dict[int, int]:
     """rank -> process, of a run on this machine."""
     found = {}
@@ -247,6 +246,7 @@ def test_a_lost_rank_ends_its_step(
         assert "has not answered for 10 s; its last step was" in sweep.log(run_id)
 
 
+@pytest.mark.parametrize("requeue_by", ["scontrol", "batch"])
 def test_scancel_is_not_undone_by_the_run(
     requeue_by: str,
     cluster: Cluster,
