@@ -315,7 +315,8 @@ def _go_or_leave(
         verdict = store.compare_set(_VERDICT, "", "late")
     word, *numbers = verdict.decode().split()
     if word != "go":
-        store.add("heard", 1)
+        absent = [rank for rank in range(ranks.world) if not store.check([f"here/{rank}"])]
+        store.add("heard", 1)  # from now on the store's holder may leave
         until = time.monotonic() + 5
         while holds_store and time.monotonic() < until:
             if store.add("heard", 0) >= store.add("here", 0):
@@ -329,7 +330,6 @@ def _go_or_leave(
             "all by one command"
         )
     if word == "late":
-        absent = [rank for rank in range(ranks.world) if not store.check([f"here/{rank}"])]
         names = ", ".join(map(str, absent[:16])) + ", ..." * (len(absent) > 16)
         raise RankError(f"ranks: of {ranks.world} these did not come in time: {names or 'none'}")
 

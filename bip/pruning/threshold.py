@@ -64,7 +64,7 @@ def own_slice(size: int, exchange: Exchange) -> tuple[int, int]:
     Raises UserError for more than 32-bit counts can hold.
     """
     if size // exchange.world >= LARGEST:
-        least = -(-size // LARGEST) + 1
+        least = size // LARGEST + 1
         raise UserError(f"ranks: {size:,} scores need {least} ranks or more to be counted")
     return exchange.rank * size // exchange.world, (exchange.rank + 1) * size // exchange.world
 

@@ -1,6 +1,7 @@
 """The sharded selection against a plain sort: exact for any n, k, W, distribution and history."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from bip.pruning import kernels
 from bip.pruning.mask import Segment
 from bip.pruning.threshold import (
     ALL_TIES,
+    LARGEST,
     Alone,
     Cut,
     Threshold,
     add_proofs,
     move_mask_and_z,
+    own_slice,
     write_mask,
 )
 from bip.pruning.threshold_device import write_mask as write_mask_on_device
@@ -119,8 +122,10 @@ def test_large_slices_are_shared_by_threads(kind: str) -> None:
 
 
 def test_more_scores_than_can_be_counted_are_refused() -> None:
-    with pytest.raises(UserError, match="9,000,000,000 scores need 6 ranks or more"):
-        Threshold((Segment("x", 0, 9_000_000_000, 1),), 9_000_000_000, Alone())
+    for size, least in ((9_000_000_000, 5), (4 * LARGEST, 5), (4 * LARGEST - 1, 4)):
+        with pytest.raises(UserError, match=f"{size:,} scores need {least} ranks or more"):
+            own_slice(size, SimpleNamespace(rank=0, world=least - 1))  # type: ignore[arg-type]
+        own_slice(size, SimpleNamespace(rank=0, world=least))  # type: ignore[arg-type]
 
 
 @BOTH
