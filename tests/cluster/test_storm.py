@@ -47,8 +47,8 @@ class Storm:
         self.limited: str | None = None  # the run whose time limit is near
 
     def preempt(self) -> None:
-        """All that run, where several are not struck yet; else all, or one of them."""
-        everything = len(self.untouched()) > 1 or self.random.random() < 0.5
+        """All that run, where one is not struck yet; else all, or one of them."""
+        everything = bool(self.untouched()) or self.random.random() < 0.5
         high(self.cluster, 1, None if everything else 1)
 
     def requeue(self) -> None:
@@ -81,8 +81,12 @@ class Storm:
         self.cluster.control("restart", "slurmctld")
 
     def time_limit(self) -> None:
-        """A running task's limit is moved to its next minute."""
-        run_id = self.victim()
+        """A running task's limit is moved to its next minute. The run may be done before, and is
+        spared until then: it is one that was struck. Raises LookupError if there is none.
+        """
+        untouched = self.untouched()
+        struck = [name for name in self.sweep.training() if name not in untouched]
+        run_id = self.random.choice(struck)
         task = self.sweep.task(run_id)
         seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
         self._limit(task, int(seconds[-2]) + 1)
