@@ -1,6 +1,7 @@
 """Durable small files: written whole or not at all, readable after any crash."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 from bip.errors import UserError
+
+# A file system that is away for a while.
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY}
+_PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
+_PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
+
+
+def may_pass(error: OSError) -> bool:
+    """Whether another attempt may succeed with nobody's help. (A full disk stays full.)"""
+    return error.errno in _PASSING
+
+
+def result_dir_error(folder: Path, error: OSError) -> Exception:
+    """What to raise when `folder` cannot be used: a UserError, or `error` itself if it may pass."""
+    return error if may_pass(error) else UserError(f"result_dir: {folder}: {error.strerror}")
 
 
 def fsync_folder(folder: Path) -> None:

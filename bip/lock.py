@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bip.errors import RankError, UserError
+from bip.files import result_dir_error
 
 BEAT_SECONDS = 5.0
 KILL_WAIT = 30.0  # SLURM's default for the time from SIGTERM to SIGKILL
@@ -230,7 +231,7 @@ class RunLock:
                 self._file(number + 1).unlink(missing_ok=True)
                 return False
         except OSError as error:
-            raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
+            raise result_dir_error(self.folder, error) from None
         self.path = self._file(number + 1)
         self._ended.clear()
         self._beat = threading.Thread(target=self._touch, name="lock", daemon=True)

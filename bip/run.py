@@ -28,6 +28,7 @@ from bip.files import (
     atomic_write_bytes,
     atomic_write_json,
     read_json,
+    result_dir_error,
     sha256_file,
 )
 from bip.identity import (
@@ -418,7 +419,7 @@ class Run:
                 atomic_write_bytes(settings, self.config.to_yaml().encode())
             self.attempts.start(self.config, self.group, loader, progress.iteration)
         except OSError as error:
-            raise UserError(f"result_dir: {self.folder}: {error.strerror}") from None
+            raise result_dir_error(self.folder, error) from None
         for line in self.config.warnings():
             print(f"warning: {line}")
         if self.pruned is not None and self.pruned.layout.dense:

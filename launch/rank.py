@@ -4,7 +4,6 @@ Imports little: a signal must be noticed before the slow imports of a run.
 """
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -25,10 +24,6 @@ PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 PARK_SECONDS = 900.0
 LATE_SECONDS = 4.0  # by which SLURM's record of a preemption may come after the signal
-# A file system that is away for a while. (bip.run makes a UserError of a disk that is full.)
-_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY}
-_PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
-_PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
 
 
 def run_point(folder: str) -> None:
@@ -45,6 +40,7 @@ def run_point(folder: str) -> None:
         begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
     from bip.config import build_config, read_yaml
     from bip.errors import LostWorker, RankError, Stopped, UserError
+    from bip.files import may_pass
     from launch.ledger import Sweep
 
     sweep = Sweep(Path(folder))
@@ -84,7 +80,7 @@ def run_point(folder: str) -> None:
             attempt.lose(told)
         if stop.signal:  # what the run had started may have died of the signal, and it of that
             attempt.requeue(signal_name(stop.signal), told)
-        if isinstance(error, OSError) and error.errno in _PASSING:
+        if isinstance(error, OSError) and may_pass(error):
             attempt.requeue("", told)
         attempt.fail(told)
 
@@ -131,8 +127,8 @@ class Attempt:
                 begun, is_open = record["step"], True
             elif record["event"] == "end":  # an error that was tried again was not final: a loss
                 is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
-            elif record["event"] == "requeue" and record["cause"] == "lost":
-                silent, is_open = silent + 1, False
+            elif record["event"] == "requeue":
+                silent, is_open = silent + (record["cause"] == "lost"), False
         return silent
 
     def _saved_step(self) -> int:
@@ -145,7 +141,8 @@ class Attempt:
     def requeue(self, signal_name: str, told: str = "") -> NoReturn:
         """Have the task requeued if its cause has budget left, and wait for the end.
 
-        Nothing was saved where `told` says what went wrong: the attempt is lost.
+        Nothing was saved where `told` says what went wrong: the attempt is lost, if it was not a
+        preemption that made it so.
         """
         by_batch = self.profile["requeue_by"] == "batch"
         try:
@@ -173,8 +170,10 @@ class Attempt:
                 task = slurm.show_task(name)
             except slurm.SlurmError:
                 task = None
-            cause = "lost" if told else self._cause(task, restarts, signal_name)
-            if told or cause != "lost" or time.monotonic() > deadline:
+            cause = self._cause(task, restarts, signal_name)
+            if told and cause != "preempted":
+                cause = "lost"
+            if cause != "lost" or not signal_name or time.monotonic() > deadline:
                 break
             time.sleep(1)
         if task is not None and task.ended and task.restarts <= restarts:

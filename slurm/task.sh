@@ -63,7 +63,10 @@ how_to_go_on() {
 }
 
 await_end() { # by SLURM, which has requeued this task
-  sleep 900
+  # While it clears the task away, an exit is no news to it, and frees the nodes before KillWait is
+  # over. In any other state it would take the exit for the end of the task.
+  look
+  [[ $answer == *JobState=COMPLETING* ]] || sleep 900
   exit 75
 }
 
@@ -216,18 +219,24 @@ run_step() {
   return "$code"
 }
 
+last_error() { # the last that a rank printed of this attempt: one that had no time for a note
+  tail -c "+$((printed + 1))" "$folder/jobs/$point.log" 2>/dev/null | grep '^error: ' |
+    tail -n 1 | sed 's/[[:cntrl:]]//g; s/$/; /'
+}
+
 logs() {
   echo "see $point.log, and slurm/$(task_name)_0_log.err in $folder/jobs"
 }
 
 run_points() {
-  local folder=$1 list=$2 point failed=0 code note lost
+  local folder=$1 list=$2 point failed=0 code note lost printed
   shift 2
   for point in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
     note=$folder/jobs/$point.failed lost=$folder/jobs/$point.lost
     [[ ! -e $note ]] || { failed=1; continue; } # before a requeue, in this submission
     set_aside_lost # the shell of that attempt was killed, so it was not final
     code=0
+    printed=$(stat -c %s "$folder/jobs/$point.log" 2>/dev/null || echo 0)
     BIP_POINT=$point BIP_ATTEMPT=$(attempt_name) run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
     ((code)) || continue
     failed=1
@@ -236,7 +245,7 @@ run_points() {
       mv "$lost" "$note"
       continue
     fi
-    reason=${reason:-exit code $code of srun; $(logs)}
+    reason=${reason:-exit code $code of srun; $(last_error)$(logs)}
     echo "{\"reason\": \"${reason//[\"\\]/}\"}" >"$note.new"
     mv "$note.new" "$note"
   done

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bip.distributed.preemption import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
-from bip.files import atomic_write_bytes
+from bip.files import atomic_write_bytes, result_dir_error
 
 T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # until all ranks are here
@@ -357,7 +357,7 @@ def _srun_store(
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(path, f"{host} {store.port}".encode())
         except OSError as error:
-            raise UserError(f"result_dir: {path.parent}: {error.strerror}") from None
+            raise result_dir_error(path.parent, error) from None
         return store
     _wait(path.exists, deadline, stop, f"rank 0 did not publish {path} (is it shared?)")
     host, port = path.read_text().split()

@@ -389,25 +389,32 @@ for number in range(20):
     assert len(list(tmp_path.glob("met-*"))) == 4, logs
 
 
-def test_the_template_without_the_launcher(
+def test_the_templates_without_the_launcher(
     patient: Cluster,
     on: Callable[[Cluster], Cluster],
     tmp_path: Path,
     source: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """series.sbatch as a user gives it to sbatch; both tasks are preempted, requeue themselves and
-    go on."""
+    """As a user gives them to sbatch; all tasks are preempted, requeue themselves and go on."""
     cluster = on(patient)
     monkeypatch.setenv("SERIES", "0.5 0.2")
     monkeypatch.setenv("PYTHON", sys.executable)
-    node = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--mem=10", "--time=10"]
-    facts = [*node, "--gpus-per-node=0", "--array=0-1", f"--output={tmp_path}/%a.log"]
-    flags = ["--configs", CONFIGS / "Digits/bip.yml", "--exp-name", "sweep", "--source-net", source,
-             "--result-dir", tmp_path / "out", "--checkpoint-minutes", 0.01, *LONG]  # fmt: skip
-    words = ["sbatch", *facts, ROOT / "slurm/templates/series.sbatch", *flags]
-    subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
-    runs = [load_config([*map(str, flags), "--k", k]) for k in ("0.5", "0.2")]
+    names = ["--exp-name", "sweep", "--result-dir", tmp_path / "out", "--checkpoint-minutes", 0.01]
+    facts = ["--nodes=1", "--cpus-per-task=1", "--mem=10", "--time=10", "--gpus-per-node=0"]
+
+    def flags(config: str, *more: object) -> list[str]:
+        return [str(word) for word in ("--configs", CONFIGS / config, *names, *LONG, *more)]
+
+    def sbatch(template: str, flags: list[str], log: str, *more: str) -> None:
+        words = ["sbatch", *facts, *more, f"--output={tmp_path / log}"]
+        words += [ROOT / "slurm" / "templates" / template, *flags]
+        subprocess.run([str(word) for word in words], cwd=ROOT, check=True)
+
+    series, run = flags("Digits/bip.yml", "--source-net", source), flags("Digits/pretrain.yml")
+    sbatch("series.sbatch", series, "%a.log", "--ntasks-per-node=1", "--array=0-1")
+    sbatch("run.sbatch", run, "run.log", "--ntasks-per-node=2")
+    runs = [load_config([*series, "--k", k]) for k in ("0.5", "0.2")] + [load_config(run)]
 
     def attempts(config: RunConfig) -> list[dict[str, Any]]:
         return list(read_jsonl(config.run_folder / "attempts.jsonl"))
@@ -415,13 +422,13 @@ def test_the_template_without_the_launcher(
     def log() -> str:
         return "".join(path.read_text() for path in tmp_path.glob("*.log"))
 
-    cluster.wait(lambda: all(map(attempts, runs)), "both have begun", 240)
+    cluster.wait(lambda: all(map(attempts, runs)), "all have begun", 240)
     high(cluster, 1)
     cluster.wait(lambda: all(is_done(config.run_folder) for config in runs), log(), 400)
-    for config in runs:
+    for config, world in zip(runs, (1, 1, 2), strict=True):
         assert interrupted(attempts(config)) >= 1
         assert_story(attempts(config))
-        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
+        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm", world))
 
 
 @pytest.mark.parametrize(

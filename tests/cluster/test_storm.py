@@ -145,8 +145,9 @@ class Storm:
             blow()
             self.dealt.append(blow.__name__)
         except (LookupError, subprocess.CalledProcessError):  # it has just ended
-            if not waiting:
-                self.blows = itertools.chain([blow], self.blows)
+            if not waiting:  # a limit may wait for a struck run: there has to be one
+                first = [self.preempt] if blow == self.time_limit else []
+                self.blows = itertools.chain(first, [blow], self.blows)
 
 
 def storm(

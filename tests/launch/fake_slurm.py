@@ -1,0 +1,165 @@
+"""An array task without SLURM: scontrol and srun are scripts that give prepared answers."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from bip.files import atomic_write_json, read_jsonl
+from launch.ledger import Sweep
+from launch.profile import SlurmProfile
+from tests.launch.conftest import DIGITS, ROOT
+
+# What SLURM 22.05 says of a task that runs, has its grace time, was requeued, reached its limit or
+# was cancelled.
+RUNNING = "JobState=RUNNING Reason=None Restarts=0 EndTime=2099-01-01T00:00:00 PreemptTime=None "
+PREEMPTED = RUNNING.replace("PreemptTime=None", "PreemptTime=2026-01-01T00:00:00")
+REQUEUED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=Unknown PreemptTime=None "
+NODE_FAILED = "JobState=COMPLETING Reason=None Restarts=1 EndTime=2099-01-01T00:00:00 "
+AT_LIMIT = "JobState=COMPLETING Reason=TimeLimit Restarts=0 EndTime=2026-01-01T00:00:00 "
+CANCELLED = "JobState=COMPLETING Reason=None Restarts=0 EndTime=2026-01-01T00:00:00 "
+
+# The lines of `answers` are given in turn, the last one for ever; !TEXT is a failure.
+SCONTROL = """#!/bin/bash
+cd "$(dirname "$0")"
+echo "$1" >>calls
+if [[ $1 == requeue ]]; then
+  number=$(grep -c requeue calls)
+  line=$(sed -n "${number}p" refusals 2>/dev/null || true)
+  [[ -z $line ]] || { echo "$line" >&2; exit 1; }
+  exit 0
+fi
+line=$(head -n 1 answers)
+[[ $(wc -l <answers) -le 1 ]] || sed -i 1d answers
+[[ $line != '!'* ]] || { echo "${line#!}" >&2; exit 1; }
+echo "$line"
+"""
+
+
+def in_minutes(minutes: float) -> str:
+    """As scontrol writes it."""
+    return (datetime.now() + timedelta(minutes=minutes)).isoformat(timespec="seconds")
+
+
+class FakeSlurm:
+    """One array task with one point, `run`, of the sweep in `folder`/sweep."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        self.sweep = Sweep(folder / "sweep")
+        self.run = self.sweep.folder / "prune" / "run"
+        self.run.mkdir(parents=True)
+        self.sweep.jobs.mkdir()
+        self.profile()
+        self.command("scontrol", SCONTROL)
+        self.command("sleep", "#!/bin/bash\necho sleep $1 >>${0%/*}/calls\n")
+        self.says(RUNNING)
+
+    def profile(self, **values: Any) -> None:
+        profile = SlurmProfile(executor="slurm", **values).model_dump(mode="json")
+        atomic_write_json(self.sweep.jobs / "profile.json", profile)
+
+    def command(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def says(self, *answers: str) -> None:
+        (self.bin / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+
+    def refuses(self, *messages: str) -> None:
+        (self.bin / "refusals").write_text("".join(f"{message}\n" for message in messages))
+
+    def calls(self, name: str) -> int:
+        path = self.bin / "calls"
+        return path.read_text().splitlines().count(name) if path.exists() else 0
+
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {
+            "PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0",
+            "SLURM_PROCID": "0", "BIP_REQUEUE_PAUSE": "0",
+            "BIP_PROFILE": str(self.sweep.jobs / "profile.json"),
+        }  # fmt: skip
+
+    def set_aside(self) -> list[str]:
+        """What was said of attempts that were not final."""
+        return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
+
+    def note(self) -> str | None:
+        path = self.sweep.failure_path("run")
+        return json.loads(path.read_text())["reason"] if path.exists() else None
+
+    def batch(
+        self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
+        setup: str = "", prints: str = "", **env: str,
+    ) -> int:  # fmt: skip
+        """task.sh's run_points, whose ranks print and exit with `code`; its exit status.
+
+        A rank has left its mark if `begun`, and ranks have left their notes. A probe of the
+        nodes ends with `nodes`.
+        """
+        lines = ["#!/bin/bash", "[[ $* != *overlap* ]] || { echo probe >>${0%/*}/calls;"]
+        lines[-1] += f" exit {nodes}; }}"
+        for text, kind in ((failed, "failed"), (lost, "lost")):
+            if text:
+                note = json.dumps({"reason": text}, indent=2)
+                lines.append(f"echo {shlex.quote(note)} >{self.sweep.jobs}/run.{kind}")
+        lines.append(f"printf %s {shlex.quote(prints)} >>{self.sweep.jobs}/run.log")
+        if begun:
+            lines.append(f"echo $BIP_ATTEMPT >{self.sweep.jobs}/run.begun")
+        self.command("srun", "\n".join([*lines, f"echo ranks >>${{0%/*}}/calls; exit {code}\n"]))
+        (self.sweep.jobs / "points.txt").write_text("run\n")
+        words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"
+        script = f"{setup}\nsource {ROOT}/slurm/task.sh\n{words}"
+        done = subprocess.run(["bash", "-c", script], env=self.env | env, timeout=60, check=False)
+        return done.returncode
+
+    def rank(self, signal_name: str = "SIGTERM", **env: str) -> int:
+        """A rank after its agreed save; its exit status."""
+        script = f"""
+import sys
+from pathlib import Path
+from launch.ledger import Sweep
+from launch.rank import Attempt
+attempt = Attempt(Sweep(Path({str(self.sweep.folder)!r})), "run")
+attempt.run_folder = Path({str(self.run)!r})
+attempt.requeue({signal_name!r})
+"""
+        words = [sys.executable, "-c", script]
+        return subprocess.run(words, env=self.env | env, timeout=60, check=False).returncode
+
+    def run_point(self, train: str, **env: str) -> int:
+        """A rank whose training is the Python in `train`, which knows `stop`; its exit status."""
+        config = self.sweep.folder / "points" / "run.yml"
+        config.parent.mkdir(exist_ok=True)
+        text = (DIGITS / "pretrain.yml").read_text()
+        config.write_text(text.replace("./trained_models", str(self.sweep.folder / "runs")))
+        script = f"""
+import atexit, errno, os, signal
+import bip.run, torch
+from bip.errors import LostWorker, RankError, Stopped, UserError
+from launch.rank import run_point
+atexit.register(lambda: os._exit(1)) # as submitit would
+def train(_, stop):
+    {train}
+bip.run.train = train
+run_point({str(self.sweep.folder)!r})
+"""
+        env = self.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"} | env
+        words = [sys.executable, "-c", script]
+        return subprocess.run(words, env=env, timeout=60, check=False).returncode
+
+    def causes(self) -> list[str]:
+        """Those of all requeues by ranks."""
+        paths = self.sweep.folder.rglob("attempts.jsonl")
+        records = [record for path in paths for record in read_jsonl(path)]
+        return [record["cause"] for record in records if record["event"] == "requeue"]
+
+    def events(self) -> list[str]:
+        return [record["event"] for record in read_jsonl(self.run / "attempts.jsonl")]

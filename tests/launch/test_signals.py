@@ -1,0 +1,97 @@
+"""Told to stop before it trains: a whole rank with all its processes, and the next attempt."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bip.config import build_config, read_yaml
+from bip.files import read_jsonl
+from tests.launch.conftest import DIGITS
+from tests.launch.fake_slurm import PREEMPTED, RUNNING, FakeSlurm
+
+
+class Life:
+    """Attempts of one rank of a task that SLURM preempts, from their first line."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.slurm = FakeSlurm(folder)
+        self.log = self.slurm.sweep.jobs / "run.log"
+        facts = {
+            "result_dir": str(self.slurm.sweep.folder),
+            "epochs": 1,
+            "max_steps": 3,
+            "num_workers": 0,
+        }
+        point = self.slurm.sweep.folder / "points" / "run.yml"
+        point.parent.mkdir()
+        point.write_text(yaml.safe_dump(read_yaml(DIGITS / "pretrain.yml") | facts | settings))
+        self.config = build_config(read_yaml(point))
+        self.result = self.config.run_folder / "result.json"
+
+    def start(self, restarts: int = 0, **env: str) -> "subprocess.Popen[bytes]":
+        """The leader of a new process group, as every rank of a step is."""
+        script = f"from launch.rank import run_point; run_point({str(self.slurm.sweep.folder)!r})"
+        env = {"SLURM_RESTART_COUNT": str(restarts)} | env
+        env = self.slurm.env | {"BIP_POINT": "run", "BIP_ATTEMPT": f"7_0.{restarts}"} | env
+        self.slurm.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        with self.log.open("ab") as log:
+            words = [sys.executable, "-c", script]
+            return subprocess.Popen(
+                words, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def preempt(self, rank: "subprocess.Popen[bytes]", when: Callable[[int], bool]) -> int:
+        """Tell all its processes to stop once `when` says so of the rank; its exit status."""
+        deadline = time.monotonic() + 120
+        while not when(rank.pid):
+            assert rank.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+        self.slurm.says(PREEMPTED)
+        os.killpg(rank.pid, signal.SIGTERM)
+        return rank.wait(120)
+
+    def has_begun(self, _pid: int) -> bool:
+        return (self.slurm.sweep.jobs / "run.begun").exists()
+
+
+def runs_compiler(pid: int) -> bool:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    commands = (Path(f"/proc/{child}/cmdline") for child in children)
+    return any(b"g++" in path.read_bytes() and b".cpp" in path.read_bytes() for path in commands)
+
+
+def test_while_it_imports(tmp_path: Path) -> None:
+    life = Life(tmp_path)
+    rank = life.start()
+    assert life.preempt(rank, life.has_begun) == os.EX_TEMPFAIL, life.log.read_text()
+    assert "stopped by SIGTERM at step 0" in life.log.read_text()
+    assert life.slurm.causes() == ["preempted"]
+    assert life.slurm.calls("requeue") == 1
+    assert life.slurm.note() is None
+    assert life.start(restarts=1).wait(120) == 0, life.log.read_text()
+    assert life.result.exists()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
+def test_while_it_compiles(tmp_path: Path) -> None:
+    """What compiles dies of the signal, and so does the step; that is no bug of the run's."""
+    life = Life(tmp_path, compile=True)
+    empty = tmp_path / "tmp"  # where torch keeps what it has compiled
+    empty.mkdir()
+    rank = life.start(TMPDIR=str(empty))
+    assert life.preempt(rank, runs_compiler) == os.EX_TEMPFAIL, life.log.read_text()
+    assert life.slurm.causes() == ["preempted"]
+    assert life.slurm.calls("requeue") == 1
+    assert life.slurm.note() is None
+    events = [record["event"] for record in read_jsonl(life.config.run_folder / "attempts.jsonl")]
+    assert [events[0], events[-1]] == ["start", "requeue"]
+    assert not life.result.exists()
