@@ -23,6 +23,7 @@ class ClusterSweep:
         self.cluster, self.results, self.folder = cluster, results, results / "sweep"
         facts = {"executor": "slurm", "nodes": 2, "time": 30, "signal_lead": 60} | profile
         results.mkdir(exist_ok=True)
+        self.known: dict[str, RunConfig] = {}
         self.profile = results / "profile.yml"
         self.profile.write_text(yaml.safe_dump(facts))
 
@@ -33,9 +34,12 @@ class ClusterSweep:
         return main([str(word) for word in words])
 
     def points(self) -> dict[str, RunConfig]:
-        """RUN_ID -> configuration."""
-        found = sorted((self.folder / "points").glob("*.yml"))
-        return {path.stem: build_config(read_yaml(path)) for path in found}
+        """RUN_ID -> configuration, each read once: whoever polls leaves the CPUs to the runs."""
+        paths = sorted((self.folder / "points").glob("*.yml"))
+        for path in paths:
+            if path.stem not in self.known:
+                self.known[path.stem] = build_config(read_yaml(path))
+        return {path.stem: self.known[path.stem] for path in paths}
 
     def arrays(self) -> list[dict[str, Any]]:
         return list(read_jsonl(self.folder / "jobs" / "arrays.jsonl"))
