@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bip.errors import RankError, Stopped, UserError
+from bip.files import may_pass
 
 
 def _train(argv: list[str]) -> None:
@@ -64,7 +65,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run one command. Exit code 0, or 2 for input the user can mend."""
+    """Run one command. Exit code 0, 2 for input the user can mend, or 75 for what may pass."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m bip COMMAND [OPTIONS]; COMMAND --help tells its options\n")
         print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
@@ -81,6 +82,11 @@ def main(argv: list[str]) -> int:
         os._exit(1)  # the process group may wait for a dead rank for ever
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        print(f"error: {error}; the same command goes on", file=sys.stderr)
         return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

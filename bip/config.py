@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from bip.errors import UserError
+from bip.files import may_pass
 from bip.flags import one_line, parse_flags
 
 Mode = Literal["pretrain", "prune", "finetune"]
@@ -359,10 +360,13 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
-    """A YAML file's top-level mapping. Raises UserError naming the file."""
+    """A YAML file's top-level mapping. Raises UserError naming the file, OSError if its file
+    system is away."""
     try:
         values = yaml.load(path.read_text(), loader)
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise
         raise UserError(f"{path}: cannot be read ({error})") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None

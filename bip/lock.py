@@ -117,8 +117,8 @@ class RunLock:
     def acquire(self, give_up: Callable[[], bool] = lambda: False) -> bool:
         """Take the lock, waiting for an attempt that SLURM is just ending.
 
-        Returns False if `give_up` said so meanwhile. Raises UserError if a live attempt holds it,
-        and if the folder cannot be written.
+        Returns False if `give_up` said so meanwhile. Raises UserError if a live attempt holds it
+        or the folder cannot be used, OSError if its file system is away.
         """
         began = time.monotonic()
         seen, since, told = (0.0, -1), began, False
@@ -172,18 +172,16 @@ class RunLock:
 
     def _newest(self) -> tuple[int, Holder | None]:
         """The highest lock, and who holds it."""
-        numbers = []
-        with suppress(FileNotFoundError):
-            numbers = [
-                int(name[6:])
-                for name in os.listdir(self.folder)
-                if name.startswith(".lock.") and name[6:].isdigit()
-            ]
-        number = max(numbers, default=0)
+        number = 0
         try:
+            names = os.listdir(self.folder)
+            numbers = [int(name[6:]) for name in names if re.fullmatch(r"\.lock\.\d+", name)]
+            number = max(numbers, default=0)
             return number, Holder(**json.loads(self._file(number).read_text()))
-        except (OSError, ValueError, TypeError):
+        except (FileNotFoundError, ValueError, TypeError):
             return number, None  # never written whole: a link shows it whole or not at all
+        except OSError as error:  # no sign that nobody has it
+            raise result_dir_error(self.folder, error) from None
 
     def _file(self, number: int) -> Path:
         return self.folder / f".lock.{number}"

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
+from bip.files import may_pass
 from bip.flags import call, nearest, parse_flags
 from launch.arrays import arrays_file, cancel, doomed_now, submit_arrays
 from launch.doctor import check_disk, check_place, examine, preflight
@@ -62,6 +63,11 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     except BrokenPipeError:  # as in `status FOLDER | head`; nothing may be written at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell says of a program that SIGPIPE ended
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
 
 
 def series(argv: list[str], command: list[str]) -> int:

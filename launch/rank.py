@@ -68,7 +68,7 @@ def run_point(folder: str) -> None:
         print(stopped, flush=True)
         attempt.requeue(stopped.cause)
     except (RankError, LostWorker) as error:
-        attempt.lose(f"error: {error}")
+        attempt.lose(f"error: {error}", stop.signal)
     except UserError as error:
         attempt.fail(f"error: {error}")
     except Exception as error:
@@ -77,7 +77,7 @@ def run_point(folder: str) -> None:
         traceback.print_exc()
         told = f"{type(error).__name__}: {error}"
         if _is_collective(error):
-            attempt.lose(told)
+            attempt.lose(told, stop.signal)
         if stop.signal:  # what the run had started may have died of the signal, and it of that
             attempt.requeue(signal_name(stop.signal), told)
         if isinstance(error, OSError) and may_pass(error):
@@ -125,7 +125,9 @@ class Attempt:
             if record["event"] == "start":
                 silent = 0 if record["step"] > begun else silent + is_open
                 begun, is_open = record["step"], True
-            elif record["event"] == "end":  # an error that was tried again was not final: a loss
+            elif (
+                record["event"] == "end"
+            ):  # an error without a requeue record was not final: a loss
                 is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
             elif record["event"] == "requeue":
                 silent, is_open = silent + (record["cause"] == "lost"), False
@@ -141,17 +143,22 @@ class Attempt:
     def requeue(self, signal_name: str, told: str = "") -> NoReturn:
         """Have the task requeued if its cause has budget left, and wait for the end.
 
-        Nothing was saved where `told` says what went wrong: the attempt is lost, if it was not a
-        preemption that made it so.
+        Nothing was saved where `told` says what went wrong: the attempt is lost, unless SLURM's
+        record shows that SLURM has broken it.
         """
         by_batch = self.profile["requeue_by"] == "batch"
+        counted = False
         try:
             if self.is_first:
                 self._requeue(signal_name, told, by_batch)
+                counted = True
             elif not by_batch and not told:  # rank 0 may wait for this one
                 self._park()
         except Exception as error:  # the state is saved, whatever goes wrong here
             print(f"not requeued from here ({type(error).__name__}: {error})", flush=True)
+        if told and not counted:  # by its note the batch script counts it
+            with contextlib.suppress(OSError):
+                self.sweep.note(self.sweep.loss_path(self.run_id), told)
         sys.stdout.flush()
         os._exit(os.EX_TEMPFAIL)
 
@@ -162,20 +169,10 @@ class Attempt:
         resume = f"python -m launch resume {self.sweep.folder} goes on"
         if self.sweep.failure_path(self.run_id).exists():
             self.fail(f"cancelled; {resume}")  # the note is that of launch cancel
-        name = slurm.own_task() or ""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        deadline = time.monotonic() + LATE_SECONDS
-        while True:
-            try:
-                task = slurm.show_task(name)
-            except slurm.SlurmError:
-                task = None
-            cause = self._cause(task, restarts, signal_name)
-            if told and cause != "preempted":
-                cause = "lost"
-            if cause != "lost" or not signal_name or time.monotonic() > deadline:
-                break
-            time.sleep(1)
+        task, cause = self._ask(signal_name)
+        if told and (task is None or cause == "timed_out"):
+            cause = "lost"
         if task is not None and task.ended and task.restarts <= restarts:
             self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
         if cause == "lost":
@@ -193,12 +190,13 @@ class Attempt:
         # An operator's requeue counts as a preemption.
         kind = cause if cause in self.profile["retries"] else "preempted"
         if cause != "lost" and used >= (allowed := self.profile["retries"][kind]):
-            self.fail(f"{cause} {used + 1} times; the profile's retries.{kind} is {allowed}")
+            after = f", the last time: {told}" if told else ""
+            self.fail(f"{cause} {used + 1} times{after}; the profile's retries.{kind} is {allowed}")
         self._record("requeue", cause, "batch" if by_batch else "scontrol")
         if by_batch:
             return
         # SLURM ends this step within the call, so nothing may be left to do after it.
-        refusal = slurm.requeue(name, restarts)
+        refusal = slurm.requeue(slurm.own_task() or "", restarts)
         if refusal is None:
             # The task is in the queue again and this step is being ended: no need to stay longer.
             sys.stdout.flush()
@@ -211,9 +209,15 @@ class Attempt:
         """Record why this point is given up."""
         self._leave(reason, self.sweep.failure_path(self.run_id))
 
-    def lose(self, reason: str) -> NoReturn:
+    def lose(self, reason: str, signal_number: int = 0) -> NoReturn:
         """Record how this rank lost others. Whether that is final task.sh finds out: a bug of
-        theirs, or a node that failed, perhaps with the batch script on it."""
+        theirs, or a node that failed, perhaps with the batch script on it. Where SLURM is ending
+        all of them it is neither."""
+        if signal_number and self.is_first:
+            told = signal_name(signal_number)
+            task, cause = self._ask(told)
+            if task is not None and cause in ("preempted", "requeued"):
+                self.requeue(told, reason)
         self._leave(reason, self.sweep.loss_path(self.run_id))
 
     def _leave(self, reason: str, note: Path) -> NoReturn:
@@ -235,8 +239,26 @@ class Attempt:
         time.sleep(PARK_SECONDS)
         os._exit(os.EX_TEMPFAIL)
 
+    def _ask(self, signal_name: str) -> "tuple[slurm.Task | None, str]":
+        """SLURM's record of this task, if it answers, and why the signal came.
+
+        That is preempted, timed_out, requeued (by somebody), or lost: SLURM did nothing to it.
+        """
+        from launch import slurm
+
+        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        deadline = time.monotonic() + LATE_SECONDS
+        while True:
+            try:
+                task = slurm.show_task(slurm.own_task() or "")
+            except slurm.SlurmError:
+                task = None
+            cause = self._cause(task, restarts, signal_name)
+            if cause != "lost" or not signal_name or time.monotonic() > deadline:
+                return task, cause
+            time.sleep(1)
+
     def _cause(self, task: "slurm.Task | None", restarts: int, signal_name: str) -> str:
-        """preempted, timed_out, requeued by somebody, or lost: SLURM did nothing to the task."""
         if task is None:
             return "preempted" if signal_name == "SIGTERM" else "timed_out"
         if task.preempted:

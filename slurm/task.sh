@@ -63,10 +63,14 @@ how_to_go_on() {
 }
 
 await_end() { # by SLURM, which has requeued this task
-  # While it clears the task away, an exit is no news to it, and frees the nodes before KillWait is
-  # over. In any other state it would take the exit for the end of the task.
-  look
-  [[ $answer == *JobState=COMPLETING* ]] || sleep 900
+  # While it clears the task away an exit is no news to it, and frees the nodes before KillWait is
+  # over. Once the next attempt runs, it would take the exit for the end of that.
+  local round
+  for round in {1..15}; do
+    look
+    [[ ! $answer =~ JobState=(COMPLETING|PENDING|REQUEUE) ]] || break
+    sleep 60
+  done
   exit 75
 }
 
@@ -165,6 +169,10 @@ find_loss() { # find_unmet after a signal: that counts only where it was not SLU
   [[ $standing == runs ]] && ! is_preempted && ! is_near_limit || unmet=
 }
 
+what_they_lost() { # in a rank's words
+  sed -n 's/.*"reason": *"\(.*\)".*/\1/p' "$lost" | tr -d '"\\' | cut -c1-500
+}
+
 set_aside_lost() { # what ranks said of an attempt that was not final
   [[ -e ${lost-} ]] || return 0
   { tr -d '\n' <"$lost" && echo; } >>"$note.before"
@@ -187,7 +195,10 @@ run_step() {
   case $code in
     75 | 138 | 140 | 143) # EX_TEMPFAIL; 128 + USR1, USR2, TERM
       # Where one rank could not start, srun ends the others by TERM.
-      ((code == 75)) || find_loss
+      if ((code != 75)); then find_loss; elif [[ -e ${lost-} ]]; then
+        unmet="the ranks failed ($(what_they_lost))"
+        set_aside_lost
+      fi
       requeue
       return "$code"
       ;;
@@ -219,9 +230,9 @@ run_step() {
   return "$code"
 }
 
-last_error() { # the last that a rank printed of this attempt: one that had no time for a note
-  tail -c "+$((printed + 1))" "$folder/jobs/$point.log" 2>/dev/null | grep '^error: ' |
-    tail -n 1 | sed 's/[[:cntrl:]]//g; s/$/; /'
+last_error() { # of this attempt, by a rank that died before it could leave a note
+  tail -c "+$((printed + 1))" "$folder/jobs/$point.log" 2>/dev/null | LC_ALL=C grep -a '^error: ' |
+    tail -n 1 | cut -c1-500 | LC_ALL=C sed 's/[^ -~]/?/g; s/$/; /'
 }
 
 logs() {

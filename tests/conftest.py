@@ -25,7 +25,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ours = [test for test in tests if test.nodeid.startswith("tests/cluster/")]
     seconds = sum(test.duration for test in ours)
     if seconds:
-        terminalreporter.write_line(f"tests/cluster took {seconds / 60:.1f} min of one process")
+        terminalreporter.write_line(f"tests/cluster: {seconds / 60:.1f} min, summed over processes")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ A save writes a step-named file, then replaces `manifest.json`, the commit point
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.errors import UserError
-from bip.files import DigestWriter, atomic_open, atomic_write_json, read_json
+from bip.files import DigestWriter, atomic_open, atomic_write_json, may_pass, read_json
 
 if TYPE_CHECKING:  # it compiles kernels, which no submission needs
     from bip.pruning.parameters import PrunedParameters
@@ -220,6 +221,8 @@ def read_checkpoint(path: Path) -> State:
     try:
         data, real = path.read_bytes(), path.resolve()
     except OSError as error:
+        if may_pass(error):
+            raise
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     known = {entry["name"]: entry["sha256"] for entry in CheckpointFolder(real.parent).entries()}
     if known.get(real.name) not in (None, hashlib.sha256(data).hexdigest()):
@@ -300,9 +303,11 @@ class CheckpointFolder:
     def load(self) -> State | None:
         """The newest checkpoint whose digest is right; None if there are none.
 
-        A damaged one is renamed to *.damaged and the one before is used, with a message.
+        A damaged one is renamed to *.damaged and the one before is used, with a message. Raises
+        OSError if the file system is away.
         """
         entries = self.entries()
+        unread: OSError | None = None
         if any(entry["sha256"] is None for entry in entries):
             print(f"{self.manifest}: damaged; taking the checkpoints beside it as they are")
         for entry in entries:
@@ -315,12 +320,18 @@ class CheckpointFolder:
                 with contextlib.suppress(OSError):
                     path.rename(path.with_name(path.name + ".damaged"))
             except OSError as error:
+                if may_pass(error):
+                    unread = error
+                    if error.errno != errno.EIO:  # that is also a bad place of a good disk
+                        raise
                 reason = error.strerror or str(error)
             except UserError as error:
                 if entry["sha256"] is not None:
                     raise
                 reason = str(error)
             print(f"checkpoint {path} cannot be used: {reason}; trying the one before", flush=True)
+        if unread is not None:
+            raise unread
         if entries:
             raise UserError(
                 f"{self.folder}: no checkpoint is readable; remove the folder to start again"

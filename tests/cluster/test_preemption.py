@@ -400,11 +400,11 @@ def test_the_templates_without_the_launcher(
     cluster = on(patient)
     monkeypatch.setenv("SERIES", "0.5 0.2")
     monkeypatch.setenv("PYTHON", sys.executable)
-    names = ["--exp-name", "sweep", "--result-dir", tmp_path / "out", "--checkpoint-minutes", 0.01]
+    common = ["--exp-name", "sweep", "--result-dir", tmp_path / "out", *LONG, "--epochs", 60]
     facts = ["--nodes=1", "--cpus-per-task=1", "--mem=10", "--time=10", "--gpus-per-node=0"]
 
     def flags(config: str, *more: object) -> list[str]:
-        return [str(word) for word in ("--configs", CONFIGS / config, *names, *LONG, *more)]
+        return [str(word) for word in ("--configs", CONFIGS / config, *common, *more)]
 
     def sbatch(template: str, flags: list[str], log: str, *more: str) -> None:
         words = ["sbatch", *facts, *more, f"--output={tmp_path / log}"]
@@ -423,6 +423,7 @@ def test_the_templates_without_the_launcher(
         return "".join(path.read_text() for path in tmp_path.glob("*.log"))
 
     cluster.wait(lambda: all(map(attempts, runs)), "all have begun", 240)
+    assert not any(is_done(config.run_folder) for config in runs)
     high(cluster, 1)
     cluster.wait(lambda: all(is_done(config.run_folder) for config in runs), log(), 400)
     for config, world in zip(runs, (1, 1, 2), strict=True):

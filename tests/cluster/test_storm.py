@@ -81,8 +81,8 @@ class Storm:
         self.cluster.control("restart", "slurmctld")
 
     def time_limit(self) -> None:
-        """A running task's limit is moved to its next minute. The run may be done before, and is
-        spared until then: it is one that was struck. Raises LookupError if there is none.
+        """A running task's limit is moved to its next minute. Until then nothing else strikes the
+        run, which may be done before: so it is one struck already. Raises LookupError if none is.
         """
         untouched = self.untouched()
         struck = [name for name in self.sweep.training() if name not in untouched]

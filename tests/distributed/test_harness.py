@@ -1,5 +1,6 @@
 """The harness itself: it finds failures, and does not hang."""
 
+import errno
 import os
 import signal
 import threading
@@ -186,6 +187,25 @@ def wait_long() -> str:
         call()
     group.close()
     return "met"
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [(errno.ESTALE, OSError), (errno.EROFS, UserError)],
+    ids=["away", "read-only"],
+)
+def test_a_rendezvous_that_cannot_be_published(
+    number: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is for another attempt, or for the user."""
+
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(group_module, "atomic_write_bytes", fails)
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    with pytest.raises(kind, match=os.strerror(number)):
+        join(tmp_path, step)
 
 
 def test_no_collective_has_a_clock_of_its_own() -> None:

@@ -1,5 +1,6 @@
 """Who requeues a stopped task, and when nobody does: a rank, and both, with a fake scontrol."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -56,19 +57,19 @@ def test_a_note_of_cancel_is_final_before_slurm_says_so(fake: FakeSlurm) -> None
 
 
 @pytest.mark.parametrize("answer", [REQUEUED, NODE_FAILED])
-@pytest.mark.parametrize("cleared", [False, True])
+@pytest.mark.parametrize(("state", "waits"), [("COMPLETING", 0), ("PENDING", 0), ("RUNNING", 15)])
 def test_a_task_that_slurm_has_requeued_is_left_alone(
-    fake: FakeSlurm, answer: str, cleared: bool
+    fake: FakeSlurm, answer: str, state: str, waits: int
 ) -> None:
-    """Its shell ends at once while SLURM clears it away; else the end would be the task's."""
-    fake.says(answer.replace("COMPLETING", "PENDING") if cleared else answer)
+    """Its shell ends at once, if the next attempt does not run: that would end with it."""
+    fake.says(answer.replace("COMPLETING", state))
     assert fake.rank() == os.EX_TEMPFAIL
     assert fake.note() is None
     for count, code in enumerate((143, 137, 1)):  # srun may end before this shell is killed
         assert fake.batch(code, lost="error: rank 0 is gone") == os.EX_TEMPFAIL
         assert fake.note() is None
         assert fake.calls("requeue") == 0
-        assert fake.calls("sleep 900") == (count + 1) * cleared
+        assert fake.calls("sleep 60") == (count + 1) * waits
 
 
 def test_other_ranks_leave_at_once_where_the_batch_script_requeues(fake: FakeSlurm) -> None:
@@ -239,6 +240,7 @@ def test_a_failure_of_the_stop_or_of_a_file_system_is_a_loss(fake: FakeSlurm, tr
     fake.profile(retries={"lost": 1})
     assert fake.run_point(train, SLURM_PROCID="1") == os.EX_TEMPFAIL, "at once"
     assert fake.causes() == []
+    fake.sweep.loss_path("run").unlink()  # by which the batch script would count it
     assert fake.run_point(train) == os.EX_TEMPFAIL
     assert fake.note() is None
     assert fake.run_point(train) == 1
@@ -249,16 +251,66 @@ def test_a_failure_of_the_stop_or_of_a_file_system_is_a_loss(fake: FakeSlurm, tr
     assert fake.calls("requeue") == 1
 
 
-def test_what_a_preemption_broke_is_no_loss(fake: FakeSlurm) -> None:
-    """However often: with a compiler that takes longer than the grace time lasts, say."""
+BROKEN = "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')"
+ECHO = "stop.signal = signal.SIGTERM; raise RankError('rank 1: its compiler died')"
+
+
+@pytest.mark.parametrize("train", [BROKEN, ECHO], ids=["own", "of another rank"])
+@pytest.mark.parametrize(
+    ("answers", "cause"), [((RUNNING, PREEMPTED), "preempted"), ((REQUEUED,), "requeued")]
+)
+def test_what_slurm_broke_is_no_loss(
+    fake: FakeSlurm, train: str, answers: tuple[str, ...], cause: str
+) -> None:
+    """However often: with a compiler that takes longer than the grace time lasts, say. SLURM's
+    record of a preemption comes late; without a grace time it has requeued the task already.
+    """
     fake.profile(retries={"lost": 0, "preempted": 2})
-    fake.says(RUNNING, PREEMPTED)  # its record comes late
-    train = "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')"
     for _ in range(2):
+        fake.says(*answers)
         assert fake.run_point(train) == os.EX_TEMPFAIL
+    fake.says(*answers)
     assert fake.run_point(train) == 1
-    assert fake.causes() == 2 * ["preempted"]
-    assert (fake.note() or "").startswith("preempted 3 times; the profile's retries.preempted is 2")
+    assert fake.causes() == 2 * [cause]
+    assert (fake.note() or "").startswith(f"{cause} 3 times, the last time: ")
+    assert "compiler died; the profile's retries.preempted is 2" in (fake.note() or "")
+    assert not fake.sweep.loss_path("run").exists()
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR2"])
+def test_without_word_from_slurm_what_broke_is_a_loss(fake: FakeSlurm, number: str) -> None:
+    fake.profile(retries={"lost": 1}, requeue_by="batch")
+    fake.says("!scontrol: not found")
+    train = BROKEN.replace("SIGTERM", number)
+    assert fake.run_point(train) == os.EX_TEMPFAIL
+    assert fake.run_point(train) == 1
+    assert fake.causes() == ["lost"]
+    assert (fake.note() or "").startswith("lost 2 times in a row without progress")
+
+
+def test_an_echo_without_slurm_s_doing_is_for_the_batch_script_to_judge(fake: FakeSlurm) -> None:
+    assert fake.run_point(ECHO) == 1
+    assert fake.causes() == []
+    told = json.loads(fake.sweep.loss_path("run").read_text())["reason"]
+    assert told == "error: rank 1: its compiler died"
+
+
+def test_a_file_system_that_stays_away_is_final(fake: FakeSlurm) -> None:
+    """Nothing can be counted in the run's folder, so the batch script counts."""
+    fake.profile(retries={"lost": 2})
+    away = "raise OSError(errno.ESTALE, 'Stale file handle')"
+    (fake.sweep.folder / "runs").write_text("stands for a folder that is away")
+    assert fake.run_point(away) == os.EX_TEMPFAIL
+    lost = json.loads(fake.sweep.loss_path("run").read_text())["reason"]
+    assert lost == "OSError: [Errno 116] Stale file handle"
+    for restarts in range(3):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        assert fake.note() is None
+        fake.batch(75, lost=lost, SLURM_RESTART_COUNT=str(restarts))
+    assert fake.calls("requeue") == 2
+    assert (fake.note() or "").startswith(
+        f"the ranks failed ({lost}) in 3 attempts in a row (exit code 75 of srun); the profile's "
+    )
 
 
 def test_bad_input_is_final_also_when_it_is_told_to_stop(fake: FakeSlurm) -> None:

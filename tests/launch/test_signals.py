@@ -1,12 +1,13 @@
 """Told to stop before it trains: a whole rank with all its processes, and the next attempt."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,17 +37,24 @@ class Life:
         self.config = build_config(read_yaml(point))
         self.result = self.config.run_folder / "result.json"
 
-    def start(self, restarts: int = 0, **env: str) -> "subprocess.Popen[bytes]":
+    @contextlib.contextmanager
+    def start(self, restarts: int = 0, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
         """The leader of a new process group, as every rank of a step is."""
         script = f"from launch.rank import run_point; run_point({str(self.slurm.sweep.folder)!r})"
         env = {"SLURM_RESTART_COUNT": str(restarts)} | env
         env = self.slurm.env | {"BIP_POINT": "run", "BIP_ATTEMPT": f"7_0.{restarts}"} | env
         self.slurm.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
         with self.log.open("ab") as log:
-            words = [sys.executable, "-c", script]
-            return subprocess.Popen(
-                words, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            rank = subprocess.Popen(
+                [sys.executable, "-c", script],
+                env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        try:
+            yield rank
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
 
     def preempt(self, rank: "subprocess.Popen[bytes]", when: Callable[[int], bool]) -> int:
         """Tell all its processes to stop once `when` says so of the rank; its exit status."""
@@ -64,20 +72,26 @@ class Life:
 
 
 def runs_compiler(pid: int) -> bool:
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    commands = (Path(f"/proc/{child}/cmdline") for child in children)
-    return any(b"g++" in path.read_bytes() and b".cpp" in path.read_bytes() for path in commands)
+    """Whether a process of it compiles a kernel (and not what torch only tries out)."""
+    with contextlib.suppress(OSError):  # one that has just ended
+        for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in listed.read_text().split():
+                command = Path(f"/proc/{child}/cmdline").read_bytes()
+                if b".main.cpp" in command and b"g++" in command:
+                    return True
+    return False
 
 
 def test_while_it_imports(tmp_path: Path) -> None:
     life = Life(tmp_path)
-    rank = life.start()
-    assert life.preempt(rank, life.has_begun) == os.EX_TEMPFAIL, life.log.read_text()
+    with life.start() as rank:
+        assert life.preempt(rank, life.has_begun) == os.EX_TEMPFAIL, life.log.read_text()
     assert "stopped by SIGTERM at step 0" in life.log.read_text()
     assert life.slurm.causes() == ["preempted"]
     assert life.slurm.calls("requeue") == 1
     assert life.slurm.note() is None
-    assert life.start(restarts=1).wait(120) == 0, life.log.read_text()
+    with life.start(restarts=1) as rank:
+        assert rank.wait(120) == 0, life.log.read_text()
     assert life.result.exists()
 
 
@@ -85,13 +99,14 @@ def test_while_it_imports(tmp_path: Path) -> None:
 def test_while_it_compiles(tmp_path: Path) -> None:
     """What compiles dies of the signal, and so does the step; that is no bug of the run's."""
     life = Life(tmp_path, compile=True)
-    empty = tmp_path / "tmp"  # where torch keeps what it has compiled
-    empty.mkdir()
-    rank = life.start(TMPDIR=str(empty))
-    assert life.preempt(rank, runs_compiler) == os.EX_TEMPFAIL, life.log.read_text()
+    cache = str(tmp_path / "compiled")
+    with life.start(TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_COMPILE_THREADS="1") as rank:
+        assert life.preempt(rank, runs_compiler) == os.EX_TEMPFAIL, life.log.read_text()
+    assert "Traceback" in life.log.read_text()
     assert life.slurm.causes() == ["preempted"]
     assert life.slurm.calls("requeue") == 1
     assert life.slurm.note() is None
-    events = [record["event"] for record in read_jsonl(life.config.run_folder / "attempts.jsonl")]
-    assert [events[0], events[-1]] == ["start", "requeue"]
+    begun, ended, again = read_jsonl(life.config.run_folder / "attempts.jsonl")
+    assert [begun["event"], ended["event"], again["event"]] == ["start", "end", "requeue"]
+    assert ended["cause"].startswith("error: ")
     assert not life.result.exists()

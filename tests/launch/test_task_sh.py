@@ -22,7 +22,7 @@ def test_unanswered_calls_are_repeated(fake: FakeSlurm) -> None:
     fake.refuses("Socket timed out on send/recv operation")
     fake.batch(75)
     assert fake.calls("requeue") == 2
-    assert fake.calls("sleep 900") == 1, "it waits for SLURM to end it"
+    assert fake.calls("sleep 60") == 15, "it waits for SLURM to end it"
 
 
 def test_a_refusal_is_told_with_how_to_go_on(fake: FakeSlurm) -> None:
@@ -213,9 +213,9 @@ def test_a_failure_without_a_note_tells_its_last_error_and_names_both_logs(
     fake: FakeSlurm,
 ) -> None:
     logs = f"see run.log, and slurm/7_0_0_log.err in {fake.sweep.folder}/jobs"
-    lost = 'error: rank 1 ("n2" pid 7) has not answered for 10 s\n'
-    assert fake.batch(1, prints=f"step 1\nerror: of another kind\n{lost}bye\n") == 1
-    told = "error: rank 1 (n2 pid 7) has not answered for 10 s"
+    lost = 'error: rank 1 ("n2" pid 7, f\xfcr \\\x1b[31m) has not answered for 10 s'
+    assert fake.batch(1, prints=f"step 1\x01\nerror: of another kind\n{lost}\nbye\n") == 1
+    told = "error: rank 1 (n2 pid 7, f??r ?[31m) has not answered for 10 s"
     assert fake.note() == f"exit code 1 of srun; {told}; {logs}"
     fake.sweep.failure_path("run").unlink()
     assert fake.batch(1) == 1  # the log of the attempt before is still there

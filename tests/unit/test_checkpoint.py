@@ -1,6 +1,7 @@
 """Checkpoints: nothing lost, nothing half-written, nothing run; resumed equals uninterrupted."""
 
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -293,6 +294,55 @@ def published(source: Path, folder: Path, pruned: bool) -> Path:
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
     return path
+
+
+@pytest.mark.parametrize(
+    ("number", "away", "used"),
+    [(errno.ESTALE, 1, None), (errno.EIO, 1, 1), (errno.EIO, 2, None), (errno.EACCES, 1, 1)],
+)
+def test_a_file_system_that_is_away_costs_no_steps(
+    number: int, away: int, used: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But one bad place of a disk costs no more than the newest."""
+    folder = CheckpointFolder(tmp_path)
+    for step in (1, 2):
+        folder.save(state(step), step)
+    gone = [entry["name"] for entry in folder.entries()[:away]]
+    read = Path.read_bytes
+
+    def fails(path: Path) -> bytes:
+        if path.name in gone:
+            raise OSError(number, os.strerror(number))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", fails)
+        if used is None:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                folder.load()
+        else:
+            assert_same(folder.load(), state(used))
+    assert_same(folder.load(), state(2))
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["pathlib.Path.read_text", "pathlib.Path.read_bytes", "bip.run.atomic_write_bytes"],
+    ids=["config", "source", "run folder"],
+)
+def test_what_cannot_be_reached_for_a_while_is_tried_again(
+    place: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Under a batch script: 75 is what it requeues for."""
+
+    def away(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(place, away)
+    assert main(["train", *arguments("bip", tmp_path, source_net=source)]) == os.EX_TEMPFAIL
+    error = "error: [Errno 116] Stale file handle; the same command goes on\n"
+    assert capsys.readouterr().err.endswith(error)
 
 
 @pytest.mark.parametrize("pruned", [False, True], ids=["dense", "with-scores"])

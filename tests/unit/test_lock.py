@@ -1,6 +1,7 @@
 """The lock on a run folder: one writer, whoever dies and wherever."""
 
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -182,6 +183,28 @@ def test_a_link_that_was_made_counts_whatever_the_server_says(
     with pytest.raises(UserError, match="in use by process"):
         RunLock(tmp_path).acquire()
     lock.release()
+
+
+@pytest.mark.parametrize("place", ["os.listdir", "os.link", "pathlib.Path.read_text"])
+def test_a_file_system_that_is_away_is_no_sign_of_a_free_lock(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert first.acquire()
+    if place == "os.link":
+        first.release()
+    with monkeypatch.context() as patch:
+        patch.setattr(place, away)
+        with pytest.raises(OSError, match="Stale file handle"):  # no UserError: another attempt may
+            second.acquire()
+    if place != "os.link":
+        first.check()
+        first.release()
+    assert second.acquire()
+    second.release()
 
 
 def test_kill_wait_where_there_is_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
