@@ -8,5 +8,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# One thread a process: two test processes share the cores.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 "$@"
+# One thread a process: two test processes share the cores, and the work: clusters are slow.
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
