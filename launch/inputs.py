@@ -1,5 +1,6 @@
 """What the runs of a sweep read, checked before any of them starts: networks, images, sources."""
 
+import sys
 from collections.abc import Sequence
 
 from bip.config import RunConfig
@@ -39,6 +40,10 @@ def _check_network(config: RunConfig, classes: int) -> int:
     spec = dataset_spec(config.dataset)
     with torch.device("meta"):
         network = models.build(config.arch, classes, spec.channels)
+    if "torchvision" not in sys.modules:
+        # A forward on the meta device would import for a second what torchvision imports too.
+        # Weights that were never written take no memory when they are read.
+        network.to_empty(device="cpu")
     dim = config.image_dim or spec.image_dim
     models.check_image_size(network, config.arch, spec.channels, dim)
     if config.layer_type != "dense":

@@ -80,10 +80,7 @@ def _nearest(arch: str, classifiers: list[str]) -> str:
 
 @torch.no_grad()
 def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: int) -> None:
-    """Raise UserError if the network cannot take images of (channels, image_dim, image_dim).
-
-    On the "meta" device too, where it costs nothing.
-    """
+    """Raise UserError if the network cannot take images of (channels, image_dim, image_dim)."""
     device = next(network.parameters()).device
     modes = [(module, module.training) for module in network.modules()]
     try:
