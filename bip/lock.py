@@ -23,6 +23,7 @@ from bip.errors import RankError, UserError
 from bip.files import result_dir_error
 
 BEAT_SECONDS = 5.0
+AWAY = 30.0  # seconds that a file system may be away for while we wait
 KILL_WAIT = 30.0  # SLURM's default for the time from SIGTERM to SIGKILL
 KILL_WAIT_NAME = "BIP_KILL_WAIT"  # tells it where there is no scontrol, as in a container
 
@@ -124,7 +125,13 @@ class RunLock:
         seen, since, told = (0.0, -1), began, False
         limit: float | None = None
         while not give_up():
-            number, holder = self._newest()
+            try:
+                number, holder = self._newest()
+            except OSError:
+                if time.monotonic() - began > max(AWAY, limit or 0):
+                    raise
+                time.sleep(1)
+                continue
             beat = (self._touched(number), number)
             now = time.monotonic()
             if beat != seen:

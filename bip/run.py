@@ -521,7 +521,9 @@ class Run:
         """The best epoch's model; None, with a warning, if its file is damaged."""
         try:
             return read_checkpoint(self.checkpoints.best)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EIO:
+                raise
             print(f"warning: {error}; the final model takes its place, and best_top1 stays empty")
             return None
 

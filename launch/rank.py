@@ -122,15 +122,17 @@ class Attempt:
         silent, begun, is_open = 0, sys.maxsize, False
         now = {"event": "start", "step": self._saved_step()}
         for record in [*self._records(), *more, now]:
-            if record["event"] == "start":
-                silent = 0 if record["step"] > begun else silent + is_open
-                begun, is_open = record["step"], True
-            elif (
-                record["event"] == "end"
-            ):  # an error without a requeue record was not final: a loss
+            event, step = record["event"], record.get("step", 0)
+            if event in ("start", "requeue") and step > begun:
+                silent, is_open = 0, False  # the attempt that ends here has saved more
+            if event == "start":
+                silent, is_open = silent + is_open, True
+                begun = step if begun == sys.maxsize else max(begun, step)
+            elif event == "requeue":
+                lost = record["cause"] == "lost" and step <= begun
+                silent, begun, is_open = silent + lost, max(begun, step), False
+            elif event == "end":  # an error and no requeue's record was not final: a loss
                 is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
-            elif record["event"] == "requeue":
-                silent, is_open = silent + (record["cause"] == "lost"), False
         return silent
 
     def _saved_step(self) -> int:
@@ -157,8 +159,7 @@ class Attempt:
         except Exception as error:  # the state is saved, whatever goes wrong here
             print(f"not requeued from here ({type(error).__name__}: {error})", flush=True)
         if told and not counted:  # by its note the batch script counts it
-            with contextlib.suppress(OSError):
-                self.sweep.note(self.sweep.loss_path(self.run_id), told)
+            self._note(told, self.sweep.loss_path(self.run_id))
         sys.stdout.flush()
         os._exit(os.EX_TEMPFAIL)
 
@@ -171,12 +172,14 @@ class Attempt:
             self.fail(f"cancelled; {resume}")  # the note is that of launch cancel
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         task, cause = self._ask(signal_name)
-        if told and (task is None or cause == "timed_out"):
+        if told and task is None:
+            raise slurm.SlurmError("no word of what it did to the task")
+        if told and cause == "timed_out":
             cause = "lost"
         if task is not None and task.ended and task.restarts <= restarts:
             self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
         if cause == "lost":
-            losses = self._losses({"event": "requeue", "cause": cause})
+            losses = self._losses({"event": "requeue", "cause": cause, "step": self._saved_step()})
             if losses > (allowed := self.profile["retries"]["lost"]):
                 why = told or (
                     f"{signal_name} came, and SLURM had neither preempted the task nor was it at "
@@ -213,22 +216,23 @@ class Attempt:
         """Record how this rank lost others. Whether that is final task.sh finds out: a bug of
         theirs, or a node that failed, perhaps with the batch script on it. Where SLURM is ending
         all of them it is neither."""
-        if signal_number and self.is_first:
-            told = signal_name(signal_number)
-            task, cause = self._ask(told)
-            if task is not None and cause in ("preempted", "requeued"):
+        told = signal_name(signal_number) if signal_number else ""
+        with contextlib.suppress(Exception):  # this rank may be all that others wait for
+            if told and self.is_first and self._is_doing_of_slurm(told):
                 self.requeue(told, reason)
         self._leave(reason, self.sweep.loss_path(self.run_id))
 
     def _leave(self, reason: str, note: Path) -> NoReturn:
         """End with a note; the first rank to write it is heard."""
         print(reason, file=sys.stderr, flush=True)
-        try:
+        self._note(reason, note)
+        sys.stdout.flush()
+        os._exit(1)  # the process group may wait for a dead rank for ever
+
+    def _note(self, reason: str, note: Path) -> None:
+        with contextlib.suppress(OSError):
             if not note.exists():
                 self.sweep.note(note, reason)
-        finally:
-            sys.stdout.flush()
-            os._exit(1)  # the process group may wait for a dead rank for ever
 
     def _park(self) -> NoReturn:
         """Wait for rank 0 to have the task requeued, which ends this step.
@@ -236,8 +240,15 @@ class Attempt:
         Had this rank exited at once, SLURM might take the task as failed and end rank 0 in midst.
         """
         sys.stdout.flush()
-        time.sleep(PARK_SECONDS)
+        deadline = time.monotonic() + PARK_SECONDS
+        # Where another rank failed, nobody has anything requeued.
+        while time.monotonic() < deadline and not self.sweep.loss_path(self.run_id).exists():
+            time.sleep(1)
         os._exit(os.EX_TEMPFAIL)
+
+    def _is_doing_of_slurm(self, signal_name: str) -> bool:
+        task, cause = self._ask(signal_name)
+        return task is not None and cause in ("preempted", "requeued")
 
     def _ask(self, signal_name: str) -> "tuple[slurm.Task | None, str]":
         """SLURM's record of this task, if it answers, and why the signal came.
@@ -287,5 +298,5 @@ class Attempt:
         assert self.run_folder is not None
         self.run_folder.mkdir(parents=True, exist_ok=True)
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        record = {"event": event, "time": now, "cause": cause, "by": by}
+        record = {"event": event, "time": now, "cause": cause, "by": by, "step": self._saved_step()}
         append_jsonl(self.run_folder / "attempts.jsonl", record)

@@ -67,7 +67,7 @@ await_end() { # by SLURM, which has requeued this task
   # over. Once the next attempt runs, it would take the exit for the end of that.
   local round
   for round in {1..15}; do
-    look
+    BIP_REQUEUE_SECONDS=0 look
     [[ ! $answer =~ JobState=(COMPLETING|PENDING|REQUEUE) ]] || break
     sleep 60
   done
@@ -92,7 +92,7 @@ requeue() { # returns, with $reason, only if SLURM will not run this task again
       [[ ${answer,,} != *pending* ]] || await_end
     fi
     if will_not_change || ((SECONDS >= deadline)); then
-      ((code != 75)) || reason="saved at its last step, but "
+      ((code != 75)) || reason="${unmet:-saved at its last step}, but "
       reason+="SLURM refuses to requeue (${answer%%$'\n'*}); $(how_to_go_on)"
       break
     fi
@@ -126,7 +126,8 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
-  # Once they have met, the ranks count; attempts in a row that did not come so far count here.
+  # The ranks count what they can; attempts in a row count here that did not come so far, or failed
+  # without SLURM's doing.
   [[ $unmet ]] && ! is_preempted || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
@@ -162,7 +163,10 @@ find_unmet() { # sets $unmet to why this attempt came to nothing before its rank
 }
 
 find_loss() { # find_unmet after a signal: that counts only where it was not SLURM's
-  find_unmet
+  if [[ -e ${lost-} ]]; then
+    unmet="the ranks failed ($(what_they_lost))"
+    set_aside_lost
+  elif ((code != 75)); then find_unmet; fi
   [[ $unmet ]] || return 0
   sleep 5 # its record of a preemption may come late
   look
@@ -194,15 +198,13 @@ run_step() {
   [[ ! -e ${note-} ]] || return "$code"
   case $code in
     75 | 138 | 140 | 143) # EX_TEMPFAIL; 128 + USR1, USR2, TERM
-      # Where one rank could not start, srun ends the others by TERM.
-      if ((code != 75)); then find_loss; elif [[ -e ${lost-} ]]; then
-        unmet="the ranks failed ($(what_they_lost))"
-        set_aside_lost
-      fi
+      # Where one rank could not start, or failed, srun ends the others by TERM.
+      find_loss
       requeue
       return "$code"
       ;;
   esac
+  [[ ! -e ${lost-} ]] || sleep 5 # SLURM's record of a preemption may come late
   # SLURM ends the ranks of a task that it has requeued before it ends this shell.
   ! is_cancelled || return "$code"
   find_unmet

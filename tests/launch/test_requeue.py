@@ -144,6 +144,11 @@ def test_only_silent_attempts_without_progress_use_up_the_budget(fake: FakeSlurm
     preempted = {"event": "requeue", "cause": "preempted"}
     broken = [start(5), end("error: RuntimeError: a process of the compiler died"), preempted]
     assert lost_budget(fake, *9 * broken, saved=5) is None
+    gone = lost | {"step": 9}  # before its start could be recorded
+    saved = [start(5), end("SIGTERM"), preempted | {"step": 9}]
+    assert lost_budget(fake, *saved, gone, gone, saved=9) is None
+    assert told in (lost_budget(fake, *saved, gone, gone, gone, saved=9) or "")
+    assert lost_budget(fake, start(5), gone, gone, gone, saved=9) is None, "the first saved more"
     causes = "the time to save was too short: a lower --checkpoint-minutes saves more often"
     assert causes in (lost_budget(fake, start(5), start(5), start(5), saved=5) or "")
 
@@ -278,14 +283,29 @@ def test_what_slurm_broke_is_no_loss(
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR2"])
-def test_without_word_from_slurm_what_broke_is_a_loss(fake: FakeSlurm, number: str) -> None:
-    fake.profile(retries={"lost": 1}, requeue_by="batch")
+def test_without_word_from_slurm_the_batch_script_judges_what_broke(
+    fake: FakeSlurm, number: str
+) -> None:
+    """As in a container without scontrol: the script is outside."""
+    fake.profile(retries={"lost": 0}, requeue_by="batch")
     fake.says("!scontrol: not found")
-    train = BROKEN.replace("SIGTERM", number)
-    assert fake.run_point(train) == os.EX_TEMPFAIL
-    assert fake.run_point(train) == 1
-    assert fake.causes() == ["lost"]
-    assert (fake.note() or "").startswith("lost 2 times in a row without progress")
+    assert fake.run_point(BROKEN.replace("SIGTERM", number)) == os.EX_TEMPFAIL
+    assert fake.causes() == []
+    lost = json.loads(fake.sweep.loss_path("run").read_text())["reason"]
+    assert lost == "RuntimeError: a process of the compiler died"
+    fake.says(RUNNING, PREEMPTED)  # its record comes late
+    fake.batch(75, lost=lost)
+    assert fake.note() is None
+    assert fake.calls("requeue") == 1
+    fake.says(RUNNING)
+    assert fake.batch(75, lost=lost) == 1
+    assert (fake.note() or "").startswith(f"the ranks failed ({lost}) in 1 attempts in a row")
+
+
+def test_a_rank_does_not_wait_for_one_that_failed(fake: FakeSlurm) -> None:
+    """Told to stop by SLURM's end of the step, it would be killed, and that looks like a bug."""
+    fake.sweep.note(fake.sweep.loss_path("run"), "OSError: [Errno 116] Stale file handle")
+    assert fake.rank(SLURM_PROCID="1") == os.EX_TEMPFAIL
 
 
 def test_an_echo_without_slurm_s_doing_is_for_the_batch_script_to_judge(fake: FakeSlurm) -> None:
@@ -297,19 +317,19 @@ def test_an_echo_without_slurm_s_doing_is_for_the_batch_script_to_judge(fake: Fa
 
 def test_a_file_system_that_stays_away_is_final(fake: FakeSlurm) -> None:
     """Nothing can be counted in the run's folder, so the batch script counts."""
-    fake.profile(retries={"lost": 2})
+    fake.profile(retries={"lost": 3})
     away = "raise OSError(errno.ESTALE, 'Stale file handle')"
     (fake.sweep.folder / "runs").write_text("stands for a folder that is away")
     assert fake.run_point(away) == os.EX_TEMPFAIL
     lost = json.loads(fake.sweep.loss_path("run").read_text())["reason"]
     assert lost == "OSError: [Errno 116] Stale file handle"
-    for restarts in range(3):
+    for restarts, code in enumerate((75, 143, 138, 75)):  # the highest of all ranks
         fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
         assert fake.note() is None
-        fake.batch(75, lost=lost, SLURM_RESTART_COUNT=str(restarts))
-    assert fake.calls("requeue") == 2
+        fake.batch(code, lost=lost, SLURM_RESTART_COUNT=str(restarts))
+    assert fake.calls("requeue") == 3
     assert (fake.note() or "").startswith(
-        f"the ranks failed ({lost}) in 3 attempts in a row (exit code 75 of srun); the profile's "
+        f"the ranks failed ({lost}) in 4 attempts in a row (exit code 75 of srun); the profile's "
     )
 
 

@@ -152,10 +152,13 @@ def test_ranks_that_fail_while_slurm_ends_them_are_tried_again(fake: FakeSlurm) 
     assert fake.set_aside() == [lost]
     assert fake.batch(1, failed="error: lr: too high") == 1, "which is final"
     fake.sweep.failure_path("run").unlink()
+    fake.says(RUNNING)  # SLURM's record comes late
+    fake.command("sleep", f"#!/bin/bash\necho '{PREEMPTED}' >${{0%/*}}/answers\n")
+    assert fake.batch(1, lost="error: rank 1 has gone", SLURM_NNODES="2") == os.EX_TEMPFAIL
     fake.says(RUNNING.replace("2099-01-01T00:00:00", in_minutes(3)))
     assert fake.batch(1) == 1, "a short limit is always near: it counts"
     assert (fake.note() or "").startswith("the ranks failed while SLURM was ending them in 1 att")
-    assert fake.calls("requeue") == 2
+    assert fake.calls("requeue") == 3
     assert fake.calls("probe") == 0
 
 

@@ -1,8 +1,10 @@
 """One run from the outside: what it leaves, what it repeats, what it never looks at."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 from safetensors import safe_open
 
 from bip import models
+from bip import run as run_module
 from bip.__main__ import main
 from bip.config import load_config
 from bip.data.loaders import Data
@@ -335,6 +338,32 @@ def test_best_is_chosen_on_the_holdout(source: Path, tmp_path: Path) -> None:
         assert finished.result["best_top1"] == finished.result["top1"]
         network.load_state_dict({n: w * masks.get(n, 1) for n, w in weights.items()})
         assert finished.result["best_top1"] == pytest.approx(accuracy(network), abs=1e-4)
+
+
+@pytest.mark.parametrize("number", [None, errno.EIO, errno.ESTALE])
+def test_a_best_model_that_cannot_be_read_costs_no_finished_run(
+    number: int | None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Damaged, or on a bad place of the disk; a file system that is away comes back."""
+    original = run_module.read_checkpoint
+
+    def read(path: Path) -> Any:
+        if path.name != "model_best.pth.tar":
+            return original(path)
+        if number is None:
+            raise UserError(f"{path}: damaged")
+        raise OSError(number, os.strerror(number))
+
+    settings = {"source_net": source, "holdout": 200, "k": 0.3, "epochs": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "read_checkpoint", read)
+        if number == errno.ESTALE:
+            with pytest.raises(OSError, match="Stale"):
+                train("bip", tmp_path, **settings)
+        else:
+            finished = train("bip", tmp_path, **settings)
+            assert finished.result["best_top1"] is None
+    assert train("bip", tmp_path, **settings).result["top1"] > 0
 
 
 def test_the_best_model_is_the_one_of_the_best_epoch(
