@@ -18,16 +18,6 @@ settings.register_profile("bip", deadline=None, derandomize=True)
 settings.load_profile("bip")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say how much of the time was the clusters'."""
-    reports = [report for kind in terminalreporter.stats.values() for report in kind]
-    tests = [report for report in reports if isinstance(report, pytest.TestReport)]
-    ours = [test for test in tests if test.nodeid.startswith("tests/cluster/")]
-    seconds = sum(test.duration for test in ours)
-    if seconds:
-        terminalreporter.write_line(f"tests/cluster: {seconds / 60:.1f} min, summed over processes")
-
-
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """A dense network pretrained on Digits for two epochs."""

@@ -8,5 +8,15 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-# One thread a process: two test processes share the cores, and the work: clusters are slow.
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+# One thread a process: two of them share the cores, and the work.
+run() {
+  OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+}
+if (($#)); then
+  run "$@"
+  exit
+fi
+failed=0
+run tests/cluster || failed=$? # by themselves: they mostly wait, and others would hold them up
+run --ignore tests/cluster || failed=$?
+exit "$failed"
