@@ -360,8 +360,10 @@ class UniqueKeyLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
-    """A YAML file's top-level mapping. Raises UserError naming the file, OSError if its file
-    system is away."""
+    """A YAML file's top-level mapping.
+
+    Raises UserError naming the file, OSError if its file system is away.
+    """
     try:
         values = yaml.load(path.read_text(), loader)
     except (OSError, UnicodeDecodeError) as error:

@@ -103,8 +103,10 @@ def atomic_write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's value, or None if there is no such file. Raises UserError if it is damaged,
-    OSError if its file system is away."""
+    """A JSON file's value, or None if there is no such file.
+
+    Raises UserError if it is damaged, OSError if its file system is away.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

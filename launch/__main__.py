@@ -66,7 +66,7 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     except OSError as error:
         if not may_pass(error):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}; try again", file=sys.stderr)
         return os.EX_TEMPFAIL
 
 

@@ -400,7 +400,7 @@ def test_the_templates_without_the_launcher(
     cluster = on(patient)
     monkeypatch.setenv("SERIES", "0.5 0.2")
     monkeypatch.setenv("PYTHON", sys.executable)
-    common = ["--exp-name", "sweep", "--result-dir", tmp_path / "out", *LONG, "--epochs", 60]
+    common = ["--exp-name", "sweep", "--result-dir", tmp_path / "out", *LONG, "--epochs", 40]
     facts = ["--nodes=1", "--cpus-per-task=1", "--mem=10", "--time=10", "--gpus-per-node=0"]
 
     def flags(config: str, *more: object) -> list[str]:

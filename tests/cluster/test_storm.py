@@ -151,10 +151,11 @@ class Storm:
 
 
 def storm(
-    cluster: Cluster, tmp_path: Path, source: Path, series: tuple[str, ...], seconds: float
-) -> None:
+    cluster: Cluster, tmp_path: Path, source: Path, series: tuple[str, ...], epochs: int,
+    seconds: float,
+) -> None:  # fmt: skip
     sweep = ClusterSweep(cluster, tmp_path / "out", partition="low", parallelism=2)
-    settings = ["--epochs", 30, "--print-freq", 4, "--eval-every", 10]
+    settings = ["--epochs", epochs, "--print-freq", 4, "--eval-every", 10]
     settings += ["--checkpoint-minutes", 0.02, "--source-net", source]
     assert sweep.series("Digits/bip.yml", "--series", ",".join(series), *settings) == 0
     began = time.monotonic()
@@ -189,7 +190,7 @@ def test_five_values_in_a_storm(
 ) -> None:
     for name, value in env_for(stormy).items():
         monkeypatch.setenv(name, value)
-    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 1200)
+    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 20, 1200)
 
 
 @pytest.mark.storm
@@ -199,4 +200,4 @@ def test_the_whole_series_in_a_storm(
 ) -> None:
     for name, value in env_for(stormy).items():
         monkeypatch.setenv(name, value)
-    storm(stormy, tmp_path, source, UNSTRUCTURED, 3000)
+    storm(stormy, tmp_path, source, UNSTRUCTURED, 30, 3000)

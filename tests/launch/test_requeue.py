@@ -234,13 +234,11 @@ def test_what_slurm_did_is_no_loss_also_where_its_record_comes_late(
     assert fake.causes() == [cause]
 
 
-@pytest.mark.parametrize(
-    "train",
-    [
-        "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')",
-        "raise OSError(errno.ESTALE, 'Stale file handle')",
-    ],
-)
+BROKEN = "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')"
+ECHO = "stop.signal = signal.SIGTERM; raise RankError('rank 1: its compiler died')"
+
+
+@pytest.mark.parametrize("train", [BROKEN, "raise OSError(errno.ESTALE, 'Stale file handle')"])
 def test_a_failure_of_the_stop_or_of_a_file_system_is_a_loss(fake: FakeSlurm, train: str) -> None:
     fake.profile(retries={"lost": 1})
     assert fake.run_point(train, SLURM_PROCID="1") == os.EX_TEMPFAIL, "at once"
@@ -254,10 +252,6 @@ def test_a_failure_of_the_stop_or_of_a_file_system_is_a_loss(fake: FakeSlurm, tr
     start = "lost 2 times in a row without progress, the last time: "
     assert (fake.note() or "").startswith(start + told)
     assert fake.calls("requeue") == 1
-
-
-BROKEN = "stop.signal = signal.SIGTERM; raise RuntimeError('a process of the compiler died')"
-ECHO = "stop.signal = signal.SIGTERM; raise RankError('rank 1: its compiler died')"
 
 
 @pytest.mark.parametrize("train", [BROKEN, ECHO], ids=["own", "of another rank"])

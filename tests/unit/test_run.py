@@ -28,7 +28,7 @@ from bip.run import train as train_run
 from bip.training import loop
 from bip.training.checkpoint import read_checkpoint
 from tests.runs import LAYER_TYPES, Finished, arguments, train
-from tests.unit.test_checkpoint import Stopped, stop_after
+from tests.unit.test_resume import Stopped, stop_after
 
 RESULT_KEYS = {
     "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "seed",
