@@ -446,7 +446,7 @@ def test_the_whole_path(
     """sbatch array, two nodes, ResNet18, real ImageNet images from LMDB, preempted mid-epoch."""
     cluster = on(patient)
     sweep = ClusterSweep(cluster, tmp_path / "out")
-    flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 6,
+    flags = ("--data-dir", imagenet, "--num-classes", 171, "--image-dim", 64, "--batch-size", 10,
              "--test-batch-size", 64, "--num-workers", 1, "--loader", loader, "--print-freq", 1,
              "--epochs", 1, "--stages", "pretrain,prune", "--series", "0.1")  # fmt: skip
     assert sweep.series("ImageNet/bip.yml", *flags) == 0
@@ -456,7 +456,7 @@ def test_the_whole_path(
     sweep.wait(lambda: sweep.attempts(prune, "requeue"), "the requeue")
     sweep.wait(sweep.all_done, "all is done", 300)
     (end,) = [r for r in sweep.attempts(prune, "end") if r["cause"] != "finished"]
-    assert 0 < end["step"] < 171 // 6, "in mid-epoch"
+    assert 0 < end["step"] < 171 // 10, "in mid-epoch"
     assert_story(sweep.attempts(prune))
     config = sweep.points()[prune]
     assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))

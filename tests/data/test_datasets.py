@@ -1,6 +1,5 @@
 """What the sets are, and how they are found on disk."""
 
-import builtins
 import hashlib
 import pickle
 import shutil
@@ -20,14 +19,19 @@ from tests.data.conftest import open_with_defaults
 
 
 def test_digits_are_scikit_learns() -> None:
+    pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
+    from sklearn.datasets import load_digits
+
     train, test = (open_split("Digits", Path("unused"), part) for part in (True, False))
     assert isinstance(train, ArraySplit)
     assert isinstance(test, ArraySplit)
-    assert train.images.shape == (1437, 1, 8, 8)
-    assert test.images.shape == (360, 1, 8, 8)
-    assert train.images.dtype == np.uint8
+    pixels, labels = load_digits(return_X_y=True)  # values 0 ... 16
+    expected = np.rint(pixels * (255 / 16)).reshape(-1, 1, 8, 8)
+    for split, part in ((train, slice(1437)), (test, slice(1437, 1797))):
+        assert split.images.dtype == np.uint8
+        np.testing.assert_array_equal(split.images, expected[part])
+        np.testing.assert_array_equal(split.labels, labels[part])
     assert (train.images.min(), train.images.max()) == (0, 255)
-    assert set(train.labels.tolist()) == set(test.labels.tolist()) == set(range(10))
     spec = dataset_spec("Digits")
     pixels = train.images / 255
     np.testing.assert_allclose(spec.mean, pixels.mean(), atol=1e-4)
@@ -35,14 +39,7 @@ def test_digits_are_scikit_learns() -> None:
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object) -> object:
-        if name.startswith("sklearn"):
-            raise ModuleNotFoundError(name)
-        return real(name, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'bip-hpc\[demo\]'"):
         open_split("Digits", Path("unused"), True)
 

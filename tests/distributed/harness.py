@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-PRELOAD = ["torch", "torch.distributed", "bip.run", "sklearn.datasets", "tests.runs"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "bip.run", "tests.runs"]
 
 
 class RankError(AssertionError):
