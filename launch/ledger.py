@@ -167,6 +167,10 @@ class Sweep:
     def loss_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.lost"
 
+    def set_aside_path(self, run_id: str) -> Path:
+        """What the batch script keeps of attempts that were not final."""
+        return self.jobs / f"{run_id}.failed.before"
+
     def records(self) -> list[Record]:
         """The ledger's points, in the order of stages. Raises UserError if there is no ledger."""
         try:

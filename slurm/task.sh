@@ -118,7 +118,7 @@ is_near_limit() { # says $answer; SLURM signals up to a minute early
 }
 
 is_spent() { # whether this task has been requeued often enough; sets $reason
-  local restarts=${SLURM_RESTART_COUNT:-0} most=100 name allowed back
+  local restarts=${SLURM_RESTART_COUNT:-0} most=100 name allowed back recent
   [[ ! ${folder-} ]] || most=$((1000 + $(of_profile preempted 100) + $(of_profile timed_out 100)))
   most=${BIP_MAX_RESTARTS:-$most}
   if ((restarts >= most)); then
@@ -127,15 +127,17 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     return 0
   fi
   # The ranks count what they can; attempts in a row count here that did not come so far, or failed
-  # without SLURM's doing.
+  # without SLURM's doing, since a rank told of progress.
   [[ $unmet ]] && ! is_preempted || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
     echo "{\"reason\": \"exit code $code of srun, $unmet\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
   allowed=$(of_profile lost 5)
+  recent=$(awk '/"progress"/ { text = ""; next } { text = text $0 "\n" } END { print text }' \
+    "$note.before")
   for ((back = 0; back <= allowed; back++)); do
-    grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
+    grep -qF "\"$name.$((restarts - back))\"" <<<"$recent" || return 1
   done
   reason="$unmet in $back attempts in a row (exit code $code of srun); the profile's"
   reason+=" retries.lost is $allowed; $(logs)"

@@ -153,7 +153,7 @@ def _read_all(file: Path, workers: int, pipe: Connection) -> None:
                     f"{file}: header tells of {told[wrong[0]]} images of class "
                     f"{store.classes[wrong[0]]}, but there are {counts[wrong[0]]}; build it again"
                 )
-    except UserError as error:
+    except (UserError, OSError) as error:
         pipe.send(UserError(str(error)))
 
 

@@ -22,6 +22,7 @@ from bip.data import decode
 from bip.data.datasets import DatasetSpec
 from bip.data.stores import DamagedImage, ImageStore
 from bip.errors import LostWorker, UserError
+from bip.files import may_pass
 
 Batch = tuple[Tensor, Tensor]
 _Item = tuple[Tensor, NDArray[np.int64], list[str]]
@@ -99,6 +100,7 @@ class Reader:
         Raises:
             DamagedImage: one is, unless `skip_bad` and the request is for training.
             UserError: the store cannot be read.
+            OSError: nor can it now, but its file system may come back.
         """
         random = request.uniforms is not None and self.spec.augment == "resized_crop"
         shape = (len(request.indices), self.spec.channels, self.image_dim, self.image_dim)
@@ -178,17 +180,22 @@ def _shared_bytes(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
-class _Work(Dataset[_Item | str]):
-    """Requests as the DataLoader's items. An error travels as its one line of text."""
+class _Work(Dataset[_Item | str | OSError]):
+    """Requests as the DataLoader's items. An error for the user travels as its one line of text,
+    an OSError that may pass as it is: raised, it would reach the parent without its number."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
 
-    def __getitem__(self, request: Request) -> _Item | str:
+    def __getitem__(self, request: Request) -> _Item | str | OSError:
         try:
             return self.reader.read(request, shared=get_worker_info() is not None)
         except UserError as error:
             return str(error)
+        except OSError as error:
+            if may_pass(error):
+                return error
+            raise
         except (RuntimeError, MemoryError) as error:  # mostly a full /dev/shm
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             if isinstance(error, RuntimeError) and "memory" not in reason:
@@ -251,6 +258,8 @@ class WorkerSource:
                 pending.popleft()
                 if isinstance(batch, str):
                     raise UserError(batch)
+                if isinstance(batch, OSError):
+                    raise batch
                 images, labels, skipped = batch
                 skips.tell(skipped)
                 yield images, torch.from_numpy(labels)

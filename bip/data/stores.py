@@ -27,6 +27,7 @@ import lmdb
 import numpy as np
 
 from bip.errors import UserError
+from bip.files import may_pass
 
 FORMAT = "bip-lmdb"
 VERSION = 1
@@ -73,6 +74,7 @@ class ImageStore(Protocol):
         Raises:
             DamagedImage: the record is damaged.
             UserError: it cannot be read.
+            OSError: nor can it now, but its file system may come back.
         """
         ...
 
@@ -81,7 +83,8 @@ class ImageStore(Protocol):
         ...
 
     def check_unchanged(self) -> None:
-        """Raises UserError if the store's file is no longer the one that was opened."""
+        """Raises UserError if the store's file is no longer the one that was opened, OSError if its
+        file system is away."""
         ...
 
 
@@ -186,10 +189,13 @@ def open_environment(path: Path, in_order: bool = False) -> Environment:
 
     Raises:
         UserError: none there, unreadable, or cut short.
+        OSError: its file system is away.
     """
     try:
         opened = _shared_environment(path, in_order)
     except (lmdb.Error, OSError) as error:
+        if isinstance(error, OSError) and may_pass(error):
+            raise
         raise UserError(
             f"{path}: not a readable LMDB store ({error}); "
             "build it with: python -m bip data build-lmdb SRC OUT"
@@ -208,7 +214,8 @@ def file_identity(path: Path) -> tuple[int, int, int]:
 
 
 def check_identity(path: Path, identity: tuple[int, int, int]) -> None:
-    """Raises UserError if the file at `path` has another identity.
+    """Raises UserError if the file at `path` has another identity, OSError if its file system is
+    away.
 
     A worker that mapped a file cut short would die of a bus error; one that opened a new file
     would train on other images.
@@ -216,6 +223,8 @@ def check_identity(path: Path, identity: tuple[int, int, int]) -> None:
     try:
         unchanged = file_identity(path) == identity
     except OSError as error:
+        if may_pass(error):
+            raise
         raise UserError(
             f"{path}: gone during the run ({error.strerror}); put it back and start again"
         ) from error
@@ -388,7 +397,8 @@ class FolderStore:
         return int(self._labels[index])
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The file's bytes and its label. Raises UserError if the file cannot be read."""
+        """The file's bytes and its label. Raises UserError if the file cannot be read, OSError if
+        its file system is away."""
         name, what = self.name(index), f"image {index}, class {self.classes[self.label(index)]}"
         try:
             with open(name, "rb") as stream:
@@ -397,6 +407,8 @@ class FolderStore:
                     raise DamagedImage(f"{name} ({what}): {no_image_of(size)}; remove it")
                 return stream.read(), self.label(index)
         except OSError as error:
+            if may_pass(error):
+                raise
             raise UserError(f"{name}: cannot be read ({error.strerror}); {what}") from error
 
 
@@ -427,6 +439,7 @@ def walk_files(root: Path) -> Iterable[str]:
 
     Raises:
         UserError: a folder cannot be read.
+        OSError: its file system is away.
     """
     for folder, _, files in os.walk(root, onerror=_unreadable, followlinks=True):
         prefix = os.path.relpath(folder, root)
@@ -435,4 +448,6 @@ def walk_files(root: Path) -> Iterable[str]:
 
 
 def _unreadable(error: OSError) -> None:
+    if may_pass(error):
+        raise error
     raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -116,9 +117,10 @@ def remove(path: Path) -> None:
     path.unlink()
 
 
+DALI = pytest.mark.skipif(not dali.is_installed(), reason="no DALI")
 LOADERS = [
     "lmdb",
-    pytest.param("dali", marks=pytest.mark.skipif(not dali.is_installed(), reason="no DALI")),
+    pytest.param("dali", marks=DALI),
 ]
 
 
@@ -214,26 +216,63 @@ def test_skip_bad_never_skips_in_evaluation(cifar: Path) -> None:
         list(data.evaluate("test"))
 
 
-@pytest.mark.parametrize("loader", ["folder", LOADERS[1]])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EACCES])
+@pytest.mark.parametrize(
+    ("loader", "workers"), [("folder", 0), ("folder", 2), pytest.param("dali", 1, marks=DALI)]
+)
 def test_a_failing_disk_is_no_bad_image(
-    imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loader: str
+    imagenet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loader: str,
+    workers: int,
+    number: int,
 ) -> None:
-    """--skip-bad would train on, over images that are sound."""
+    """--skip-bad would train on, over images that are sound. By its number a launcher knows what
+    may pass."""
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(imagenet / "val")
     name = FolderStore(tmp_path / "train").name(17)
 
     def fail(path: str, *how: Any) -> Any:
         if path == name:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            raise OSError(number, os.strerror(number), path)
         return open(path, *how)
 
     monkeypatch.setattr("bip.data.stores.open", fail, raising=False)
     case = {"dataset": "ImageNet", "num_classes": 171, "image_dim": 32, "batch_size": 57}
-    data = opened(**case, data_dir=tmp_path, loader=loader, skip_bad=True)
-    with pytest.raises(UserError, match=r"cannot be read \(Stale file handle\); image 17") as error:
+    case |= {"data_dir": tmp_path, "loader": loader, "num_workers": workers}
+    data = opened(**case, skip_bad=True)
+    with pytest.raises((OSError, UserError), match=re.escape(name)) as error:
         take(data.train(), 3)
     assert not isinstance(error.value, DamagedImage)
+    if number == errno.ESTALE:
+        assert isinstance(error.value, OSError)
+        assert error.value.errno == number
+    else:
+        assert "cannot be read (Permission denied); image 17" in str(error.value)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_store_whose_file_system_is_away(
+    cifar: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: int
+) -> None:
+    """It may come back: no error of the user's, as a store that is gone is."""
+    data = opened(**CIFAR, data_dir=cifar, num_workers=workers)
+    stat = Path.stat
+
+    def fail(path: Path, **how: Any) -> os.stat_result:
+        if path.name == "train.lmdb":
+            raise OSError(number, os.strerror(number), str(path))
+        return stat(path, **how)
+
+    monkeypatch.setattr(Path, "stat", fail)
+    kind, word = (UserError, "gone during") if number == errno.ENOENT else (OSError, "train.lmdb")
+    for _ in range(2):
+        with pytest.raises(kind, match=word) as error:
+            take(data.train(), 3)
+        assert getattr(error.value, "errno", number) == number
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])

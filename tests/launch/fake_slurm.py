@@ -89,7 +89,8 @@ class FakeSlurm:
 
     def set_aside(self) -> list[str]:
         """What was said of attempts that were not final."""
-        return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
+        notes = read_jsonl(self.sweep.set_aside_path("run"))
+        return [note["reason"] for note in notes if "reason" in note]
 
     def note(self) -> str | None:
         path = self.sweep.failure_path("run")
