@@ -29,7 +29,7 @@ from typing import Literal
 
 from bip.config import Mode, read_yaml
 from bip.errors import UserError
-from bip.files import atomic_write_bytes, atomic_write_json
+from bip.files import atomic_write_bytes, atomic_write_json, may_pass
 from launch.series import STAGES, Point, check_same_source
 
 VERSION = 1
@@ -172,7 +172,10 @@ class Sweep:
         return self.jobs / f"{run_id}.failed.before"
 
     def records(self) -> list[Record]:
-        """The ledger's points, in the order of stages. Raises UserError if there is no ledger."""
+        """The ledger's points, in the order of stages.
+
+        Raises UserError if there is no ledger, OSError if its file system is away.
+        """
         try:
             content = json.loads(self.ledger.read_text())
             if content["version"] != VERSION:
@@ -187,6 +190,8 @@ class Sweep:
                 "of a series"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and may_pass(error):
+                raise
             raise UserError(
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
             ) from None

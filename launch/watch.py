@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from bip.files import may_pass
 from launch.ledger import FINAL, LEFT_QUEUE, Sweep
 from launch.status import Row, epochs, status, summary
 
@@ -30,7 +31,7 @@ def wait(
 
     Returns the final rows.
     """
-    rows = status(sweep.folder, run_ids)
+    rows = _look(sweep, run_ids)
     told = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
     if told:
         console.print(f"{len(told)} of {len(rows)} runs were finished before")
@@ -51,6 +52,21 @@ def wait(
         live.update(Text(""))
     _let_workers_leave(sweep)
     return rows
+
+
+def _look(sweep: Sweep, run_ids: Collection[str]) -> list[Row]:
+    """`status`; while the sweep's file system is away the runs go on, or are started again."""
+    told = False
+    while True:
+        try:
+            return status(sweep.folder, run_ids)
+        except OSError as error:
+            if not may_pass(error):
+                raise
+            if not told:
+                print(f"warning: {error}; looking again until it is back", file=sys.stderr)
+            told = True
+            time.sleep(SLURM_POLL_SECONDS)
 
 
 def _let_workers_leave(sweep: Sweep) -> None:
@@ -87,7 +103,7 @@ def _polls(sweep: Sweep, run_ids: Collection[str], by_slurm: bool) -> Iterator[l
     alive = time.monotonic()
     since: dict[str, float] = {}
     while True:
-        rows = _without_hasty(status(sweep.folder, run_ids), since)
+        rows = _without_hasty(_look(sweep, run_ids), since)
         yield rows
         if all(row.state in FINAL for row in rows):
             return

@@ -346,15 +346,21 @@ def test_status_of_what_left_the_queue_says_where_to_look_and_how_to_go_on(
 
 
 def test_one_look_at_the_queue_does_not_end_the_watch(
-    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep,
+    bin: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Seen as gone three times, then all are there, then done."""
+    """Seen as gone three times, the file system away between, then all are there, then done."""
     monkeypatch.setattr("launch.watch.SLURM_POLL_SECONDS", 0.01)
     submit(sweep)
     run_ids = [record.run_id for record in sweep.records()]
-    looks = []
+    looks: list[list[Row]] = []
+    away = iter([OSError(errno.ESTALE, "Stale file handle", str(sweep.ledger))] * 2)
 
     def look(*_: object) -> list[Row]:
+        if len(looks) == 2 and (error := next(away, None)):
+            raise error
         looks.append(status(sweep.folder))
         if len(looks) == 3:
             lines = "".join(f"{task}|RUNNING|None|1:00\n" for task in ("101_0", "102_0", "102_1"))
@@ -367,6 +373,10 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
     monkeypatch.setattr("launch.watch.status", look)
     rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
     assert [row.state for row in looks[1]] == ["failed", "blocked", "blocked"]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == (
+        f"warning: [Errno 116] Stale file handle: '{sweep.ledger}'; looking again until it is back"
+    )
     assert [row.state for row in rows] == ["done"] * 3
     monkeypatch.setattr("launch.watch.LEFT_SECONDS", 0.05)
     monkeypatch.setattr("launch.watch.status", lambda *_: looks[1])
