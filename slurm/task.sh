@@ -151,7 +151,7 @@ has_begun() { # whether python has come to a rank's first line in this attempt
   grep -qsxF "$(attempt_name)" "$folder/jobs/$point.begun"
 }
 
-find_unmet() { # sets $unmet to why this attempt came to nothing before its ranks met, or to nothing
+find_unmet() { # sets $unmet to why this attempt failed, if another one may not; else to nothing
   unmet=
   [[ ${folder-} ]] || return 0
   case $code in
@@ -162,6 +162,8 @@ find_unmet() { # sets $unmet to why this attempt came to nothing before its rank
   elif ! has_begun; then # srun could not start it: the controller or a node was away
     unmet="no rank began"
   fi
+  [[ $unmet ]] || ((code != 135)) || # what a mapped file has for an I/O error
+    unmet="a rank died of SIGBUS: the file system of its data fails or was away"
 }
 
 find_loss() { # find_unmet after a signal: that counts only where it was not SLURM's

@@ -1,6 +1,7 @@
 """Sources: fetch uint8 images for requests, from memory or through worker processes."""
 
 import contextlib
+import errno
 import gc
 import math
 import multiprocessing.connection
@@ -290,9 +291,12 @@ class WorkerSource:
         first = batches._rcvd_idx
         owed = [r for n, r in enumerate(pending, first) if batches._task_info[n][0] in dead]
         where = f" over the batch {_some(owed[0].indices.tolist())}" if owed else ""
+        told = f"{path}: a loader process died{where} ({how}); "
+        if -signal.SIGBUS in codes:  # what a mapped file has for an I/O error
+            told += "its file system fails or was away, or /dev/shm is full: fewer --num-workers"
+            return OSError(errno.EIO, f"{told} need less")
         return LostWorker(
-            f"{path}: a loader process died{where} ({how}); mostly for want of memory or of space "
-            "in /dev/shm: use fewer --num-workers, or ask for more (SIGBUS: or a disk that fails)"
+            f"{told}mostly for want of memory: use fewer --num-workers, or ask for more"
         )
 
 

@@ -100,6 +100,21 @@ def test_a_rank_that_dies_before_its_run_starts_is_not_tried_again(fake: FakeSlu
     assert fake.batch(137, begun=False, SLURM_RESTART_COUNT="1") == os.EX_TEMPFAIL
 
 
+def test_a_rank_that_dies_of_a_file_system_that_is_away_is_tried_again_a_few_times(
+    fake: FakeSlurm,
+) -> None:
+    """A page of a mapped LMDB that cannot be read is a bus error; the other ranks tell of it."""
+    fake.profile(retries={"lost": 1})
+    for restarts, (lost, status) in enumerate((("", os.EX_TEMPFAIL), ("error: rank 0 is gone", 1))):
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        assert fake.batch(135, lost=lost, SLURM_RESTART_COUNT=str(restarts)) == status
+    assert fake.calls("requeue") == 1
+    assert (fake.note() or "").startswith(
+        "a rank died of SIGBUS: the file system of its data fails or was away in 2 attempts in a "
+        "row (exit code 135 of srun); the profile's retries.lost is 1; see run.log, and "
+    )
+
+
 def test_a_preemption_before_a_rank_begins_is_no_loss(fake: FakeSlurm) -> None:
     fake.profile(retries={"lost": 0})
     for count, code in enumerate((75, 138, 140, 143)):
