@@ -65,7 +65,11 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run one command. Exit code 0, 2 for input the user can mend, or 75 for what may pass."""
+    """Run one command.
+
+    Exit code 0; 2 for input the user can mend; 75 (EX_TEMPFAIL) of a run that was told to stop; 74
+    (EX_IOERR) for a file system that is away.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m bip COMMAND [OPTIONS]; COMMAND --help tells its options\n")
         print("\n".join(f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()))
@@ -87,7 +91,7 @@ def main(argv: list[str]) -> int:
         if not may_pass(error):
             raise
         print(f"error: {error}; the same command goes on", file=sys.stderr)
-        return os.EX_TEMPFAIL
+        return os.EX_IOERR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -24,6 +24,17 @@ def may_pass(error: OSError) -> bool:
     return error.errno in _PASSING
 
 
+def raise_passing(error: Exception, what: object) -> None:
+    """Raise an OSError that names `what` if `error` may pass; else do nothing.
+
+    Args:
+        error: an OSError, or one of LMDB's, which has the number as its `code`.
+    """
+    number = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
+    if number in _PASSING:
+        raise OSError(number, os.strerror(number), str(what)) from error
+
+
 def result_dir_error(folder: Path, error: OSError) -> Exception:
     """What to raise when `folder` cannot be used: a UserError, or `error` itself if it may pass."""
     return error if may_pass(error) else UserError(f"result_dir: {folder}: {error.strerror}")

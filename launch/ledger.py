@@ -7,6 +7,7 @@
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
     jobs/RUN_ID.begun     the newest attempt of an array task of which a rank began
     jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
+    jobs/RUN_ID.failed.before  what was said of attempts that were not final, and of progress since
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
@@ -29,7 +30,7 @@ from typing import Literal
 
 from bip.config import Mode, read_yaml
 from bip.errors import UserError
-from bip.files import atomic_write_bytes, atomic_write_json, may_pass
+from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
 from launch.series import STAGES, Point, check_same_source
 
 VERSION = 1
@@ -190,8 +191,7 @@ class Sweep:
                 "of a series"
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, OSError) and may_pass(error):
-                raise
+            raise_passing(error, self.ledger)
             raise UserError(
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
             ) from None
@@ -200,7 +200,7 @@ class Sweep:
         """Merge the points into the ledger and write their configurations.
 
         Raises UserError, with nothing written, if one of them is there with another source_net,
-        and if the folder cannot be written.
+        and if the folder cannot be written; OSError if its file system is away.
         """
         changed: dict[Path, bytes] = {}
         records = [Record.of(point) for point in points]
@@ -215,6 +215,7 @@ class Sweep:
         try:
             self._write(records, changed)
         except OSError as error:
+            raise_passing(error, self.folder)
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
 
     def _write(self, records: list[Record], changed: dict[Path, bytes]) -> None:

@@ -75,7 +75,8 @@ class LocalProfile(Profile):
 class Retries(BaseModel):
     """How often a run may be interrupted, by cause, before its task is left as failed.
 
-    Counted since the task was submitted. A bug and running out of memory are never retried.
+    Counted since the task was submitted. A bug and running out of memory are never retried (but a
+    full /dev/shm is, which looks like a file system that is away).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

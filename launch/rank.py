@@ -4,6 +4,7 @@ Imports little: a signal must be noticed before the slow imports of a run.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -35,6 +36,7 @@ def run_point(folder: str) -> None:
     to end it.
     """
     stop = StopRequest().install()
+    faulthandler.enable()  # task.sh looks for its word of a bus error
     with contextlib.suppress(OSError):  # before anything can go wrong: task.sh asks for it
         begun = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
@@ -122,11 +124,13 @@ class Attempt:
     def _tell_progress(self) -> None:
         """Say where the batch script counts failures in a row whether the last attempt saved more
         than it began with."""
-        from bip.files import append_jsonl
+        from bip.files import append_jsonl, read_jsonl
 
         starts = [record["step"] for record in self._records() if record["event"] == "start"]
         set_aside = self.sweep.set_aside_path(self.run_id)
-        if starts and (step := self._saved_step()) > starts[-1] and set_aside.exists():
+        known = [record.get("progress", 0) for record in read_jsonl(set_aside)]
+        # Told once: attempts that fail before their start is recorded made none.
+        if known and starts and (step := self._saved_step()) > max(starts[-1], *known):
             append_jsonl(set_aside, {"progress": step})
 
     def _losses(self, *more: dict[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """Waiting for a sweep: a live display on a terminal, a line per finished run elsewhere."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -20,6 +21,7 @@ SLURM_POLL_SECONDS = 5.0
 DEAD_SECONDS = 30.0
 # A task may be out of the queue for a moment (a controller that restarts, a result on its way).
 LEFT_SECONDS = 60.0
+AWAY_SECONDS = 3600.0  # how long the file system of the sweep may be away
 # Workers look around every quarter of a second.
 LEAVING_SECONDS = 5.0
 
@@ -55,18 +57,31 @@ def wait(
 
 
 def _look(sweep: Sweep, run_ids: Collection[str]) -> list[Row]:
-    """`status`; while the sweep's file system is away the runs go on, or are started again."""
-    told = False
+    """`status`, asked again for an hour where the sweep's file system is away."""
+    began, told = time.monotonic(), False
     while True:
         try:
             return status(sweep.folder, run_ids)
         except OSError as error:
-            if not may_pass(error):
+            if not may_pass(error) or time.monotonic() - began > AWAY_SECONDS:
                 raise
             if not told:
-                print(f"warning: {error}; looking again until it is back", file=sys.stderr)
+                print(
+                    f"warning: {error}; the runs are left alone, and looked for again until it is "
+                    "back",
+                    file=sys.stderr,
+                )
             told = True
             time.sleep(SLURM_POLL_SECONDS)
+
+
+def _has_workers(sweep: Sweep) -> bool:
+    try:
+        return sweep.live_workers() > 0
+    except OSError as error:
+        if not may_pass(error):
+            raise
+        return True  # nobody knows
 
 
 def _let_workers_leave(sweep: Sweep) -> None:
@@ -76,8 +91,9 @@ def _let_workers_leave(sweep: Sweep) -> None:
     after this one, would else find them alive and leave its points to them.
     """
     end = time.monotonic() + LEAVING_SECONDS
-    while sweep.live_workers() and not sweep.unfinished() and time.monotonic() < end:
-        time.sleep(POLL_SECONDS / 10)
+    with contextlib.suppress(OSError):
+        while sweep.live_workers() and not sweep.unfinished() and time.monotonic() < end:
+            time.sleep(POLL_SECONDS / 10)
 
 
 def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
@@ -110,7 +126,7 @@ def _polls(sweep: Sweep, run_ids: Collection[str], by_slurm: bool) -> Iterator[l
         if by_slurm:
             time.sleep(SLURM_POLL_SECONDS)  # every look is a call of squeue
             continue
-        if sweep.live_workers():
+        if _has_workers(sweep):
             alive = time.monotonic()
         elif time.monotonic() - alive > DEAD_SECONDS:
             print(

@@ -8,7 +8,8 @@
 # A run that was stopped by a signal exits with 75 after its save (or dies of the signal before it
 # could take notice), and the task is requeued: from here, because on some SLURM versions a task
 # that exits within the grace period of a preemption is taken as failed. So is a task whose node
-# failed, and one of which no rank began or the ranks did not meet. Any other status is final.
+# failed, and one of which no rank began or the ranks did not meet, or died of a file system that was
+# away (SIGBUS is what a mapped file has for an I/O error). Any other status is final.
 #
 # What is final stands in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. What a rank
 # says that lost the others stands in RUN_ID.lost: it cannot know why, so this shell decides, which
@@ -126,18 +127,17 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
-  # The ranks count what they can; attempts in a row count here that did not come so far, or failed
-  # without SLURM's doing, since a rank told of progress.
+  # The ranks count what they can. Here count the attempts in a row, from the last word of progress
+  # on, that did not come so far, or failed without SLURM's doing.
   [[ $unmet ]] && ! is_preempted || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
     echo "{\"reason\": \"exit code $code of srun, $unmet\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
   allowed=$(of_profile lost 5)
-  recent=$(awk '/"progress"/ { text = ""; next } { text = text $0 "\n" } END { print text }' \
-    "$note.before")
+  recent=$(tac "$note.before" | sed '/"progress"/,$d')
   for ((back = 0; back <= allowed; back++)); do
-    grep -qF "\"$name.$((restarts - back))\"" <<<"$recent" || return 1
+    [[ $recent == *"\"$name.$((restarts - back))\""* ]] || return 1
   done
   reason="$unmet in $back attempts in a row (exit code $code of srun); the profile's"
   reason+=" retries.lost is $allowed; $(logs)"
@@ -162,7 +162,8 @@ find_unmet() { # sets $unmet to why this attempt failed, if another one may not;
   elif ! has_begun; then # srun could not start it: the controller or a node was away
     unmet="no rank began"
   fi
-  [[ $unmet ]] || ((code != 135)) || # what a mapped file has for an I/O error
+  # srun's code is the highest: 137 where another rank had to be killed.
+  [[ $unmet ]] || { ((code != 135)) && ! printed | grep -aq '^Fatal Python error: Bus error'; } ||
     unmet="a rank died of SIGBUS: the file system of its data fails or was away"
 }
 
@@ -193,10 +194,24 @@ nodes_answer() { # whether a step still starts on every node of the task
   "${probe[@]}" || { sleep 20; "${probe[@]}"; }
 }
 
-run_step() {
-  local code=0 unmet=
-  reason=
+ranks() { # sets $code
+  code=0
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
+}
+
+run_step() {
+  local code unmet= minutes
+  reason=
+  ranks "$@"
+  if [[ ! ${folder-} ]]; then
+    # Nobody counts: so a few times only, and within this allocation.
+    for minutes in 1 2 4 8 16; do
+      [[ $code == 74 || $code == 135 ]] || break
+      echo "a file system is away (exit code $code of srun); trying again in $minutes min" >&2
+      sleep $((60 * minutes))
+      ranks "$@"
+    done
+  fi
   ((code)) || return 0
   # A note is final, also beside a rank that was just stopped: cancelled, or the budget is spent.
   [[ ! -e ${note-} ]] || return "$code"
@@ -236,9 +251,12 @@ run_step() {
   return "$code"
 }
 
+printed() { # by the ranks of this attempt
+  tail -c "+$((log_size + 1))" "$folder/jobs/$point.log" 2>/dev/null
+}
+
 last_error() { # of this attempt, by a rank that died before it could leave a note
-  tail -c "+$((printed + 1))" "$folder/jobs/$point.log" 2>/dev/null | LC_ALL=C grep -a '^error: ' |
-    tail -n 1 | cut -c1-500 | LC_ALL=C sed 's/[^ -~]/?/g; s/$/; /'
+  printed | LC_ALL=C grep -a '^error: ' | tail -n 1 | cut -c1-500 | LC_ALL=C sed 's/[^ -~]/?/g; s/$/; /'
 }
 
 logs() {
@@ -246,14 +264,14 @@ logs() {
 }
 
 run_points() {
-  local folder=$1 list=$2 point failed=0 code note lost printed
+  local folder=$1 list=$2 point failed=0 code note lost log_size
   shift 2
   for point in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
     note=$folder/jobs/$point.failed lost=$folder/jobs/$point.lost
     [[ ! -e $note ]] || { failed=1; continue; } # before a requeue, in this submission
     set_aside_lost # the shell of that attempt was killed, so it was not final
     code=0
-    printed=$(stat -c %s "$folder/jobs/$point.log" 2>/dev/null || echo 0)
+    log_size=$(stat -c %s "$folder/jobs/$point.log" 2>/dev/null || echo 0)
     BIP_POINT=$point BIP_ATTEMPT=$(attempt_name) run_step --output="$folder/jobs/$point.log" --open-mode=append "$@" || code=$?
     ((code)) || continue
     failed=1

@@ -1,6 +1,5 @@
 """The known image sets, and how to find one on disk."""
 
-import contextlib
 import difflib
 import importlib.util
 import os
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from bip.data.published import open_store
 from bip.data.stores import FolderStore, ImageStore
 from bip.errors import UserError
+from bip.files import raise_passing
 
 Layout = Literal["any", "lmdb", "archive", "folder"]
 
@@ -200,12 +200,15 @@ def open_split(
 
 def _has_classes(folder: Path) -> bool:
     """Whether there are folders in it, but for TinyImageNet's images/."""
-    with contextlib.suppress(OSError), os.scandir(folder) as entries:
-        return any(
-            entry.name != "images" and not entry.name.startswith(".") and entry.is_dir()
-            for entry in entries
-        )
-    return False
+    try:
+        with os.scandir(folder) as entries:
+            return any(
+                entry.name != "images" and not entry.name.startswith(".") and entry.is_dir()
+                for entry in entries
+            )
+    except OSError as error:
+        raise_passing(error, folder)  # else another folder would be taken for a moment's failure
+        return False
 
 
 def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layout: Layout) -> str:
@@ -226,8 +229,9 @@ def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layou
 def _digits(train: bool) -> ArraySplit:
     # Its file alone: importing scikit-learn would take each rank most of a second.
     package = importlib.util.find_spec("sklearn")
-    table = Path((package and package.origin) or "").parent / "datasets/data/digits.csv.gz"
-    if not table.exists():
+    init = package and package.origin  # None of a folder that happens to be called so
+    table = Path(init).parent / "datasets/data/digits.csv.gz" if init else None
+    if table is None or not table.exists():
         raise UserError(
             "dataset: Digits comes with scikit-learn (its datasets/data/digits.csv.gz);"
             " pip install 'bip-hpc[demo]'"
@@ -244,6 +248,7 @@ def _extract(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
+        raise_passing(error, archive)
         raise UserError(f"{archive}: cannot be extracted ({error}); download it again") from error
 
 

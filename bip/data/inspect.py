@@ -18,6 +18,7 @@ from bip.data.build import in_order, progress_bar
 from bip.data.published import PublishedStore, open_store
 from bip.data.stores import LmdbStore
 from bip.errors import UserError
+from bip.files import raise_passing
 
 _LISTED = 20  # damaged records that are shown
 
@@ -109,7 +110,7 @@ def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
                 result = here.recv()
             except EOFError:
                 break
-            if isinstance(result, UserError):
+            if isinstance(result, UserError | OSError):
                 raise result
             done += 1
             yield result
@@ -153,8 +154,10 @@ def _read_all(file: Path, workers: int, pipe: Connection) -> None:
                     f"{file}: header tells of {told[wrong[0]]} images of class "
                     f"{store.classes[wrong[0]]}, but there are {counts[wrong[0]]}; build it again"
                 )
-    except (UserError, OSError) as error:
+    except UserError as error:
         pipe.send(UserError(str(error)))
+    except OSError as error:
+        pipe.send(error)
 
 
 def _look(store: LmdbStore | PublishedStore, index: int) -> tuple[int, str | None]:
@@ -166,5 +169,6 @@ def _look(store: LmdbStore | PublishedStore, index: int) -> tuple[int, str | Non
     except UserError as error:
         return label, str(error)
     except decode.DECODE_ERRORS as error:
+        raise_passing(error, store.name(index))
         return label, f"{store.name(index)}: does not decode ({decode.reason(error)})"
     return label, None

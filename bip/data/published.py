@@ -26,6 +26,7 @@ from bip.data.stores import (
     open_environment,
 )
 from bip.errors import UserError
+from bip.files import raise_passing
 
 Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
 
@@ -176,6 +177,7 @@ class PublishedStore:
 
     Raises:
         UserError: not such a store.
+        OSError: its file system is away.
     """
 
     def __init__(self, path: Path, classes: list[str] | None = None) -> None:
@@ -219,6 +221,7 @@ class PublishedStore:
         Raises:
             DamagedImage: not a plain (bytes, label), or there is no such class.
             UserError: the record is missing.
+            OSError: the store's file system is away.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -249,6 +252,7 @@ class PublishedStore:
                     raise UserError(f"{what}: missing; build the store again")
                 value = loads(found, None if kind is list else _RECORD_CODES)
         except lmdb.Error as error:
+            raise_passing(error, what)
             raise UserError(f"{what}: cannot be read ({error}); build the store again") from error
         except ValueError as error:
             raise DamagedImage(
@@ -281,12 +285,14 @@ def open_store(
 
     Raises:
         UserError: neither.
+        OSError: its file system is away.
     """
     environment = open_environment(path, in_order)
     try:
         with environment.env.begin() as transaction:
             header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")
     except lmdb.Error as error:
+        raise_passing(error, path)
         raise UserError(f"{path}: unreadable ({error}); build it again") from error
     published = header is None and length is not None
     return PublishedStore(path, classes) if published else LmdbStore(path)

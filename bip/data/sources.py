@@ -282,6 +282,8 @@ class WorkerSource:
         how = ", ".join(_ending(code) for code in codes)
         try:
             self.reader.store.check_unchanged()
+        except OSError:
+            pass  # how the process died tells more
         except UserError:
             return UserError(
                 f"{path}: replaced or cut short during the run, and a loader process died of it "

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from bip.data.stores import data_file
 from bip.errors import UserError
-from bip.files import fsync_folder, may_pass, sha256_file
+from bip.files import fsync_folder, raise_passing, sha256_file
 
 # As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME", network filesystems
 # but for what containers are made of.
@@ -98,8 +98,7 @@ def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None)
             if not target.exists():
                 _copy(source, target, status, give_up)
     except OSError as error:
-        if may_pass(error):
-            raise
+        raise_passing(error, f"{store}, being copied to {folder}")
         raise UserError(
             f"stage_to: {store} cannot be copied to {folder} ({error.strerror}); "
             "choose another folder or leave --stage-to out"

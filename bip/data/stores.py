@@ -27,7 +27,7 @@ import lmdb
 import numpy as np
 
 from bip.errors import UserError
-from bip.files import may_pass
+from bip.files import raise_passing
 
 FORMAT = "bip-lmdb"
 VERSION = 1
@@ -194,8 +194,7 @@ def open_environment(path: Path, in_order: bool = False) -> Environment:
     try:
         opened = _shared_environment(path, in_order)
     except (lmdb.Error, OSError) as error:
-        if isinstance(error, OSError) and may_pass(error):
-            raise
+        raise_passing(error, path)
         raise UserError(
             f"{path}: not a readable LMDB store ({error}); "
             "build it with: python -m bip data build-lmdb SRC OUT"
@@ -223,8 +222,7 @@ def check_identity(path: Path, identity: tuple[int, int, int]) -> None:
     try:
         unchanged = file_identity(path) == identity
     except OSError as error:
-        if may_pass(error):
-            raise
+        raise_passing(error, path)
         raise UserError(
             f"{path}: gone during the run ({error.strerror}); put it back and start again"
         ) from error
@@ -240,6 +238,7 @@ class LmdbStore:
 
     Raises:
         UserError: not a store, half-built, truncated, or of a newer format.
+        OSError: its file system is away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -276,6 +275,7 @@ class LmdbStore:
         Raises:
             DamagedImage: its checksum does not match, or there is no such class.
             UserError: the record is missing.
+            OSError: the store's file system is away.
         """
         with self._env().begin(buffers=True) as transaction:
             value = self._value(transaction, index)
@@ -302,6 +302,7 @@ class LmdbStore:
         try:
             value = transaction.get(record_key(index))
         except lmdb.Error as error:
+            raise_passing(error, f"{self.path} (record {index})")
             raise UserError(
                 f"{self.path}: record {index} cannot be read ({error}); "
                 "copy or build the store again"
@@ -326,6 +327,7 @@ class LmdbStore:
                 text, entries = transaction.get(HEADER_KEY), transaction.stat()["entries"]
             header = json.loads(text) if text is not None else None
         except (lmdb.Error, ValueError) as error:
+            raise_passing(error, self.path)
             raise UserError(f"{self.path}: unreadable header ({error}); {remedy}") from error
         if not isinstance(header, dict) or header.get("format") != FORMAT:
             raise UserError(f"{self.path}: not a {FORMAT} store, or a half-built one; {remedy}")
@@ -365,6 +367,7 @@ class FolderStore:
 
     Raises:
         UserError: no images in `path`.
+        OSError: its file system is away.
     """
 
     def __init__(self, path: Path) -> None:
@@ -407,8 +410,7 @@ class FolderStore:
                     raise DamagedImage(f"{name} ({what}): {no_image_of(size)}; remove it")
                 return stream.read(), self.label(index)
         except OSError as error:
-            if may_pass(error):
-                raise
+            raise_passing(error, f"{name} ({what})")
             raise UserError(f"{name}: cannot be read ({error.strerror}); {what}") from error
 
 
@@ -448,6 +450,5 @@ def walk_files(root: Path) -> Iterable[str]:
 
 
 def _unreadable(error: OSError) -> None:
-    if may_pass(error):
-        raise error
+    raise_passing(error, error.filename)
     raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error

@@ -1,10 +1,15 @@
 """What the sets are, and how they are found on disk."""
 
+import errno
 import hashlib
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -38,8 +43,26 @@ def test_digits_are_scikit_learns() -> None:
     np.testing.assert_allclose(spec.std, pixels.std(), atol=1e-4)
 
 
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+def test_digits_do_not_import_scikit_learn() -> None:
+    script = """
+import pathlib, sys
+from bip.data.datasets import open_split
+open_split("Digits", pathlib.Path("unused"), True)
+print(sorted({name.split(".")[0] for name in sys.modules} & {"sklearn", "scipy"}))
+"""
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", "most of a second of each rank's start"
+
+
+@pytest.mark.parametrize("spec", [None, ModuleSpec("sklearn", None)], ids=["none", "a folder"])
+def test_digits_without_scikit_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: ModuleSpec | None
+) -> None:
+    (tmp_path / "datasets" / "data").mkdir(parents=True)
+    (tmp_path / "datasets" / "data" / "digits.csv.gz").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with pytest.raises(UserError, match=r"pip install 'bip-hpc\[demo\]'"):
         open_split("Digits", Path("unused"), True)
 
@@ -166,6 +189,31 @@ def test_a_damaged_cifar_archive_is_named(cifar_archive: Path) -> None:
     (cifar_archive / "cifar-10-python.tar.gz").write_bytes(b"\x1f\x8b junk")
     with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz: cannot be extracted"):
         open_split("CIFAR10", cifar_archive, True)
+
+
+def stale(*_: object, **__: object) -> NoReturn:
+    raise OSError(errno.ESTALE, "Stale file handle")
+
+
+def test_an_archive_whose_file_system_is_away_may_come_back(
+    cifar_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(cifar_archive / "cifar-10-batches-py")
+    (cifar_archive / "cifar-10-python.tar.gz").touch()
+    monkeypatch.setattr(tarfile, "open", stale)
+    with pytest.raises(OSError, match=r"Stale file handle: '.*cifar-10-python\.tar\.gz'"):
+        open_split("CIFAR10", cifar_archive, True)
+
+
+def test_no_other_split_is_taken_for_one_whose_file_system_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("test", "val"):
+        (tmp_path / split / "a").mkdir(parents=True)
+        Image.new("RGB", (32, 32), 7).save(tmp_path / split / "a" / "1.png")
+    monkeypatch.setattr("bip.data.datasets.os.scandir", stale)
+    with pytest.raises(OSError, match=f"Stale file handle: '{tmp_path}/test'"):
+        open_split("ImageNet", tmp_path, False)
 
 
 def test_a_folder_tree_of_grayscale_and_colour(tmp_path: Path) -> None:

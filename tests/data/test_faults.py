@@ -13,7 +13,7 @@ import struct
 import subprocess
 import time
 from concurrent import futures
-from io import BytesIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -241,16 +241,22 @@ def test_a_failing_disk_is_no_bad_image(
         (tmp_path / split).symlink_to(imagenet / "val")
     name = FolderStore(tmp_path / "train").name(17)
 
+    class Away(FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(number, os.strerror(number))
+
     def fail(path: str, *how: Any) -> Any:
-        if path == name:
+        if path != name:
+            return open(path, *how)
+        if number == errno.EACCES:
             raise OSError(number, os.strerror(number), path)
-        return open(path, *how)
+        return Away(path)
 
     monkeypatch.setattr("bip.data.stores.open", fail, raising=False)
     case = {"dataset": "ImageNet", "num_classes": 171, "image_dim": 32, "batch_size": 57}
     case |= {"data_dir": tmp_path, "loader": loader, "num_workers": workers}
     data = opened(**case, skip_bad=True)
-    with pytest.raises((OSError, UserError), match=re.escape(name)) as error:
+    with pytest.raises((OSError, UserError), match=rf"{re.escape(name)}.*image 17") as error:
         take(data.train(), 3)
     assert not isinstance(error.value, DamagedImage)
     if number == errno.ESTALE:
@@ -280,6 +286,14 @@ def test_a_store_whose_file_system_is_away(
         with pytest.raises(kind, match=word) as error:
             take(data.train(), 3)
         assert getattr(error.value, "errno", number) == number
+
+
+def test_what_lmdb_cannot_read_for_now() -> None:
+    """An address that no process has is an I/O error of the kernel's; LMDB's exceptions are no
+    OSError."""
+    with pytest.raises(OSError, match="/proc/self/mem") as error:
+        LmdbStore(Path("/proc/self/mem"))
+    assert error.value.errno == errno.EIO
 
 
 @pytest.mark.parametrize("skip_bad", [False, True])

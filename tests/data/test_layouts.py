@@ -499,6 +499,16 @@ def test_a_page_that_ends_its_reader_is_told(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
+def test_verify_does_not_blame_a_store_that_is_away(
+    small_cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(small_cifar))
+
+    monkeypatch.setattr("bip.data.inspect.open_store", away)
+    assert main(["data", "verify", str(small_cifar)]) == os.EX_IOERR
+
+
 def test_verify_finds_every_damaged_record(
     small_cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -335,11 +336,20 @@ def test_failures_that_the_batch_script_counts_begin_anew_with_progress(fake: Fa
         lost = {"lost": "OSError: [Errno 116] Stale file handle"}
         assert fake.batch(75, **lost, SLURM_RESTART_COUNT=str(restarts)) == os.EX_TEMPFAIL
     for restarts, status in ((9, 75), (10, 1)):  # without progress; retries.lost is 2
-        assert lost_budget(fake, start(90), saved=90) is None
+        # They end before their start is recorded.
+        assert lost_budget(fake, start(80), saved=90) is None
         fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
         assert fake.batch(75, **lost, SLURM_RESTART_COUNT=str(restarts)) == status
     assert len(fake.set_aside()) == 22, "a rank's words and the shell's, of each attempt"
     assert "in 3 attempts in a row" in (fake.note() or "")
+
+
+def test_a_rank_that_dies_of_a_bus_error_says_so(
+    fake: FakeSlurm, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In the words that task.sh looks for: no code of its own may reach srun."""
+    assert fake.run_point("os.kill(os.getpid(), signal.SIGBUS)") == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in capfd.readouterr().err.splitlines()
 
 
 def test_bad_input_is_final_also_when_it_is_told_to_stop(fake: FakeSlurm) -> None:

@@ -1,6 +1,7 @@
 """What a batch script does when its ranks have ended: task.sh, with a fake scontrol and srun."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -104,15 +105,24 @@ def test_a_rank_that_dies_of_a_file_system_that_is_away_is_tried_again_a_few_tim
     fake: FakeSlurm,
 ) -> None:
     """A page of a mapped LMDB that cannot be read is a bus error; the other ranks tell of it."""
-    fake.profile(retries={"lost": 1})
-    for restarts, (lost, status) in enumerate((("", os.EX_TEMPFAIL), ("error: rank 0 is gone", 1))):
+    fake.profile(retries={"lost": 2})
+    word = "Fatal Python error: Bus error\n\nThread 0x7 (most recent call first):\n"
+    cases: list[tuple[int, dict[str, str], int]] = [
+        (135, {}, os.EX_TEMPFAIL),
+        (137, {"prints": word}, os.EX_TEMPFAIL),  # another rank did not end on TERM
+        (135, {"lost": "error: rank 0 is gone"}, 1),
+    ]
+    for restarts, (code, told, status) in enumerate(cases):
         fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
-        assert fake.batch(135, lost=lost, SLURM_RESTART_COUNT=str(restarts)) == status
-    assert fake.calls("requeue") == 1
+        assert fake.batch(code, **told, SLURM_RESTART_COUNT=str(restarts)) == status
+    assert fake.calls("requeue") == 2
     assert (fake.note() or "").startswith(
-        "a rank died of SIGBUS: the file system of its data fails or was away in 2 attempts in a "
-        "row (exit code 135 of srun); the profile's retries.lost is 1; see run.log, and "
+        "a rank died of SIGBUS: the file system of its data fails or was away in 3 attempts in a "
+        "row (exit code 135 of srun); the profile's retries.lost is 2; see run.log, and "
     )
+    fake.sweep.failure_path("run").unlink()
+    fake.says(RUNNING)
+    assert fake.batch(137) == 1, "the log's end of an earlier attempt is none of this one's"
 
 
 def test_a_preemption_before_a_rank_begins_is_no_loss(fake: FakeSlurm) -> None:
@@ -225,6 +235,34 @@ def test_without_a_profile_restarts_are_bounded(fake: FakeSlurm) -> None:
         "sbatch line goes on\n"
     )
     assert fake.calls("requeue") == 2
+
+
+@pytest.mark.parametrize("code", [os.EX_IOERR, 128 + signal.SIGBUS])
+def test_without_a_profile_a_file_system_that_is_away_is_tried_again_in_the_allocation(
+    fake: FakeSlurm, code: int
+) -> None:
+    """A hundred requeues would be far too many for a bad sector."""
+    line = f"source {ROOT}/slurm/task.sh; run_step true"
+    for back_after, status in ((3, 0), (9, code)):
+        (fake.bin / "calls").unlink(missing_ok=True)
+        fake.command(
+            "srun",
+            f"""#!/bin/bash
+echo ranks >>${{0%/*}}/calls
+(($(grep -c ranks ${{0%/*}}/calls) < {back_after})) || exit 0
+exit {code}
+""",
+        )
+        words = ["bash", "-c", line]
+        done = subprocess.run(words, env=fake.env, capture_output=True, text=True, check=False)
+        assert done.returncode == status
+        assert fake.calls("ranks") == min(back_after, 6)
+        pauses = [f"sleep {60 * minutes}" for minutes in (1, 2, 4, 8, 16)[: back_after - 1]]
+        assert [fake.calls(pause) for pause in pauses] == [1] * len(pauses)
+        assert done.stderr.startswith(
+            f"a file system is away (exit code {code} of srun); trying again in 1 min\n"
+        )
+    assert fake.calls("requeue") == 0
 
 
 def test_a_failure_without_a_note_tells_its_last_error_and_names_both_logs(
