@@ -90,7 +90,7 @@ def main(argv: list[str]) -> int:
     except OSError as error:
         if not may_pass(error):
             raise
-        print(f"error: {error}; the same command goes on", file=sys.stderr)
+        print(f"error: {error}; try again", file=sys.stderr)
         return os.EX_IOERR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

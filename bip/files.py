@@ -28,11 +28,12 @@ def raise_passing(error: Exception, what: object) -> None:
     """Raise an OSError that names `what` if `error` may pass; else do nothing.
 
     Args:
-        error: an OSError, or one of LMDB's, which has the number as its `code`.
+        error: an OSError, or another that ends with the system's words for one, as LMDB's do.
     """
-    number = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
-    if number in _PASSING:
-        raise OSError(number, os.strerror(number), str(what)) from error
+    for number in _PASSING:
+        words = os.strerror(number)
+        if error.errno == number if isinstance(error, OSError) else str(error).endswith(words):
+            raise OSError(number, words, str(what)) from error
 
 
 def result_dir_error(folder: Path, error: OSError) -> Exception:
@@ -140,9 +141,11 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file; none if it does not exist. A torn line is passed over."""
-    if not path.exists():
+    try:
+        stream = open(path, "rb")  # noqa: SIM115
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with open(path, "rb") as stream:
+    with stream:
         for line in stream:
             try:
                 yield json.loads(line)

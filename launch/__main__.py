@@ -1,5 +1,6 @@
 """python -m launch series | status | resume | cancel | doctor"""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -60,10 +61,10 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     except KeyboardInterrupt:  # while planning; later `run` says how the runs go on
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # as in `status FOLDER | head`; nothing may be written at exit either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # what a shell says of a program that SIGPIPE ended
     except OSError as error:
+        if error.errno == errno.EPIPE:  # as in `status FOLDER | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor at exit
+            return 141  # what a shell says of a program that SIGPIPE ended
         if not may_pass(error):
             raise
         print(f"error: {error}; try again", file=sys.stderr)

@@ -7,7 +7,7 @@
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
     jobs/RUN_ID.begun     the newest attempt of an array task of which a rank began
     jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
-    jobs/RUN_ID.failed.before  what was said of attempts that were not final, and of progress since
+    jobs/RUN_ID.failed.before  what was said of attempts that were not final
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
@@ -167,10 +167,6 @@ class Sweep:
 
     def loss_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.lost"
-
-    def set_aside_path(self, run_id: str) -> Path:
-        """What the batch script keeps of attempts that were not final."""
-        return self.jobs / f"{run_id}.failed.before"
 
     def records(self) -> list[Record]:
         """The ledger's points, in the order of stages.

@@ -111,8 +111,6 @@ class Attempt:
         """
         from bip.errors import UserError
 
-        if self.is_first:
-            self._tell_progress()
         if (silent := self._losses()) > (allowed := self.profile["retries"]["lost"]):
             raise UserError(
                 f"{silent} attempts ended without a word and without progress (nodes failed, the "
@@ -120,18 +118,6 @@ class Attempt:
                 "--checkpoint-minutes saves more often); the profile's retries.lost is "
                 f"{allowed}"
             )
-
-    def _tell_progress(self) -> None:
-        """Say where the batch script counts failures in a row whether the last attempt saved more
-        than it began with."""
-        from bip.files import append_jsonl, read_jsonl
-
-        starts = [record["step"] for record in self._records() if record["event"] == "start"]
-        set_aside = self.sweep.set_aside_path(self.run_id)
-        known = [record.get("progress", 0) for record in read_jsonl(set_aside)]
-        # Told once: attempts that fail before their start is recorded made none.
-        if known and starts and (step := self._saved_step()) > max(starts[-1], *known):
-            append_jsonl(set_aside, {"progress": step})
 
     def _losses(self, *more: dict[str, Any]) -> int:
         """Attempts in a row that were lost without progress, `more` being further records."""

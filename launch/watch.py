@@ -67,8 +67,7 @@ def _look(sweep: Sweep, run_ids: Collection[str]) -> list[Row]:
                 raise
             if not told:
                 print(
-                    f"warning: {error}; the runs are left alone, and looked for again until it is "
-                    "back",
+                    f"warning: {error}; the runs are left alone, and looked for again for an hour",
                     file=sys.stderr,
                 )
             told = True

@@ -119,7 +119,7 @@ is_near_limit() { # says $answer; SLURM signals up to a minute early
 }
 
 is_spent() { # whether this task has been requeued often enough; sets $reason
-  local restarts=${SLURM_RESTART_COUNT:-0} most=100 name allowed back recent
+  local restarts=${SLURM_RESTART_COUNT:-0} most=100 name allowed back
   [[ ! ${folder-} ]] || most=$((1000 + $(of_profile preempted 100) + $(of_profile timed_out 100)))
   most=${BIP_MAX_RESTARTS:-$most}
   if ((restarts >= most)); then
@@ -127,17 +127,22 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
-  # The ranks count what they can. Here count the attempts in a row, from the last word of progress
-  # on, that did not come so far, or failed without SLURM's doing.
-  [[ $unmet ]] && ! is_preempted || return 1
+  if [[ ! ${folder-} && $code == 74 || ! ${folder-} && $code == 135 ]] &&
+    ((restarts >= 5 && SECONDS - began < 600)); then
+    reason="a file system fails, or is away (exit code $code of srun), within ten minutes, and"
+    reason+=" already restarted $restarts times; $(how_to_go_on)"
+    return 0
+  fi
+  # The ranks count what they can. Attempts in a row without progress count here that did not come so
+  # far, or failed without SLURM's doing.
+  [[ $unmet ]] && ! is_preempted && ! has_saved || return 1
   name=$(task_name)
   grep -qsF "\"$name.$restarts\"" "$note.before" ||
     echo "{\"reason\": \"exit code $code of srun, $unmet\"," \
       "\"attempt\": \"$name.$restarts\"}" >>"$note.before"
   allowed=$(of_profile lost 5)
-  recent=$(tac "$note.before" | sed '/"progress"/,$d')
   for ((back = 0; back <= allowed; back++)); do
-    [[ $recent == *"\"$name.$((restarts - back))\""* ]] || return 1
+    grep -qsF "\"$name.$((restarts - back))\"" "$note.before" || return 1
   done
   reason="$unmet in $back attempts in a row (exit code $code of srun); the profile's"
   reason+=" retries.lost is $allowed; $(logs)"
@@ -149,6 +154,15 @@ attempt_name() {
 
 has_begun() { # whether python has come to a rank's first line in this attempt
   grep -qsxF "$(attempt_name)" "$folder/jobs/$point.begun"
+}
+
+has_saved() { # whether this attempt has added a checkpoint
+  local manifest
+  has_begun || return 1
+  for manifest in "$folder"/*/"$point"/checkpoint/manifest.json; do
+    [[ ! $manifest -nt $folder/jobs/$point.begun ]] || return 0
+  done
+  return 1
 }
 
 find_unmet() { # sets $unmet to why this attempt failed, if another one may not; else to nothing
@@ -194,24 +208,10 @@ nodes_answer() { # whether a step still starts on every node of the task
   "${probe[@]}" || { sleep 20; "${probe[@]}"; }
 }
 
-ranks() { # sets $code
-  code=0
-  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
-}
-
 run_step() {
-  local code unmet= minutes
+  local code=0 unmet= began=$SECONDS
   reason=
-  ranks "$@"
-  if [[ ! ${folder-} ]]; then
-    # Nobody counts: so a few times only, and within this allocation.
-    for minutes in 1 2 4 8 16; do
-      [[ $code == 74 || $code == 135 ]] || break
-      echo "a file system is away (exit code $code of srun); trying again in $minutes min" >&2
-      sleep $((60 * minutes))
-      ranks "$@"
-    done
-  fi
+  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "$@" || code=$?
   ((code)) || return 0
   # A note is final, also beside a rank that was just stopped: cancelled, or the budget is spent.
   [[ ! -e ${note-} ]] || return "$code"
@@ -221,6 +221,12 @@ run_step() {
       find_loss
       requeue
       return "$code"
+      ;;
+    74 | 135) # EX_IOERR of bip; SIGBUS
+      if [[ ! ${folder-} ]]; then
+        requeue
+        return "$code"
+      fi
       ;;
   esac
   [[ ! -e ${lost-} ]] || sleep 5 # SLURM's record of a preemption may come late

@@ -171,6 +171,7 @@ def open_split(
 
     Raises:
         UserError: nothing found, or what is found is damaged.
+        OSError: its file system is away.
     """
     spec = dataset_spec(name)
     if spec.name == "Digits":
@@ -248,7 +249,7 @@ def _extract(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter="data")
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise_passing(error, archive)
+        raise_passing(error, f"{archive}, being extracted to {folder}")
         raise UserError(f"{archive}: cannot be extracted ({error}); download it again") from error
 
 
@@ -259,6 +260,11 @@ def _cifar(name: str, root: Path, named: Path, train: bool) -> ArraySplit:
         # torchvision checks each file's MD5 before it unpickles it.
         source = getattr(datasets, name)(root, train=train, download=False)
     except RuntimeError as error:
+        try:  # torchvision takes a file that cannot be reached for missing
+            for path in (root / CIFAR_ARCHIVES[name][0]).iterdir():
+                path.stat()
+        except OSError as away:
+            raise_passing(away, named)
         raise UserError(
             f"{named}: {name} files are missing or damaged (MD5); download them again"
         ) from error

@@ -89,8 +89,7 @@ class FakeSlurm:
 
     def set_aside(self) -> list[str]:
         """What was said of attempts that were not final."""
-        notes = read_jsonl(self.sweep.set_aside_path("run"))
-        return [note["reason"] for note in notes if "reason" in note]
+        return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
 
     def note(self) -> str | None:
         path = self.sweep.failure_path("run")
@@ -98,12 +97,12 @@ class FakeSlurm:
 
     def batch(
         self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
-        setup: str = "", prints: str = "", **env: str,
+        setup: str = "", prints: str = "", saves: bool = False, **env: str,
     ) -> int:  # fmt: skip
         """task.sh's run_points, whose ranks print and exit with `code`; its exit status.
 
-        A rank has left its mark if `begun`, and ranks have left their notes. A probe of the
-        nodes ends with `nodes`.
+        A rank has left its mark if `begun`, and ranks have left their notes, and a checkpoint if
+        it `saves`. A probe of the nodes ends with `nodes`.
         """
         lines = ["#!/bin/bash", "[[ $* != *overlap* ]] || { echo probe >>${0%/*}/calls;"]
         lines[-1] += f" exit {nodes}; }}"
@@ -114,6 +113,9 @@ class FakeSlurm:
         lines.append(f"printf %s {shlex.quote(prints)} >>{self.sweep.jobs}/run.log")
         if begun:
             lines.append(f"echo $BIP_ATTEMPT >{self.sweep.jobs}/run.begun")
+        (self.run / "checkpoint").mkdir(exist_ok=True)
+        if saves:
+            lines.append(f"/bin/sleep 0.05; touch {self.run}/checkpoint/manifest.json")
         self.command("srun", "\n".join([*lines, f"echo ranks >>${{0%/*}}/calls; exit {code}\n"]))
         (self.sweep.jobs / "points.txt").write_text("run\n")
         words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"

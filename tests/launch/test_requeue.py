@@ -328,22 +328,6 @@ def test_a_file_system_that_stays_away_is_final(fake: FakeSlurm) -> None:
     )
 
 
-def test_failures_that_the_batch_script_counts_begin_anew_with_progress(fake: FakeSlurm) -> None:
-    """A node's file system fails its rank once a day, for weeks."""
-    for restarts in range(9):
-        assert lost_budget(fake, start(10 * restarts), saved=10 * restarts + 10) is None
-        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
-        lost = {"lost": "OSError: [Errno 116] Stale file handle"}
-        assert fake.batch(75, **lost, SLURM_RESTART_COUNT=str(restarts)) == os.EX_TEMPFAIL
-    for restarts, status in ((9, 75), (10, 1)):  # without progress; retries.lost is 2
-        # They end before their start is recorded.
-        assert lost_budget(fake, start(80), saved=90) is None
-        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
-        assert fake.batch(75, **lost, SLURM_RESTART_COUNT=str(restarts)) == status
-    assert len(fake.set_aside()) == 22, "a rank's words and the shell's, of each attempt"
-    assert "in 3 attempts in a row" in (fake.note() or "")
-
-
 def test_a_rank_that_dies_of_a_bus_error_says_so(
     fake: FakeSlurm, capfd: pytest.CaptureFixture[str]
 ) -> None:

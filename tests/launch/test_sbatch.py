@@ -376,7 +376,7 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
     (told,) = capsys.readouterr().err.splitlines()
     assert told == (
         f"warning: [Errno 116] Stale file handle: '{sweep.ledger}'; the runs are left alone, "
-        "and looked for again until it is back"
+        "and looked for again for an hour"
     )
     assert [row.state for row in rows] == ["done"] * 3
     monkeypatch.setattr("launch.watch.LEFT_SECONDS", 0.05)

@@ -238,31 +238,47 @@ def test_without_a_profile_restarts_are_bounded(fake: FakeSlurm) -> None:
 
 
 @pytest.mark.parametrize("code", [os.EX_IOERR, 128 + signal.SIGBUS])
-def test_without_a_profile_a_file_system_that_is_away_is_tried_again_in_the_allocation(
+def test_without_a_profile_a_file_system_that_fails_at_once_is_tried_a_few_times(
     fake: FakeSlurm, code: int
 ) -> None:
-    """A hundred requeues would be far too many for a bad sector."""
-    line = f"source {ROOT}/slurm/task.sh; run_step true"
-    for back_after, status in ((3, 0), (9, code)):
-        (fake.bin / "calls").unlink(missing_ok=True)
-        fake.command(
-            "srun",
-            f"""#!/bin/bash
-echo ranks >>${{0%/*}}/calls
-(($(grep -c ranks ${{0%/*}}/calls) < {back_after})) || exit 0
-exit {code}
-""",
-        )
+    """A hundred requeues would be far too many for a bad sector, and too few for weeks."""
+
+    def step(restarts: int, minutes: float) -> subprocess.CompletedProcess[str]:
+        fake.command("srun", f"#!/bin/bash\nexit {code}\n")
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        # Its start is set back while it runs.
+        srun = f"srun() {{ began=$((began - {round(60 * minutes)})); command srun; }}"
+        line = f"source {ROOT}/slurm/task.sh; {srun}; run_step true"
+        env = fake.env | {"SLURM_RESTART_COUNT": str(restarts)}
         words = ["bash", "-c", line]
-        done = subprocess.run(words, env=fake.env, capture_output=True, text=True, check=False)
-        assert done.returncode == status
-        assert fake.calls("ranks") == min(back_after, 6)
-        pauses = [f"sleep {60 * minutes}" for minutes in (1, 2, 4, 8, 16)[: back_after - 1]]
-        assert [fake.calls(pause) for pause in pauses] == [1] * len(pauses)
-        assert done.stderr.startswith(
-            f"a file system is away (exit code {code} of srun); trying again in 1 min\n"
-        )
-    assert fake.calls("requeue") == 0
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=False)
+
+    assert step(4, 1).returncode == os.EX_TEMPFAIL
+    assert step(50, 11).returncode == os.EX_TEMPFAIL
+    assert fake.calls("requeue") == 2
+    done = step(5, 1)
+    assert (done.returncode, done.stderr) == (
+        code,
+        f"a file system fails, or is away (exit code {code} of srun), within ten minutes, and "
+        "already restarted 5 times; the same sbatch line goes on\n",
+    )
+    assert fake.calls("requeue") == 2
+
+
+def test_failures_are_counted_from_the_last_progress_on(fake: FakeSlurm) -> None:
+    """A node's file system fails its rank once a day, for weeks."""
+    fake.profile(retries={"lost": 2})
+
+    def attempt(restarts: int, saves: bool) -> int:
+        fake.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
+        lost = "OSError: [Errno 116] Stale file handle"
+        return fake.batch(75, lost=lost, saves=saves, SLURM_RESTART_COUNT=str(restarts))
+
+    progress = [True] * 7 + [False, False, True, False, False]
+    for restarts, saves in enumerate(progress):
+        assert attempt(restarts, saves) == os.EX_TEMPFAIL, restarts
+    assert attempt(len(progress), False) == 1
+    assert "in 3 attempts in a row" in (fake.note() or "")
 
 
 def test_a_failure_without_a_note_tells_its_last_error_and_names_both_logs(

@@ -318,7 +318,7 @@ def test_what_cannot_be_reached_for_a_while_is_tried_again(
 
     monkeypatch.setattr(place, away)
     assert main(["train", *arguments("bip", tmp_path, source_net=source)]) == os.EX_IOERR
-    error = "error: [Errno 116] Stale file handle; the same command goes on\n"
+    error = "error: [Errno 116] Stale file handle; try again\n"
     assert capsys.readouterr().err.endswith(error)
 
 
