@@ -127,7 +127,7 @@ is_spent() { # whether this task has been requeued often enough; sets $reason
     reason+=" $most); $(how_to_go_on)"
     return 0
   fi
-  if [[ ! ${folder-} && $code == 74 || ! ${folder-} && $code == 135 ]] &&
+  if [[ ! ${folder-} && $code =~ ^(74|135)$ ]] &&
     ((restarts >= 5 && SECONDS - began < 600)); then
     reason="a file system fails, or is away (exit code $code of srun), within ten minutes, and"
     reason+=" already restarted $restarts times; $(how_to_go_on)"
@@ -165,7 +165,7 @@ has_saved() { # whether this attempt has added a checkpoint
   return 1
 }
 
-find_unmet() { # sets $unmet to why this attempt failed, if another one may not; else to nothing
+find_unmet() { # sets $unmet to why another attempt may succeed, or to nothing
   unmet=
   [[ ${folder-} ]] || return 0
   case $code in

@@ -205,6 +205,15 @@ def test_an_archive_whose_file_system_is_away_may_come_back(
         open_split("CIFAR10", cifar_archive, True)
 
 
+def test_files_of_an_archive_that_are_away_are_not_called_missing(
+    cifar_archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (cifar_archive / "cifar-10-batches-py" / "data_batch_3").unlink()  # as torchvision sees it
+    monkeypatch.setattr(Path, "iterdir", stale)
+    with pytest.raises(OSError, match=f"Stale file handle: '{cifar_archive}'"):
+        open_split("CIFAR10", cifar_archive, True)
+
+
 def test_no_other_split_is_taken_for_one_whose_file_system_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

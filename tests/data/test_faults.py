@@ -125,10 +125,7 @@ def remove(path: Path) -> None:
 
 
 DALI = pytest.mark.skipif(not dali.is_installed(), reason="no DALI")
-LOADERS = [
-    "lmdb",
-    pytest.param("dali", marks=DALI),
-]
+LOADERS = ["lmdb", pytest.param("dali", marks=DALI)]
 
 
 @pytest.mark.parametrize("change", [replace, cut_short, remove])

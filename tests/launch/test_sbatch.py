@@ -384,6 +384,14 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
     rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
     assert [row.state for row in rows] == ["failed", "blocked", "blocked"]
 
+    def never(*_: object) -> list[Row]:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr("launch.watch.AWAY_SECONDS", 0.05)
+    monkeypatch.setattr("launch.watch.status", never)
+    with pytest.raises(OSError, match="Stale"):
+        wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+
 
 def test_a_local_sweep_is_not_cancelled_through_slurm(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
