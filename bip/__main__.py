@@ -11,7 +11,7 @@ from bip.files import may_pass
 
 
 def _train(argv: list[str]) -> None:
-    from bip.distributed.preemption import StopRequest
+    from bip.distributed.signals import StopRequest
 
     stop = StopRequest().install()  # before the slow imports: a signal there must not be lost
     from bip.config import load_config
@@ -28,22 +28,22 @@ def _evaluate(argv: list[str]) -> None:
 
 
 def _export(argv: list[str]) -> None:
+    from bip.cli import call
     from bip.export import export
-    from bip.flags import call
 
     call({"export": export}, ["export", *argv], "python -m bip")
 
 
 def _compare(argv: list[str]) -> None:
+    from bip.cli import call
     from bip.export import compare
-    from bip.flags import call
 
     call({"compare": compare}, ["compare", *argv], "python -m bip")
 
 
 def _data(argv: list[str]) -> None:
+    from bip.cli import call
     from bip.data import build, inspect, prepare
-    from bip.flags import call
 
     commands: dict[str, Callable[..., None]] = {
         "build-lmdb": build.build_lmdb,

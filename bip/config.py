@@ -20,9 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from bip.cli import one_line, parse_flags
 from bip.errors import UserError
 from bip.files import may_pass
-from bip.flags import one_line, parse_flags
 
 Mode = Literal["pretrain", "prune", "finetune"]
 LayerType = Literal["dense", "unstructured", "filter", "channel"]
@@ -404,7 +404,7 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path}: lr2 and inv_gamma are the same setting; keep one")
         from_file["lr2"] = from_file.pop("inv_gamma")
     if unknown := [key for key in from_file if key not in RunConfig.model_fields]:
-        from bip.flags import nearest
+        from bip.cli import nearest
 
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], known_keys())}")
     return {key: value for key, value in from_file.items() if value is not None} | flags

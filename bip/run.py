@@ -22,7 +22,7 @@ from bip.data.loaders import Data, open_data, stage_data
 from bip.distributed.control import Control
 from bip.distributed.group import MEETING, Group, join, wrap
 from bip.distributed.heartbeat import Heartbeat
-from bip.distributed.preemption import StopRequest, signal_name
+from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import (
     atomic_write_bytes,
@@ -40,9 +40,9 @@ from bip.identity import (
     with_source_of_resume,
 )
 from bip.lock import RunLock
-from bip.pruning.mask import find_followers, find_prunable
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.layout import find_followers, find_prunable
 from bip.pruning.scores import initialise_scores
+from bip.pruning.state import PrunedParameters
 from bip.training.checkpoint import (
     CheckpointFolder,
     State,

@@ -10,20 +10,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bip.cli import call, nearest, parse_flags
 from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import UserError
 from bip.files import may_pass
-from bip.flags import call, nearest, parse_flags
-from launch.arrays import arrays_file, cancel, doomed_now, submit_arrays
-from launch.doctor import check_disk, check_place, examine, preflight
-from launch.doctor import probe as doctor_probe
 from launch.inputs import check_inputs
-from launch.ledger import Record, Sweep
+from launch.local.executor import submit
+from launch.local.worker import TRAIN
+from launch.plan import SeriesOptions, make_plan
 from launch.profile import LocalProfile, SlurmProfile, load_profile
-from launch.series import SeriesOptions, make_plan
+from launch.slurm.arrays import arrays_file, cancel, doomed_now, submit_arrays
+from launch.slurm.doctor import check_disk, check_place, examine, preflight
+from launch.slurm.doctor import probe as doctor_probe
 from launch.status import Row, as_json, status, table
-from launch.submit import submit
-from launch.task import TRAIN
+from launch.sweep import Record, Sweep
 from launch.watch import wait
 
 USAGE = """usage: python -m launch COMMAND ...

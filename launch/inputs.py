@@ -35,7 +35,7 @@ def _check_network(config: RunConfig, classes: int) -> int:
 
     from bip import models
     from bip.data.datasets import dataset_spec
-    from bip.pruning.mask import find_prunable
+    from bip.pruning.layout import find_prunable
 
     spec = dataset_spec(config.dataset)
     with torch.device("meta"):

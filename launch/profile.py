@@ -17,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from bip.cli import nearest, one_line
 from bip.config import UniqueKeyLoader, read_yaml
 from bip.errors import UserError
-from bip.flags import nearest, one_line
 
 LOCAL = Path(__file__).parent.parent / "slurm" / "profiles" / "local.yml"
 # Options of sbatch that the launcher writes from the profile's own keys, or that would make

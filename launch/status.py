@@ -15,9 +15,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch import slurm
-from launch.arrays import doomed_tasks, submitted_tasks
-from launch.ledger import FINAL, Record, State, StateName, Sweep
+from launch.slurm import client as slurm
+from launch.slurm.arrays import doomed_tasks, submitted_tasks
+from launch.sweep import FINAL, Record, State, StateName, Sweep
 
 _STYLES: dict[StateName, str] = {
     "waiting": "dim",

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from bip.files import may_pass
-from launch.ledger import FINAL, LEFT_QUEUE, Sweep
 from launch.status import Row, epochs, status, summary
+from launch.sweep import FINAL, LEFT_QUEUE, Sweep
 
 POLL_SECONDS = 0.5
 SLURM_POLL_SECONDS = 5.0

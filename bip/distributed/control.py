@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bip.distributed.compare import tell_apart
 from bip.distributed.group import COLLECTIVE, Group, all_gather_flat
-from bip.distributed.guard import tell_apart
 from bip.errors import RankError
 
 LAG = 4  # iterations that the host may run ahead of the GPU, the same on all ranks

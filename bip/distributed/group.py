@@ -18,7 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous as rendezvous_of
 from torch.nn.parallel import DistributedDataParallel
 
-from bip.distributed.preemption import StopRequest, signal_name
+from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import atomic_write_bytes, result_dir_error
 

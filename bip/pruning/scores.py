@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bip.pruning.mask import Layout
+from bip.pruning.layout import Layout
 
 ScoreInit = Literal[
     "scaled", "hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"

@@ -26,7 +26,7 @@ from bip.errors import UserError
 from bip.files import DigestWriter, atomic_open, atomic_write_json, may_pass, read_json
 
 if TYPE_CHECKING:  # it compiles kernels, which no submission needs
-    from bip.pruning.parameters import PrunedParameters
+    from bip.pruning.state import PrunedParameters
 
 FORMAT = 1
 SCORES = "popup_scores"

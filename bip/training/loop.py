@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.data.loaders import Data
+from bip.distributed.compare import check_finite, compare_ranks, run_state
 from bip.distributed.control import Control
 from bip.distributed.group import Group
-from bip.distributed.guard import check_finite, compare_ranks, run_state
-from bip.distributed.preemption import StopRequest, signal_name
+from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import Stopped, UserError
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.state import PrunedParameters
 from bip.training.evaluate import Accuracy, average_statistics, evaluate, share_statistics
 from bip.training.metrics import RunLog, RunningMean
 from bip.training.optim import Clock

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import RunConfig
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.state import PrunedParameters
 from bip.training.optim import (
     Clock,
     build_optimizer,

@@ -16,8 +16,8 @@ import torch
 
 from bip import models
 from bip.config import RunConfig, build_config
-from bip.pruning.mask import find_prunable
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.layout import find_prunable
+from bip.pruning.state import PrunedParameters
 from bip.training.optim import Clock
 from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns

@@ -30,8 +30,8 @@ from torch.distributed import TCPStore
 
 from bip.distributed.group import join
 from bip.pruning import kernels
-from bip.pruning.mask import Segment
-from bip.pruning.threshold import LARGEST, SAMPLE, Alone, Cut, Threshold, move_mask_and_z
+from bip.pruning.layout import Segment
+from bip.pruning.select_cpu import LARGEST, SAMPLE, Alone, Cut, Threshold, move_mask_and_z
 from bip.training.steps import BilevelStep
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 from tests.benchmarks.step import make_step

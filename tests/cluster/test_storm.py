@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.series import UNSTRUCTURED
+from launch.plan import UNSTRUCTURED
 from tests.cluster.conftest import Cluster
 from tests.cluster.sweeps import (
     ClusterSweep,

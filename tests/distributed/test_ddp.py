@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import load_config
+from bip.distributed.compare import hash_tensor, run_state
 from bip.distributed.group import Group
-from bip.distributed.guard import hash_tensor, run_state
 from bip.run import Run
 from bip.training.steps import ForwardBackward
 from tests.distributed.harness import run_ranks, world_size

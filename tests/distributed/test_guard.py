@@ -15,10 +15,10 @@ from torch import nn
 from bip.config import load_config
 from bip.data.writer import LmdbWriter
 from bip.distributed import control as control_module
+from bip.distributed.compare import CHUNK, compare_ranks, hash_tensor, run_state, tell_apart
 from bip.distributed.control import Control
 from bip.distributed.group import Group
-from bip.distributed.guard import CHUNK, compare_ranks, hash_tensor, run_state, tell_apart
-from bip.distributed.preemption import StopRequest
+from bip.distributed.signals import StopRequest
 from bip.errors import RankError, Stopped, UserError
 from bip.files import read_jsonl
 from bip.run import Run

@@ -19,7 +19,7 @@ from bip.distributed import group as group_module
 from bip.distributed.control import Control
 from bip.distributed.group import Group, Ranks, _go_or_leave, join, wrap
 from bip.distributed.heartbeat import _is_echo
-from bip.distributed.preemption import StopRequest
+from bip.distributed.signals import StopRequest
 from bip.errors import Stopped, UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
 

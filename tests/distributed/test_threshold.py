@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bip.distributed.group import Group
-from bip.pruning.mask import Segment
+from bip.pruning.layout import Segment
 from tests.distributed.harness import run_ranks
 from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
 

@@ -9,13 +9,13 @@ import torch
 
 from bip import models
 from bip.config import load_config
+from bip.distributed.compare import compare_ranks, hash_tensor, run_state
 from bip.distributed.control import LAG, Control
 from bip.distributed.group import Group, Ranks, wrap
-from bip.distributed.guard import compare_ranks, hash_tensor, run_state
-from bip.pruning.mask import Segment, find_prunable
-from bip.pruning.parameters import PrunedParameters
-from bip.pruning.threshold import Alone
-from bip.pruning.threshold_device import DeviceThreshold, write_mask
+from bip.pruning.layout import Segment, find_prunable
+from bip.pruning.select_cpu import Alone
+from bip.pruning.select_cuda import DeviceThreshold, write_mask
+from bip.pruning.state import PrunedParameters
 from bip.run import train as train_run
 from bip.training.optim import Clock
 from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from bip.files import atomic_write_json, read_jsonl
-from launch.ledger import Sweep
 from launch.profile import SlurmProfile
+from launch.sweep import Sweep
 from tests.launch.conftest import DIGITS, ROOT
 
 # What SLURM 22.05 says of a task that runs, has its grace time, was requeued, reached its limit or
@@ -128,8 +128,8 @@ class FakeSlurm:
         script = f"""
 import sys
 from pathlib import Path
-from launch.ledger import Sweep
-from launch.rank import Attempt
+from launch.sweep import Sweep
+from launch.slurm.rank import Attempt
 attempt = Attempt(Sweep(Path({str(self.sweep.folder)!r})), "run")
 attempt.run_folder = Path({str(self.run)!r})
 attempt.requeue({signal_name!r})
@@ -147,7 +147,7 @@ attempt.requeue({signal_name!r})
 import atexit, errno, os, signal
 import bip.run, torch
 from bip.errors import LostWorker, RankError, Stopped, UserError
-from launch.rank import run_point
+from launch.slurm.rank import run_point
 atexit.register(lambda: os._exit(1)) # as submitit would
 def train(_, stop):
     {train}

@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bip.errors import UserError
-from launch import slurm
-from launch.arrays import sbatch_parameters
-from launch.chain import Array, plan_arrays
-from launch.ledger import Record, Sweep
 from launch.profile import SlurmProfile, load_profile
-from launch.snapshot import snapshot
+from launch.slurm import client as slurm
+from launch.slurm.arrays import sbatch_parameters
+from launch.slurm.chain import Array, plan_arrays
+from launch.slurm.snapshot import snapshot
+from launch.sweep import Record, Sweep
 from tests.launch.conftest import ROOT
 
 PROFILES = ROOT / "slurm" / "profiles"

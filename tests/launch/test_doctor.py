@@ -7,10 +7,10 @@ import pytest
 
 from bip.config import build_config
 from bip.errors import UserError
-from launch import doctor
 from launch.__main__ import main
-from launch.doctor import check_disk, check_place, examine, limits, preflight
 from launch.profile import SlurmProfile
+from launch.slurm import doctor
+from launch.slurm.doctor import check_disk, check_place, examine, limits, preflight
 from tests.launch.test_arrays import sweep_of
 
 # sacctmgr answers with a file's lines: user, assoc and qos. assoc's lines begin with the account.

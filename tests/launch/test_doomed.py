@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from bip.files import read_jsonl
-from launch import arrays
 from launch.__main__ import main
-from launch.ledger import Sweep
+from launch.slurm import arrays
 from launch.status import status
+from launch.sweep import Sweep
 from tests.launch.conftest import DIGITS
 from tests.launch.test_doctor import FakeCluster
 from tests.launch.test_sbatch import SBATCH, finish

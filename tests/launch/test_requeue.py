@@ -10,8 +10,8 @@ import pytest
 
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_json
-from launch.rank import Attempt
-from launch.slurm import Task
+from launch.slurm.client import Task
+from launch.slurm.rank import Attempt
 from tests.launch.fake_slurm import (
     AT_LIMIT,
     CANCELLED,

@@ -13,13 +13,13 @@ from rich.console import Console
 
 from bip.errors import UserError
 from bip.files import read_jsonl
-from launch import arrays
 from launch.__main__ import main
-from launch.arrays import cancel, submit_arrays
-from launch.ledger import Sweep
+from launch.plan import make_plan
 from launch.profile import SlurmProfile, load_profile
-from launch.series import make_plan
+from launch.slurm import arrays
+from launch.slurm.arrays import cancel, submit_arrays
 from launch.status import Row, status
+from launch.sweep import Sweep
 from launch.watch import wait
 from tests.launch.conftest import DIGITS
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
+from bip.cli import parse_flags
 from bip.config import RunConfig, load_config, read_yaml
 from bip.errors import UserError
-from bip.flags import parse_flags
 from launch.__main__ import main
+from launch.plan import Plan, SeriesOptions, make_plan, parse_series
 from launch.profile import load_profile
-from launch.series import Plan, SeriesOptions, make_plan, parse_series
 from tests.launch.conftest import DIGITS, FakeSweep
 
 PUBLISHED = (
@@ -294,7 +294,7 @@ def test_one_source_cannot_serve_several_pruned_networks(dense: Path) -> None:
 
 def test_configurations_of_points_load_as_they_are(fake: FakeSweep, dense: Path) -> None:
     """What the ledger's files say to `bip train` is what was planned."""
-    from launch.ledger import Sweep
+    from launch.sweep import Sweep
 
     found = plan("--series", "0.5,0.0092", "--result-dir", str(fake.results),
                  "--source-net", str(dense))  # fmt: skip

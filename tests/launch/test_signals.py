@@ -40,7 +40,9 @@ class Life:
     @contextlib.contextmanager
     def start(self, restarts: int = 0, **env: str) -> Iterator["subprocess.Popen[bytes]"]:
         """The leader of a new process group, as every rank of a step is."""
-        script = f"from launch.rank import run_point; run_point({str(self.slurm.sweep.folder)!r})"
+        script = (
+            f"from launch.slurm.rank import run_point; run_point({str(self.slurm.sweep.folder)!r})"
+        )
         env = {"SLURM_RESTART_COUNT": str(restarts)} | env
         env = self.slurm.env | {"BIP_POINT": "run", "BIP_ATTEMPT": f"7_0.{restarts}"} | env
         self.slurm.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))

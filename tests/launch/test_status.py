@@ -13,8 +13,8 @@ import pytest
 from bip.config import RunConfig
 from bip.files import append_jsonl, atomic_write_json
 from launch.__main__ import main
-from launch.ledger import Record, Sweep
-from launch.series import SeriesOptions, make_plan
+from launch.plan import SeriesOptions, make_plan
+from launch.sweep import Record, Sweep
 from tests.launch.conftest import DIGITS, ROOT
 
 RESULT = {"kept": 4734, "sparsity": 0.9, "top1": 91.25, "epochs": 15, "seconds": 12.5}

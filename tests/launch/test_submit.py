@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from bip.errors import UserError
-from launch.ledger import Lock, Queue, Sweep
-from launch.series import check_same_source
+from launch.local.worker import run_environment
+from launch.plan import check_same_source
 from launch.status import status
-from launch.task import run_environment
+from launch.sweep import Lock, Queue, Sweep
 from tests.launch.conftest import FakeSweep, until
 
 CHAIN = ("--stages", "pretrain,prune")

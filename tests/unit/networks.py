@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bip.config import RunConfig
-from bip.pruning.mask import LayerType, Scope, find_followers, find_prunable
-from bip.pruning.parameters import PrunedParameters
-from bip.pruning.threshold import Exchange
+from bip.pruning.layout import LayerType, Scope, find_followers, find_prunable
+from bip.pruning.select_cpu import Exchange
+from bip.pruning.state import PrunedParameters
 from bip.training.loop import train_mode
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, TrainingStep, build_step

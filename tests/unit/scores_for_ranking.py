@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bip.pruning.mask import Segment
-from bip.pruning.threshold import Exchange, Threshold, write_mask
-from bip.pruning.threshold_device import DeviceThreshold
-from bip.pruning.threshold_device import write_mask as write_mask_on_device
+from bip.pruning.layout import Segment
+from bip.pruning.select_cpu import Exchange, Threshold, write_mask
+from bip.pruning.select_cuda import DeviceThreshold
+from bip.pruning.select_cuda import write_mask as write_mask_on_device
 
 KINDS = ("normal", "heavy", "equal", "ties", "denormal", "zeros", "infinite", "one_large")
 

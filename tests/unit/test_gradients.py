@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.state import PrunedParameters
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import prune, random_batch, small_net
 

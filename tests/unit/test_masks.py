@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bip import models
 from bip.errors import UserError
-from bip.pruning.mask import find_prunable, keep_count
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.layout import find_prunable, keep_count
+from bip.pruning.state import PrunedParameters
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import small_net
 

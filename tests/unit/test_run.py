@@ -22,7 +22,7 @@ from bip.config import load_config
 from bip.data.loaders import Data
 from bip.distributed.group import Group, Ranks
 from bip.errors import UserError
-from bip.pruning.mask import keep_count
+from bip.pruning.layout import keep_count
 from bip.run import Run
 from bip.run import train as train_run
 from bip.training import loop

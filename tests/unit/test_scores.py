@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bip.pruning.mask import find_prunable
+from bip.pruning.layout import find_prunable
 from bip.pruning.scores import initialise_scores
 
 FAN_IN, FAN_OUT = 32 * 9, 48 * 9  # of the convolution below

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bip.errors import UserError
 from bip.pruning import kernels
-from bip.pruning.mask import Segment
-from bip.pruning.threshold import (
+from bip.pruning.layout import Segment
+from bip.pruning.select_cpu import (
     ALL_TIES,
     LARGEST,
     Alone,
@@ -24,7 +24,7 @@ from bip.pruning.threshold import (
     own_slice,
     write_mask,
 )
-from bip.pruning.threshold_device import write_mask as write_mask_on_device
+from bip.pruning.select_cuda import write_mask as write_mask_on_device
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
 from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bip import models
-from bip.pruning.mask import keep_count
+from bip.pruning.layout import keep_count
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, build_step
 from tests.unit.networks import METHODS, make_config, prune

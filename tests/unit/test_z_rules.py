@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bip.pruning.mask import find_prunable
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.layout import find_prunable
+from bip.pruning.state import PrunedParameters
 from bip.training.steps import BilevelStep, ForwardBackward
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import (

@@ -16,13 +16,13 @@ from typing import Any
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
 from bip.lock import KILL_WAIT_NAME
-from launch import slurm
-from launch.chain import Array, plan_arrays
-from launch.ledger import Lock, Record, Sweep
+from launch.local.worker import without_job
 from launch.profile import SlurmProfile
-from launch.rank import PROFILE, SUBMITTED, run_point
-from launch.snapshot import ROOT, snapshot
-from launch.task import without_job
+from launch.slurm import client as slurm
+from launch.slurm.chain import Array, plan_arrays
+from launch.slurm.rank import PROFILE, SUBMITTED, run_point
+from launch.slurm.snapshot import ROOT, snapshot
+from launch.sweep import Lock, Record, Sweep
 
 # A line of the profile's setup that fails ends the task. (`set -e` would go on into the functions
 # and scripts of `module` and `conda`, which do not bear it.)

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from bip.distributed.preemption import SIGNALS, StopRequest, signal_name
+from bip.distributed.signals import SIGNALS, StopRequest, signal_name
 
 if TYPE_CHECKING:
-    from launch import slurm
-    from launch.ledger import Sweep
+    from launch.slurm import client as slurm
+    from launch.sweep import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
 ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS, of the batch script's
@@ -43,7 +43,7 @@ def run_point(folder: str) -> None:
     from bip.config import build_config, read_yaml
     from bip.errors import LostWorker, RankError, Stopped, UserError
     from bip.files import may_pass
-    from launch.ledger import Sweep
+    from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))
     run_id = os.environ[POINT]
@@ -167,7 +167,7 @@ class Attempt:
 
     def _requeue(self, signal_name: str, told: str, by_batch: bool) -> None:
         """On return the batch script requeues, if SLURM has not been asked to already."""
-        from launch import slurm
+        from launch.slurm import client as slurm
 
         resume = f"python -m launch resume {self.sweep.folder} goes on"
         if self.sweep.failure_path(self.run_id).exists():
@@ -257,7 +257,7 @@ class Attempt:
 
         That is preempted, timed_out, requeued (by somebody), or lost: SLURM did nothing to it.
         """
-        from launch import slurm
+        from launch.slurm import client as slurm
 
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         deadline = time.monotonic() + LATE_SECONDS

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bip.distributed.group import Group
 from bip.errors import RankError, UserError
-from bip.pruning.parameters import PrunedParameters
+from bip.pruning.state import PrunedParameters
 
 CHUNK = 1 << 18  # words mixed at once: they stay in a CPU's cache
 

@@ -17,8 +17,8 @@ from torch.autograd.graph import increment_version
 
 from bip.errors import UserError
 from bip.pruning import kernels
-from bip.pruning.mask import Followers, Layout, PrunableTensor, Scope
-from bip.pruning.threshold import (
+from bip.pruning.layout import Followers, Layout, PrunableTensor, Scope
+from bip.pruning.select_cpu import (
     Alone,
     Cut,
     Exchange,
@@ -27,8 +27,8 @@ from bip.pruning.threshold import (
     move_mask_and_z,
     write_mask,
 )
-from bip.pruning.threshold_device import DeviceThreshold
-from bip.pruning.threshold_device import write_mask as write_mask_on_device
+from bip.pruning.select_cuda import DeviceThreshold
+from bip.pruning.select_cuda import write_mask as write_mask_on_device
 
 
 class PrunedParameters:

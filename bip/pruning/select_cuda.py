@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bip.pruning.kernels import INFINITY, MAGNITUDE
-from bip.pruning.mask import Segment
-from bip.pruning.threshold import Exchange, own_slice
+from bip.pruning.layout import Segment
+from bip.pruning.select_cpu import Exchange, own_slice
 
 CHUNK = 1 << 24  # elements whose temporaries exist at once
 SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
@@ -91,7 +91,7 @@ def write_mask(
 ) -> Tensor:
     """mask = 1 on what `DeviceThreshold.select` keeps of each segment, else 0.
 
-    Returns (2,): the proof that `bip.pruning.threshold.write_mask` gives, still on the device.
+    Returns (2,): the proof that `bip.pruning.select_cpu.write_mask` gives, still on the device.
     """
     proof = torch.zeros(2, dtype=torch.int64, device=values.device)
     for row, segment in enumerate(segments):

@@ -31,7 +31,7 @@ from typing import Literal
 from bip.config import Mode, read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
-from launch.series import STAGES, Point, check_same_source
+from launch.plan import STAGES, Point, check_same_source
 
 VERSION = 1
 StateName = Literal["waiting", "running", "done", "failed", "blocked"]

@@ -13,10 +13,10 @@ from typing import Literal
 from bip.config import RunConfig
 from bip.data.staging import network_filesystem
 from bip.errors import UserError
-from launch import slurm
-from launch.chain import plan_arrays
-from launch.ledger import Record
 from launch.profile import SlurmProfile
+from launch.slurm import client as slurm
+from launch.slurm.chain import plan_arrays
+from launch.sweep import Record
 
 _PROBE = """
 import os, shutil, socket, sys

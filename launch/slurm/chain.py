@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from bip.errors import UserError
-from launch.ledger import Record
-from launch.series import STAGES
+from launch.plan import STAGES
+from launch.sweep import Record
 
 
 @dataclass

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from bip.errors import UserError
 from bip.files import atomic_write_json
-from launch.ledger import Queue, Sweep
+from launch.local.worker import TRAIN, VISIBLE_GPUS, without_job, work
 from launch.profile import Profile
-from launch.task import TRAIN, VISIBLE_GPUS, without_job, work
+from launch.sweep import Queue, Sweep
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
 
@@ -41,7 +41,7 @@ def _start_apart(sweep: Sweep, count: int) -> None:
     log = sweep.jobs / "submit.log"
     with open(log, "ab") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-m", "launch.submit", str(sweep.folder), str(count)],
+            [sys.executable, "-m", "launch.local.executor", str(sweep.folder), str(count)],
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,

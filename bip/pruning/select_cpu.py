@@ -26,7 +26,7 @@ from torch import Tensor
 from bip.errors import UserError
 from bip.pruning import kernels
 from bip.pruning.kernels import Bits
-from bip.pruning.mask import Segment
+from bip.pruning.layout import Segment
 
 LARGEST = int(kernels.MAGNITUDE)
 ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut

@@ -10,8 +10,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch import slurm
-from launch.ledger import FINAL, Lock, Queue, Record, Sweep
+from launch.slurm import client as slurm
+from launch.sweep import FINAL, Lock, Queue, Record, Sweep
 
 TRAIN = [sys.executable, "-m", "bip", "train"]
 POLL_SECONDS = 0.25

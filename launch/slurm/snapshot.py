@@ -6,7 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _PARTS = ("bip/**/*.py", "launch/**/*.py", "slurm/task.sh", "slurm/profiles/local.yml")
 
 
