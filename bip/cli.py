@@ -33,31 +33,49 @@ def _default(field: FieldInfo) -> str:
     return "" if field.is_required() or field.default is None else f"(default: {field.default})"
 
 
+def _flag(name: str, field: FieldInfo, with_choices: bool) -> Any:
+    """The field as tyro takes it. Its choices may cost an import, and only --help shows them."""
+    choices = getattr(_setting(field), "choices", None) if with_choices else None
+    arg = tyro.conf.arg(
+        help=field.description or "",
+        help_behavior_hint=_default(field),
+        aliases=_aliases(name, field),
+        metavar="{" + ",".join(choices()) + "}" if choices else None,
+    )
+    return Annotated[_flag_type(field), arg]
+
+
+def _setting(field: FieldInfo) -> Any:
+    extra = field.json_schema_extra
+    return extra.get("setting") if isinstance(extra, dict) else None
+
+
 def parse_flags(
     models: Iterable[type[BaseModel]], argv: list[str], prog: str, description: str
 ) -> dict[str, Any]:
     """The flags that `argv` gives, by field name; a flag left out is absent from the result.
 
-    Every field of every model is a flag, in hyphen and underscore spelling. Raises UserError
-    (one line, with the nearest right name) for an unknown flag or an unreadable value, and
-    SystemExit(0) for --help.
+    Every field of every model is a flag, in hyphen and underscore spelling; --help shows them in
+    the groups that the fields name. Raises UserError (one line, with the nearest right name) for
+    an unknown flag or an unreadable value, and SystemExit(0) for --help.
     """
-    fields = {
-        name: Annotated[
-            _flag_type(field),
-            tyro.conf.arg(
-                help=field.description or "",
-                help_behavior_hint=_default(field),
-                aliases=_aliases(name, field),
-            ),
-        ]
-        for model in models
-        for name, field in model.model_fields.items()
-    }
-    flags: Any = TypedDict("flags", fields, total=False)  # type: ignore[misc]
+    shows_help = not {"-h", "--help"}.isdisjoint(argv)
+    groups: dict[str, dict[str, Any]] = {}
+    for model in models:
+        for name, field in model.model_fields.items():
+            group = getattr(_setting(field), "group", model.__name__.removesuffix("Options"))
+            groups.setdefault(group.lower(), {})[name] = _flag(name, field, shows_help)
+    flags: Any = TypedDict(  # type: ignore[misc]
+        "flags",
+        {
+            group: Annotated[TypedDict(group, fields, total=False), tyro.conf.OmitArgPrefixes]  # type: ignore[misc]
+            for group, fields in groups.items()
+        },
+        total=False,
+    )
     with _one_line_errors():
         given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
-    return dict(given)
+    return {name: value for group in given.values() for name, value in group.items()}
 
 
 def call(commands: dict[str, Callable[..., None]], argv: list[str], prog: str) -> None:

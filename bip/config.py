@@ -1,12 +1,17 @@
-"""One run's configuration: YAML, then flags, one frozen `RunConfig`; its fingerprint and folder."""
+"""One run's configuration: YAML, then flags, one frozen `RunConfig`; its fingerprint and folder.
+
+A key stands once, as a field of RunConfig: its type and bounds, its default, its help, its group,
+whether it changes numbers, and where it acts.
+"""
 
 import hashlib
 import json
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -20,17 +25,53 @@ from pydantic import (
     model_validator,
 )
 
-from bip.cli import one_line, parse_flags
+from bip.cli import nearest, one_line, parse_flags
 from bip.errors import UserError
 from bip.files import may_pass
+from bip.methods import find, spellings
+from bip.methods.base import Method, Mode
 
-Mode = Literal["pretrain", "prune", "finetune"]
 LayerType = Literal["dense", "unstructured", "filter", "channel"]
 Schedule = Literal["cosine", "step"]
 ScoreInit = Literal["hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"]
 DatasetName = Literal[
     "CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageNetOrigin", "ImageNetLMDB", "Digits"
 ]
+
+Idle = Callable[["RunConfig"], str | None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of RunConfig says of itself beside type, default and help.
+
+    `numbers`: it changes the run's numbers, so it is part of the fingerprint.
+    `of_method`: it acts only in methods that list it in their `keys`.
+    `idle`: why it does not act in a run, or None.
+    `choices`: its values, for --help and errors, where the type does not list them.
+    """
+
+    group: str
+    numbers: bool = True
+    of_method: bool = False
+    idle: Idle = lambda _config: None
+    choices: Callable[[], Iterable[str]] | None = None
+
+
+def setting(
+    group: str,
+    default: Any,
+    help: str,
+    *,
+    numbers: bool = True,
+    of_method: bool = False,
+    idle: Idle = lambda _config: None,
+    choices: Callable[[], Iterable[str]] | None = None,
+    **field: Any,
+) -> Any:
+    """A field of RunConfig. `...` as the default: it must be given."""
+    about = Setting(group, numbers, of_method, idle, choices)
+    return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
 
 
 def _decimal_as_written(value: Any) -> Any:
@@ -46,6 +87,46 @@ Positive = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+def _networks() -> list[str]:
+    from bip import models  # imports torch, which only --help waits for
+
+    return [*models.names(), "torchvision/NAME"]
+
+
+def _unless_scaled(config: "RunConfig") -> str | None:
+    scales = config.method.has_mask or config.scale_rand_init
+    return None if scales else "a dense network is trained"
+
+
+def _unless_implicit(config: "RunConfig") -> str | None:
+    return "--accelerate leaves the implicit term out" if config.accelerate else None
+
+
+def _unless_drawn(config: "RunConfig") -> str | None:
+    return "--scaled-score-init sets the scores" if config.scaled_score_init else None
+
+
+def _unless_warm(config: "RunConfig") -> str | None:
+    return None if config.warmup_epochs else "--warmup-epochs is 0"
+
+
+def _unless_constant(config: "RunConfig") -> str | None:
+    linear = "--warmup linear starts near 0" if config.warmup == "linear" else None
+    return _unless_warm(config) or linear
+
+
+def _unless_trained(config: "RunConfig") -> str | None:
+    return "--freeze-bn trains no batch-norm" if config.freeze_bn else None
+
+
+def _unless_adam(config: "RunConfig") -> str | None:
+    return "adam has none" if config.optimizer == "adam" else None
+
+
+RUN, NETWORK, PRUNING, BILEVEL = "run", "network", "pruning", "two-level"
+DATA, OPTIMIZATION, SPEED, REPORTS = "data", "optimization", "speed", "report"
+
+
 class RunConfig(BaseModel):
     """Everything that defines one run. Names are the published flags.
 
@@ -56,117 +137,145 @@ class RunConfig(BaseModel):
         frozen=True, extra="forbid", validate_default=True, populate_by_name=True
     )
 
-    # Paths, speed and reporting: free to differ between two attempts of one run.
-    UNFINGERPRINTED: ClassVar[set[str]] = {
-        *("configs", "exp_name", "result_dir", "resume", "source_net", "evaluate", "data_dir"),
-        *("num_workers", "loader", "stage_to", "print_freq", "checkpoint_minutes", "save_dense"),
-        *("val_method", "data_fraction", "test_batch_size", "check_ranks", "rank_timeout"),
-    }
+    configs: Path | None = setting(RUN, None, "YAML file of settings; flags beat it", numbers=False)
+    exp_name: str = setting(
+        RUN, ..., "name of the experiment, a folder name", numbers=False, min_length=1
+    )
+    exp_mode: Mode = setting(RUN, ..., "pretrain, prune or finetune")
+    result_dir: Path = setting(
+        RUN, Path("trained_models"), "folder of all experiments", numbers=False
+    )
+    seed: int = setting(RUN, 1234, "seed of everything random", ge=0, lt=2**63)
+    resume: Path | None = setting(RUN, None, "checkpoint to go on from", numbers=False)
+    source_net: Path | None = setting(RUN, None, "checkpoint to prune or fine-tune", numbers=False)
+    evaluate: bool = setting(RUN, False, "only evaluate --source-net or --resume", numbers=False)
 
-    # What is run, and where it is written
-    configs: Path | None = Field(None, description="YAML file of settings; flags beat it")
-    exp_name: str = Field(min_length=1, description="name of the experiment, a folder name")
-    exp_mode: Mode = Field(description="pretrain, prune or finetune")
-    result_dir: Path = Field(Path("trained_models"), description="folder of all experiments")
-    seed: int = Field(1234, ge=0, lt=2**63, description="seed of everything random")
-    resume: Path | None = Field(None, description="checkpoint to go on from")
-    source_net: Path | None = Field(None, description="checkpoint to prune or fine-tune")
-    evaluate: bool = Field(False, description="only evaluate --source-net or --resume")
-
-    # The network
-    arch: str = Field(description="network name, or torchvision/NAME")
-    num_classes: int | None = Field(None, ge=1, description="output classes (of the data set)")
-    freeze_bn: bool = Field(False, description="freeze batch-norm affine and running statistics")
-    sync_bn: bool = Field(False, description="batch statistics over all ranks")
-    scale_rand_init: bool = Field(
-        False, description="scale a fresh network's weights by the keep ratio k (pretrain)"
-    )
-
-    # Pruning
-    trainer: Literal["base", "bilevel"] = Field(
-        "base", description="base: plain training, or HYDRA when pruning; bilevel: BiP"
-    )
-    layer_type: LayerType = Field("dense", description="what is pruned")
-    scope: Literal["global", "layer"] | None = Field(
-        None, description="one ranking over the network, or k per layer (structured: layer)"
-    )
-    k: Fraction = Field(Decimal("1.0"), description="keep ratio, in (0, 1]")
-    scaled_score_init: bool = Field(False, description="scores start as the weights")
-    scores_init_type: ScoreInit | None = Field(
-        None, description="other score initialisations (default kaiming_uniform)"
-    )
-    lr2: Rate = Field(
-        1e-4,
-        validation_alias=AliasChoices("lr2", "inv_gamma"),
-        description="1/gamma, the weight of the implicit gradient",
-    )
-    accelerate: bool = Field(False, description="BiP without the implicit term, upper step first")
-    lower_steps: Positive = Field(1, description="lower steps per upper step")
-    recalibrate_bn: int = Field(
-        0, ge=0, description="training batches that re-estimate batch-norm under the final mask"
-    )
-
-    # Data
-    dataset: DatasetName = Field(description="data set")
-    data_dir: Path = Field(Path("data"), description="folder of the data set")
-    batch_size: Positive = Field(128, description="global batch, divided among the ranks")
-    test_batch_size: Positive = Field(128, description="global batch of evaluation")
-    num_workers: int = Field(2, ge=0, description="data workers per rank")
-    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = Field(
-        "auto", description="data loader"
-    )
-    stage_to: Path | None = Field(
-        None, description="local folder that LMDB stores are copied to, once per node"
-    )
-    skip_bad: bool = Field(
-        False, description="replace training images that cannot be read, instead of stopping"
-    )
-    normalize: bool = Field(False, description="normalise by the data set's mean and deviation")
-    image_dim: int | None = Field(None, ge=1, description="image side in pixels")
-    holdout: int = Field(0, ge=0, description="training images held out to choose the best epoch")
-
-    # Optimization
-    epochs: Positive = Field(100, description="epochs")
-    max_steps: int | None = Field(
-        None, ge=1, description="train for so many steps, the schedules too"
-    )
-    optimizer: Literal["sgd", "adam", "rmsprop"] = Field("sgd", description="both levels'")
-    lr: Rate = Field(0.1, description="learning rate (of the scores in HYDRA)")
-    lr_schedule: Schedule = Field("cosine", description="schedule of lr")
-    wd: Rate = Field(5e-4, description="weight decay")
-    bn_wd: bool = Field(True, description="weight decay on batch-norm affine")
-    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of sgd and rmsprop")
-    mask_lr: Rate = Field(0.1, description="learning rate of BiP's scores")
-    mask_lr_schedule: Schedule = Field("cosine", description="schedule of mask_lr")
-    mask_wd: Rate | None = Field(None, description="weight decay of BiP's scores (default wd)")
-    warmup_epochs: int = Field(0, ge=0, description="epochs of warm-up")
-    warmup: Literal["constant", "linear"] = Field(
-        "constant", description="warm up at warmup_lr, or linearly up to lr"
-    )
-    warmup_lr: Rate = Field(0.1, description="learning rate of a constant warm-up")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing in training")
-    accumulate: Positive = Field(1, description="micro-batches per step on each rank")
-
-    # Speed
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast")
-    check_ranks: int = Field(0, ge=0, description="compare all ranks' state every so many steps")
-    rank_timeout: float = Field(
-        120.0, ge=1, le=86_400, allow_inf_nan=False,
-        description="seconds after which a rank that does not answer ends the run; one that "
-        "answers but is stuck ends it after ten times that, at least 10 minutes",
+    arch: str = setting(NETWORK, ..., "network", choices=_networks)
+    num_classes: int | None = setting(NETWORK, None, "output classes (of the data set)", ge=1)
+    freeze_bn: bool = setting(NETWORK, False, "freeze batch-norm affine and running statistics")
+    sync_bn: bool = setting(NETWORK, False, "batch statistics over all ranks")
+    scale_rand_init: bool = setting(
+        NETWORK, False, "scale a fresh network's weights by the keep ratio k (pretrain)",
+        of_method=True,
     )  # fmt: skip
-    compile: bool = Field(False, description="torch.compile the network")
-    deterministic: bool = Field(False, description="only deterministic GPU kernels")
 
-    # Reports
-    print_freq: Positive = Field(10, description="steps between log lines")
-    eval_every: Positive = Field(1, description="epochs between evaluations")
-    checkpoint_minutes: float = Field(
-        10.0, gt=0, allow_inf_nan=False, description="minutes between checkpoints"
+    trainer: str = setting(
+        PRUNING, "base", "method; base: plain training, or HYDRA when pruning; bilevel: BiP",
+        choices=spellings,
+    )  # fmt: skip
+    layer_type: LayerType = setting(PRUNING, "dense", "what is pruned", of_method=True)
+    scope: Literal["global", "layer"] | None = setting(
+        PRUNING, None, "one ranking over the network, or k per layer (structured: layer)",
+        of_method=True,
+    )  # fmt: skip
+    k: Fraction = setting(
+        PRUNING, Decimal("1.0"), "keep ratio, in (0, 1]", of_method=True, idle=_unless_scaled
     )
-    save_dense: bool = Field(False, description="also save the masked weights as a plain network")
-    val_method: Literal["base"] = Field("base", description="accepted from published files")
-    data_fraction: float = Field(1.0, gt=0, le=1, description="accepted from published files")
+    scaled_score_init: bool = setting(PRUNING, False, "scores start as the weights", of_method=True)
+    scores_init_type: ScoreInit | None = setting(
+        PRUNING, None, "other score initialisations (default kaiming_uniform)",
+        of_method=True, idle=_unless_drawn,
+    )  # fmt: skip
+    recalibrate_bn: int = setting(
+        PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
+        of_method=True, ge=0,
+    )  # fmt: skip
+
+    lr2: Rate = setting(
+        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient",
+        of_method=True, idle=_unless_implicit, validation_alias=AliasChoices("lr2", "inv_gamma"),
+    )  # fmt: skip
+    accelerate: bool = setting(
+        BILEVEL, False, "BiP without the implicit term, upper step first", of_method=True
+    )
+    lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step", of_method=True)
+    mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
+    mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr", of_method=True)
+    mask_wd: Rate | None = setting(
+        BILEVEL, None, "weight decay of BiP's scores (default wd)", of_method=True
+    )
+
+    dataset: DatasetName = setting(DATA, ..., "data set")
+    data_dir: Path = setting(DATA, Path("data"), "folder of the data set", numbers=False)
+    batch_size: Positive = setting(DATA, 128, "global batch, divided among the ranks")
+    test_batch_size: Positive = setting(DATA, 128, "global batch of evaluation", numbers=False)
+    num_workers: int = setting(DATA, 2, "data workers per rank", numbers=False, ge=0)
+    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = setting(
+        DATA, "auto", "data loader", numbers=False
+    )
+    stage_to: Path | None = setting(
+        DATA, None, "local folder that LMDB stores are copied to, once per node", numbers=False
+    )
+    skip_bad: bool = setting(
+        DATA, False, "replace training images that cannot be read, instead of stopping"
+    )
+    normalize: bool = setting(DATA, False, "normalise by the data set's mean and deviation")
+    image_dim: int | None = setting(DATA, None, "image side in pixels", ge=1)
+    holdout: int = setting(DATA, 0, "training images held out to choose the best epoch", ge=0)
+    data_fraction: float = setting(
+        DATA, 1.0, "accepted from published files", numbers=False, gt=0, le=1
+    )
+
+    epochs: Positive = setting(OPTIMIZATION, 100, "epochs, those of warm-up among them")
+    max_steps: int | None = setting(
+        OPTIMIZATION, None, "train for so many steps, the schedules too", ge=1
+    )
+    optimizer: Literal["sgd", "adam", "rmsprop"] = setting(OPTIMIZATION, "sgd", "both levels'")
+    lr: Rate = setting(OPTIMIZATION, 0.1, "learning rate (of the scores in HYDRA)")
+    lr_schedule: Schedule = setting(OPTIMIZATION, "cosine", "schedule of lr")
+    wd: Rate = setting(OPTIMIZATION, 5e-4, "weight decay")
+    bn_wd: bool = setting(
+        OPTIMIZATION, True, "weight decay on batch-norm affine", idle=_unless_trained
+    )
+    momentum: float = setting(
+        OPTIMIZATION, 0.9, "momentum of sgd and rmsprop", idle=_unless_adam, ge=0, lt=1
+    )
+    warmup_epochs: int = setting(OPTIMIZATION, 0, "epochs of warm-up", ge=0)
+    warmup: Literal["constant", "linear"] = setting(
+        OPTIMIZATION, "constant", "warm up at warmup_lr, or linearly up to lr", idle=_unless_warm
+    )
+    warmup_lr: Rate = setting(
+        OPTIMIZATION, 0.1, "learning rate of a constant warm-up", idle=_unless_constant
+    )
+    label_smoothing: float = setting(OPTIMIZATION, 0.0, "label smoothing in training", ge=0, lt=1)
+    accumulate: Positive = setting(OPTIMIZATION, 1, "micro-batches per step on each rank")
+
+    precision: Literal["fp32", "bf16"] = setting(SPEED, "fp32", "bf16: autocast")
+    compile: bool = setting(SPEED, False, "torch.compile the network")
+    deterministic: bool = setting(SPEED, False, "only deterministic GPU kernels")
+    check_ranks: int = setting(
+        SPEED, 0, "compare all ranks' state every so many steps", numbers=False, ge=0
+    )
+    rank_timeout: float = setting(
+        SPEED, 120.0,
+        "seconds after which a rank that does not answer ends the run; one that answers but is "
+        "stuck ends it after ten times that, at least 10 minutes",
+        numbers=False, ge=1, le=86_400, allow_inf_nan=False,
+    )  # fmt: skip
+
+    print_freq: Positive = setting(REPORTS, 10, "steps between log lines", numbers=False)
+    eval_every: Positive = setting(REPORTS, 1, "epochs between evaluations")
+    checkpoint_minutes: float = setting(
+        REPORTS, 10.0, "minutes between checkpoints", numbers=False, gt=0, allow_inf_nan=False
+    )
+    save_dense: bool = setting(
+        REPORTS, False, "also save the masked weights as a plain network", numbers=False
+    )
+    val_method: Literal["base"] = setting(
+        REPORTS, "base", "accepted from published files", numbers=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_method(cls, values: Any) -> Any:
+        """`trainer` becomes the name that RUN_IDs have: of a method's names that is one."""
+        trainer, mode = values.get("trainer", "base"), values.get("exp_mode")
+        if mode not in get_args(Mode):
+            return values  # its own field reports it
+        try:
+            return values | {"trainer": find(str(trainer), mode).trainer}
+        except ValueError as error:
+            raise ValueError(f"trainer: {error}") from None
 
     @field_validator("k")
     @classmethod
@@ -193,14 +302,10 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.exp_mode != "pretrain" and self.layer_type == "dense":
+        if self.method.has_mask and self.layer_type == "dense":
             raise ValueError(
                 f"layer_type: dense cannot be used with exp_mode {self.exp_mode}; "
                 "give --layer-type unstructured, filter or channel"
-            )
-        if self.trainer == "bilevel" and self.exp_mode != "prune":
-            raise ValueError(
-                f"trainer: bilevel prunes, it cannot {self.exp_mode}; give --trainer base"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -224,23 +329,14 @@ class RunConfig(BaseModel):
         return self.scope or ("global" if self.layer_type == "unstructured" else "layer")
 
     @property
-    def method(self) -> Literal["pretrain", "bip", "hydra", "finetune"]:
-        """Which of the four kinds of training step this run takes."""
-        if self.exp_mode == "pretrain":
-            return "pretrain"
-        if self.exp_mode == "finetune":
-            return "finetune"
-        return "bip" if self.trainer == "bilevel" else "hydra"
+    def method(self) -> type[Method]:
+        """What trains or prunes in this run."""
+        return find(self.trainer, self.exp_mode)
 
     @property
     def score_init(self) -> ScoreInit | Literal["scaled"]:
         """How the scores start; --scaled-score-init beats --scores-init-type, as published."""
         return "scaled" if self.scaled_score_init else self.scores_init_type or "kaiming_uniform"
-
-    @property
-    def lower_batches(self) -> int:
-        """Lower-level batches that one iteration takes."""
-        return self.lower_steps if self.method == "bip" else 1
 
     @property
     def dataset_name(self) -> str:
@@ -254,12 +350,16 @@ class RunConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """All settings that change this run's numbers, as plain types."""
-        free = self.UNFINGERPRINTED.union(*self._idle().values())
+        idle = self.idle()
         values = self.model_dump(mode="json") | {"k": self.k_text}
         values["dataset"] = self.dataset_name
         values["mask_wd"] = self.wd if self.mask_wd is None else self.mask_wd
-        values = {name: value for name, value in values.items() if name not in free}
-        return values | {"source_run": self.source_run}
+        found = {
+            name: value
+            for name, value in values.items()
+            if about(name).numbers and name not in idle
+        }
+        return found | {"source_run": self.source_run}
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what makes the run."""
@@ -282,44 +382,27 @@ class RunConfig(BaseModel):
         """RESULT_DIR/EXP_NAME/MODE/RUN_ID, a function of the configuration alone."""
         return self.result_dir / self.exp_name / self.exp_mode / self.run_id
 
+    def idle(self) -> dict[str, str]:
+        """The settings without effect in this run, and why."""
+        found = {}
+        for name in RunConfig.model_fields:
+            setting = about(name)
+            if setting.of_method and name not in self.method.keys:
+                found[name] = f"{self.method.name} does not use it"
+            elif reason := setting.idle(self):
+                found[name] = reason
+        return found
+
     def warnings(self) -> list[str]:
         """One line for each group of options that were given and have no effect in this run."""
-        defaults = {name: field.default for name, field in RunConfig.model_fields.items()}
-        given = {name for name in self.model_fields_set if getattr(self, name) != defaults[name]}
-        lines = []
-        for reason, names in self._idle().items():
-            if shown := sorted(names & given):
-                lines.append(f"no effect in this run ({reason}): {', '.join(shown)}")
-        return lines
-
-    def _idle(self) -> dict[str, set[str]]:
-        """Settings without effect in this run, by the reason."""
-        idle: dict[str, set[str]] = {}
-        if self.method != "bip":
-            levels = "there is no second level"
-            idle[levels] = {"lr2", "mask_lr", "mask_lr_schedule", "mask_wd", "accelerate"}
-            idle[levels] |= {"lower_steps"}
-        elif self.accelerate:
-            idle["--accelerate leaves the implicit term out"] = {"lr2"}
-        if self.exp_mode == "pretrain":
-            idle["a dense network is trained"] = {"layer_type", "scope", "recalibrate_bn"}
-            if not self.scale_rand_init:
-                idle["a dense network is trained"] |= {"k"}
-        else:
-            idle["the weights come from --source-net"] = {"scale_rand_init"}
-        if self.exp_mode != "prune":
-            idle["scores are not trained"] = {"scaled_score_init", "scores_init_type"}
-        elif self.scaled_score_init:
-            idle["--scaled-score-init sets the scores"] = {"scores_init_type"}
-        if not self.warmup_epochs:
-            idle["--warmup-epochs is 0"] = {"warmup", "warmup_lr"}
-        elif self.warmup == "linear":
-            idle["--warmup linear starts near 0"] = {"warmup_lr"}
-        if self.freeze_bn:
-            idle["--freeze-bn trains no batch-norm"] = {"bn_wd"}
-        if self.optimizer == "adam":
-            idle["adam has none"] = {"momentum"}
-        return idle
+        lines: dict[str, list[str]] = {}
+        for name, reason in sorted(self.idle().items()):
+            default = RunConfig.model_fields[name].default
+            if name in self.model_fields_set and getattr(self, name) != default:
+                lines.setdefault(reason, []).append(name)
+        return [
+            f"no effect in this run ({why}): {', '.join(names)}" for why, names in lines.items()
+        ]
 
     def batch_per_rank(self, world: int) -> int:
         """Training images of one step on one rank. Raises UserError if it does not divide."""
@@ -341,6 +424,11 @@ class RunConfig(BaseModel):
         # libyaml writes the same ten times faster, which shows in a sweep of a thousand runs.
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
+
+
+def about(name: str) -> Setting:
+    """What a key says of itself."""
+    return RunConfig.model_fields[name].json_schema_extra["setting"]  # type: ignore
 
 
 def nearest_multiple(value: int, factor: int) -> int:
@@ -404,8 +492,6 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"{path}: lr2 and inv_gamma are the same setting; keep one")
         from_file["lr2"] = from_file.pop("inv_gamma")
     if unknown := [key for key in from_file if key not in RunConfig.model_fields]:
-        from bip.cli import nearest
-
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], known_keys())}")
     return {key: value for key, value in from_file.items() if value is not None} | flags
 
@@ -416,7 +502,7 @@ def check_inputs(config: RunConfig) -> None:
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise UserError(f"{name}: no such file: {path}")
-    needs_source = config.exp_mode != "pretrain" or config.evaluate
+    needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:
             raise UserError("source_net: missing; --evaluate needs --source-net or --resume")

@@ -38,13 +38,14 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
     before = state.get("config")
     if before is None:
         return
-    if config.exp_mode == "finetune" and before["exp_mode"] == "pretrain":
+    pruned = config.method.starts_from == "pruned"
+    if pruned and before["exp_mode"] == "pretrain":
         raise UserError(f"{key}: holds a dense network; finetune starts from a pruned one")
     if before["exp_mode"] != "pretrain":
         made = f"holds a network pruned with layer_type {before['layer_type']}, k {before['k']}"
-        if config.evaluate and config.exp_mode == "pretrain":
+        if config.evaluate and not config.method.has_mask:
             raise UserError(f"{key}: {made}; evaluate it with these and --exp-mode prune")
-        if config.exp_mode != "finetune" and not config.evaluate:
+        if not pruned and not config.evaluate:
             raise UserError(f"{key}: {made}; {config.exp_mode} starts from a dense one")
     for name, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
         if before["exp_mode"] != "pretrain" and before[name] != mine:

@@ -3,78 +3,69 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from bip.config import RunConfig
 from bip.data.loaders import Data
 from bip.distributed.compare import check_finite, compare_ranks, run_state
 from bip.distributed.control import Control
 from bip.distributed.group import Group
+from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import Stopped, UserError
-from bip.pruning.state import PrunedParameters
+from bip.methods.base import Method, Parts
+from bip.run_folder import Progress, RunFolder
+from bip.training.checkpoint import State, model_state
 from bip.training.evaluate import Accuracy, average_statistics, evaluate, share_statistics
+from bip.training.forward import reseed
 from bip.training.metrics import RunLog, RunningMean
-from bip.training.optim import Clock
-from bip.training.steps import BilevelStep, TrainingStep, reseed
-
-
-@dataclass
-class Progress:
-    """How far a run has come: what a checkpoint says beside the tensors."""
-
-    iteration: int = 0
-    evaluated: int = 0  # the last iteration whose epoch's end was evaluated
-    seconds: float = 0.0
-    best_holdout: float | None = None
-    best_epoch: int | None = None
-    top1_before_bn_mask: float | None = None
 
 
 @dataclass
 class Loop:
-    """One run's training, from `progress` to the end of `clock`."""
+    """One run's training, from `progress` to the end of the clock."""
 
-    config: RunConfig
-    group: Group
+    parts: Parts
+    method: Method
     data: Data
-    network: nn.Module
-    pruned: PrunedParameters | None
-    step: TrainingStep
-    clock: Clock
-    log: RunLog
+    group: Group
     control: Control
     stop: StopRequest
-    save: Callable[[], None]
-    save_best: Callable[[], None]
-    progress: Progress = field(default_factory=Progress)
-    on_step: Callable[[int], None] = lambda _step: None
+    heartbeat: Heartbeat
+    folder: RunFolder
+    progress: Progress
+    log: RunLog
     saved_at: int = 0
+
+    def __post_init__(self) -> None:
+        self.config, self.clock = self.parts.config, self.parts.clock
+        self.network, self.pruned = self.parts.network, self.parts.pruned
 
     def run(self) -> None:
         """Train. Leaves the network as it is after the last iteration.
 
         Raises Stopped, on every rank at the same iteration and with a checkpoint saved, when a
-        rank was told to stop.
+        rank was signalled to stop.
         """
         train_mode(self.network, self.config.freeze_bn)
         self.saved_at = self.progress.iteration
         if signal := self.control.ask(self.stop.signal):
             self._stop(signal)
         self._end_epoch_if_due()
-        began, before = time.monotonic(), self.progress.seconds
-        saved = began
+        started, before = time.monotonic(), self.progress.seconds
+        saved = started
         means = RunningMean()
+        if self.progress.iteration == 0:
+            self.method.prepare()
         for iteration in range(self.progress.iteration, self.clock.iterations):
-            means.add(self.step(iteration))
+            means.add(self.method.step(iteration))
             done = self.progress.iteration = iteration + 1
-            self.progress.seconds = before + time.monotonic() - began
-            self.on_step(done)
+            self.progress.seconds = before + time.monotonic() - started
+            self.heartbeat.note_step(done)
             due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             proof = self.pruned.proof if self.pruned is not None else None
             news = self.control.post(self.stop.signal, due, proof)
@@ -107,12 +98,9 @@ class Loop:
         if self.pruned is not None:
             self.pruned.check()
         values: dict[str, float] = {"epoch": (done - 1) // self.clock.per_epoch + 1, **means}
-        for name, optimizer in self.step.optimizers.items():
+        for name, optimizer in self.method.optimizers.items():
             values[f"{name}_lr"] = optimizer.param_groups[0]["lr"]
-        if isinstance(self.step, BilevelStep) and self.step.upper.term_norms is not None:
-            implicit, direct = self.step.upper.term_norms.tolist()
-            if direct:
-                values["implicit_over_direct"] = implicit / direct
+        values |= self.method.facts()
         text = (
             f"epoch {values['epoch']}/{self.epochs} step {done}/{self.clock.iterations} "
             f"loss {means['loss']:.4f} top1 {means['top1']:.2f}% "
@@ -122,7 +110,7 @@ class Loop:
 
     @property
     def epochs(self) -> int:
-        """Epochs of training, begun ones counted."""
+        """Epochs of training, the last one whole or not."""
         return -(-self.clock.iterations // self.clock.per_epoch)
 
     def _end_epoch_if_due(self) -> None:
@@ -148,7 +136,7 @@ class Loop:
             text += f" holdout top1 {held.top1:.2f}%"
             if self.progress.best_holdout is None or held.top1 > self.progress.best_holdout:
                 self.progress.best_holdout, self.progress.best_epoch = held.top1, epoch
-                self.save_best()
+                self.folder.save_best(self.state)
         self.log.record(
             "epoch", self.progress.iteration, text, epoch=epoch, epochs=self.epochs, **values
         )
@@ -156,7 +144,7 @@ class Loop:
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
         """Accuracy on "test" or "holdout" of the network as it is.
 
-        Raises Stopped when a rank was told to stop meanwhile; what was trained is saved then.
+        Raises Stopped when a rank was signalled to stop meanwhile; what was trained is saved then.
         """
         size = self.data.eval_size(split)
         # Shards differ by an image, so perhaps by a batch: only those that all ranks have poll.
@@ -172,11 +160,11 @@ class Loop:
         )  # fmt: skip
 
     def recalibrate(self, batches: int) -> None:
-        """Estimate batch-norm statistics anew, on this many training batches past the last.
+        """Estimate batch-norm statistics again, on this many training batches past the last.
 
         Every rank takes its share of them; the statistics are the ranks' mean.
         """
-        first = self.clock.iterations * self.config.lower_batches
+        first = self.clock.iterations * self.method.lower_batches(self.config)
         stream = self.data.train("lower", first)
         reseed(self.config.seed, first, "lower", self.group.rank)
         taken = self.group.counted(itertools.islice(stream, batches))
@@ -186,8 +174,8 @@ class Loop:
     def _checkpoint(self) -> None:
         self.control.finish()
         self.agree()
-        check_finite(self._state(buffers=True), self.progress.iteration)
-        self.save()
+        check_finite(self._tensors(buffers=True), self.progress.iteration)
+        self.folder.save(self._state_to_resume, self.progress.iteration)
         self.saved_at = self.progress.iteration
 
     def agree(self) -> None:
@@ -200,10 +188,27 @@ class Loop:
         self._compare_ranks(buffers=True)
 
     def _compare_ranks(self, buffers: bool) -> None:
-        compare_ranks(self._state(buffers), self.group)
+        compare_ranks(self._tensors(buffers), self.group)
 
-    def _state(self, buffers: bool) -> Iterator[tuple[str, Tensor]]:
-        return run_state(self.network, self.pruned, self.step.optimizers, buffers)
+    def _tensors(self, buffers: bool) -> Iterator[tuple[str, Tensor]]:
+        return run_state(self.network, self.pruned, self.method.optimizers, buffers)
+
+    def state(self) -> State:
+        """What a model's file holds: the network, its mask, the settings, how far it has come."""
+        return model_state(self.config, self.network, self.pruned) | {
+            "progress": asdict(self.progress),
+            "data": self.data.identity,
+        }
+
+    def _state_to_resume(self) -> State:
+        optimizers = {name: o.state_dict() for name, o in self.method.optimizers.items()}
+        return self.state() | {"optimizer": optimizers}
+
+    def load_optimizers(self, state: State) -> None:
+        """Resume from a checkpoint's optimizers; a finished run's has none."""
+        if self.progress.iteration < self.clock.iterations:
+            for name, optimizer in self.method.optimizers.items():
+                optimizer.load_state_dict(state["optimizer"][name])
 
 
 def train_mode(network: nn.Module, freeze_bn: bool) -> None:

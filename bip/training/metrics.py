@@ -11,7 +11,7 @@ import torch
 
 from bip.distributed.group import Group
 from bip.files import append_jsonl, atomic_write_bytes, read_jsonl
-from bip.training.steps import Report
+from bip.training.forward import Report
 
 
 class RunningMean:

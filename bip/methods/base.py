@@ -1,0 +1,115 @@
+"""The seam between a method and everything else.
+
+A method is one class in one file of this folder. Its class attributes say what it is; they are
+read without importing torch. An instance is the method at work in one run: it does one iteration
+at a time (`step`), with parts that are ready-made: a level (bip/training/levels.py) owns an
+optimizer and the tensors that it moves, and `parts` has the network, θ, scores and mask, the
+batches and the clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+    from bip.config import RunConfig
+    from bip.pruning.scores import ScoreInit
+    from bip.pruning.state import PrunedParameters
+    from bip.training.forward import Batch, ForwardBackward, Report
+    from bip.training.levels import LowerLevel, UpperLevel
+    from bip.training.optim import Clock
+
+Mode = Literal["pretrain", "prune", "finetune"]
+Start = Literal["fresh", "dense", "pruned"]
+
+# Settings that act in some methods only: those of every method with a mask, and those of methods
+# that let the user choose how the scores start.
+MASK = frozenset({"k", "layer_type", "scope", "recalibrate_bn"})
+SCORES = frozenset({"scaled_score_init", "scores_init_type"})
+
+
+@dataclass
+class Parts:
+    """What a method works with on this rank.
+
+    `batches(level, number)` yields a level's batches from the given number on; `start` is the
+    iteration that the run begins or resumes at.
+    """
+
+    config: RunConfig
+    network: nn.Module
+    pruned: PrunedParameters | None
+    forward_backward: ForwardBackward
+    batches: Callable[[str, int], Iterator[Batch]]
+    clock: Clock
+    start: int = 0
+
+
+class Method(ABC):
+    """One way to train or prune a network.
+
+    `name`: what --trainer takes and tables show.
+    `trainer`: its name in RUN_IDs; the same, but for methods of the published code.
+    `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
+    (source_net, not pruned) or "pruned" (source_net, with its mask).
+    `has_mask`: whether the run has θ, scores and a mask beside the network.
+    `keys`: the settings that act in it, of those that do not act in every method.
+    """
+
+    name: ClassVar[str]
+    trainer: ClassVar[str]
+    summary: ClassVar[str]
+    mode: ClassVar[Mode]
+    starts_from: ClassVar[Start] = "dense"
+    has_mask: ClassVar[bool] = True
+    keys: ClassVar[frozenset[str]] = MASK
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "name" in vars(cls) and "trainer" not in vars(cls):
+            cls.trainer = cls.name
+
+    @classmethod
+    def score_init(cls, config: RunConfig) -> ScoreInit:
+        """How the scores start (`bip.pruning.scores.initialise_scores`)."""
+        return config.score_init
+
+    @classmethod
+    def lower_batches(cls, config: RunConfig) -> int:
+        """Batches of the lower level that one iteration takes: an epoch is one pass over these."""
+        return 1
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+
+    @property
+    @abstractmethod
+    def optimizers(self) -> dict[str, Optimizer]:
+        """By level: what a checkpoint keeps of them."""
+
+    @abstractmethod
+    def step(self, iteration: int) -> list[Report]:
+        """One iteration, the same on every rank; a report for each forward-backward."""
+
+    def prepare(self) -> None:  # noqa: B027
+        """Called once in a run's life, before iteration 0: to score or prune at the start."""
+
+    def facts(self) -> dict[str, float]:
+        """Figures of the last iteration for the log. Called every `print_freq` iterations."""
+        return {}
+
+    def lower_level(self, **options: Any) -> LowerLevel:
+        from bip.training.levels import LowerLevel
+
+        return LowerLevel(self.parts, **options)
+
+    def upper_level(self, **options: Any) -> UpperLevel:
+        from bip.training.levels import UpperLevel
+
+        return UpperLevel(self.parts, **options)

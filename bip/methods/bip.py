@@ -1,0 +1,56 @@
+"""BiP: bi-level-optimization pruning (Zhang et al., NeurIPS 2022, arXiv 2210.04092, Algorithm A1).
+
+One iteration: the lower level trains θ for the mask as it is, on the lower batch; then the upper
+level moves the scores by the hypergradient of eq. A4, on another batch, and the mask follows.
+`accelerate` is the published cheaper variant: upper level first, without the implicit term.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bip.methods.base import MASK, SCORES, Method, Parts
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from bip.config import RunConfig
+    from bip.training.forward import Report
+
+
+class Bip(Method):
+    name = "bip"
+    trainer = "bilevel"
+    summary = "trains weights and mask in turn, as two levels"
+    mode = "prune"
+    keys = (
+        MASK | SCORES | {"lr2", "accelerate", "lower_steps"}
+        | {"mask_lr", "mask_lr_schedule", "mask_wd"}
+    )  # fmt: skip
+
+    @classmethod
+    def lower_batches(cls, config: RunConfig) -> int:
+        return config.lower_steps
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        config = parts.config
+        self.lower = self.lower_level(repeats=config.lower_steps)
+        self.upper = self.upper_level(
+            inv_gamma=0.0 if config.accelerate else config.lr2,
+            rate="mask_lr",
+            weight_decay=config.mask_wd,
+            measures_terms=True,
+        )
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
+
+    def step(self, iteration: int) -> list[Report]:
+        if self.parts.config.accelerate:
+            return self.upper.step(iteration) + self.lower.step(iteration)
+        return self.lower.step(iteration) + self.upper.step(iteration)
+
+    def facts(self) -> dict[str, float]:
+        return self.upper.facts()

@@ -1,0 +1,33 @@
+"""Dense training: the plain step on every parameter. Its network is what the others prune."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bip.methods.base import Method, Parts
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from bip.training.forward import Report
+
+
+class Dense(Method):
+    name = "dense"
+    trainer = "base"
+    summary = "trains a dense network"
+    mode = "pretrain"
+    starts_from = "fresh"
+    has_mask = False
+    keys = frozenset({"k", "scale_rand_init"})
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self.lower = self.lower_level()
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"lower": self.lower.optimizer}
+
+    def step(self, iteration: int) -> list[Report]:
+        return self.lower.step(iteration)

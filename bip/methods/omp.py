@@ -1,0 +1,26 @@
+"""One-shot magnitude pruning: keep the largest |θ| of the dense network, then train them.
+
+Han et al., "Learning both Weights and Connections for Efficient Neural Networks" (arXiv
+1506.02626), in one step. The baseline that every other method must beat.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bip.methods.finetune import Finetune
+
+if TYPE_CHECKING:
+    from bip.config import RunConfig
+    from bip.pruning.scores import ScoreInit
+
+
+class OneShotMagnitude(Finetune):
+    name = "omp"
+    summary = "keeps the largest weights, once, then trains them"
+    mode = "prune"
+    starts_from = "dense"
+
+    @classmethod
+    def score_init(cls, config: RunConfig) -> ScoreInit:
+        return "scaled"  # s = θ: the mask that the run begins with is that of the largest weights

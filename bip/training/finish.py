@@ -1,0 +1,78 @@
+"""The end of a run: the final mask, the final accuracy, the models and, last, the result."""
+
+import copy
+from typing import Any
+
+from bip.pruning.layout import find_prunable
+from bip.training.checkpoint import hash_tensors, restore_model, split_state
+from bip.training.evaluate import Accuracy
+from bip.training.loop import Loop
+
+
+def finish(loop: Loop) -> dict[str, Any]:
+    """Finalise the trained network, write its models and its result, and return the result."""
+    progress, folder = loop.progress, loop.folder
+    network, pruned = loop.network, loop.pruned
+    follow = pruned is not None and pruned.followers
+    # The final checkpoint records it: an attempt that starts there cannot measure it again.
+    if follow and loop.config.exp_mode == "prune" and progress.top1_before_bn_mask is None:
+        progress.top1_before_bn_mask = loop.evaluate("test").top1
+    final = _finalise(loop)
+    best = best_state = None
+    if progress.best_epoch is not None:
+        best_state = folder.read_best()
+    if best_state is None:
+        progress.best_epoch = None
+        folder.save_best(loop.state)
+    else:
+        final_state = copy.deepcopy(loop.state())
+        # On a GPU a repeated epoch may differ from what it was when it was the best.
+        progress.best_epoch = best_state["progress"]["best_epoch"]
+        restore_model(network, pruned, best_state, str(folder.checkpoints.best))
+        best = _finalise(loop)
+        folder.save_best(loop.state)
+        restore_model(network, pruned, final_state, "final model")
+    dense = None
+    if loop.config.save_dense:
+        dense = {"state_dict": network.state_dict(), "arch": loop.config.arch}
+    return folder.finish(loop.state, progress.iteration, _result(loop, final, best), dense)
+
+
+def _finalise(loop: Loop) -> Accuracy:
+    """The mask is final now: what follows pruned filters becomes zero; test accuracy."""
+    if loop.pruned is not None:
+        loop.pruned.write_followers()
+        if loop.config.recalibrate_bn:
+            loop.recalibrate(loop.config.recalibrate_bn)
+    loop.agree()
+    return loop.evaluate("test")
+
+
+def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any]:
+    config, pruned, progress = loop.config, loop.pruned, loop.progress
+    # A dense network's total is that of unstructured pruning.
+    total = (pruned.layout if pruned else find_prunable(loop.network, "unstructured")).size
+    kept = pruned.kept() if pruned else total
+    weights, mask = split_state(loop.state())
+    result = {
+        "k": float(config.k),
+        "kept": kept,
+        "total": total,
+        "sparsity": 1 - kept / total,
+        "top1": final.top1,
+        "top5": final.top5,
+        "best_top1": best.top1 if best else None,
+        "best_epoch": progress.best_epoch,
+        "epochs": loop.epochs,
+        "seed": config.seed,
+        "arch": config.arch,
+        "dataset": config.dataset,
+        "trainer": config.trainer,
+        "layer_type": config.layer_type,
+        "mask_sha256": hash_tensors({"mask": mask}) if mask is not None else None,
+        "weights_sha256": hash_tensors(weights),
+        "seconds": progress.seconds,
+    }
+    if progress.top1_before_bn_mask is not None:
+        result["top1_before_bn_mask"] = progress.top1_before_bn_mask
+    return result

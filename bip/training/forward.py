@@ -1,0 +1,72 @@
+"""One forward-backward over this rank's part of a batch: the unit of cost of every method."""
+
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bip.config import RunConfig
+
+Batch = tuple[Tensor, Tensor]
+LEVELS = {"lower": 0, "upper": 1}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one forward-backward saw on this rank, still on the device: loss sum, hits, images."""
+
+    loss: Tensor
+    correct: Tensor
+    count: int
+
+
+class ForwardBackward:
+    """One forward-backward over this rank's part of a global batch, on the plain network.
+
+    Leaves the gradient of the global mean loss in the parameters' .grad, on every rank.
+    `ddp` is the network in DistributedDataParallel where there are several ranks.
+    """
+
+    def __init__(
+        self, config: RunConfig, network: nn.Module, ddp: DistributedDataParallel | None,
+        rank: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.config, self.network, self.ddp, self.rank, self.device = (
+            config, network, ddp, rank, device,
+        )  # fmt: skip
+        forward = ddp or network
+        self.forward = torch.compile(forward) if config.compile else forward
+
+    def __call__(self, batch: Batch, level: str, step: int) -> Report:
+        """Run on `batch` = (images (b, C, H, W), labels (b,)), in `accumulate` micro-batches."""
+        parts = self.config.accumulate
+        reseed(self.config.seed, step, level, self.rank)
+        self.network.zero_grad(set_to_none=True)
+        images, labels = batch[0].chunk(parts), batch[1].chunk(parts)
+        loss_sum = torch.zeros((), device=self.device)
+        correct = torch.zeros((), dtype=torch.int64, device=self.device)
+        for part, (x, y) in enumerate(zip(images, labels, strict=True)):
+            with self._sync_only(last=part == parts - 1):
+                # A context per forward: a cached bf16 cast of z would outlive z's rewriting.
+                with torch.autocast(
+                    self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+                ):
+                    output = self.forward(x)
+                    loss = F.cross_entropy(output, y, label_smoothing=self.config.label_smoothing)
+                (loss / parts).backward()
+            loss_sum += loss.detach() * len(y)
+            correct += (output.detach().argmax(1) == y).sum()
+        return Report(loss_sum, correct, len(batch[1]))
+
+    def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+
+
+def reseed(seed: int, step: int, level: str, rank: int) -> None:
+    """Dropout is a function of these four, so no generator needs saving."""
+    key = np.random.SeedSequence([seed, step, LEVELS[level], rank])
+    torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -1,0 +1,88 @@
+"""The two levels that methods are made of. Each owns an optimizer and the tensors that it moves."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import Tensor
+
+from bip.methods.base import Parts
+from bip.training.forward import Batch, Report
+from bip.training.optim import build_optimizer, lower_rate, mask_rate, set_rate, split_parameters
+
+
+class LowerLevel:
+    """Trains θ, biases and batch-norm under the mask as it is; every parameter of a dense network.
+
+    `repeats` steps an iteration. Where `mask_is_final`, what follows a pruned filter stays zero.
+    """
+
+    def __init__(self, parts: Parts, repeats: int = 1, mask_is_final: bool = False) -> None:
+        self.parts, self.repeats, self.mask_is_final = parts, repeats, mask_is_final
+        pruned = parts.pruned
+        norm, others = split_parameters(parts.network, pruned.z if pruned else ())
+        owned = [pruned.weights, *others] if pruned else others
+        trained_norm = [] if parts.config.freeze_bn else norm
+        self.optimizer = build_optimizer(parts.config, owned, trained_norm)
+        self.batches: Iterator[Batch] = parts.batches("lower", parts.start * repeats)
+
+    def step(self, iteration: int) -> list[Report]:
+        parts, pruned = self.parts, self.parts.pruned
+        set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
+        reports = []
+        for draw in range(iteration * self.repeats, (iteration + 1) * self.repeats):
+            reports.append(parts.forward_backward(next(self.batches), "lower", draw))
+            if pruned is not None:
+                pruned.set_lower_gradient()
+            self.optimizer.step()
+            if pruned is not None:
+                pruned.write_z()
+                if self.mask_is_final:
+                    pruned.write_followers()
+        return reports
+
+
+class UpperLevel:
+    """Moves the scores by the hypergradient, then the mask; θ as it is.
+
+    `inv_gamma` is 1/γ; 0 leaves the implicit term out. `rate` is the setting that rules the step.
+    Where it `owns_norm`, batch-norm affine moves with the scores. Where it `measures_terms`, the
+    norms of both gradient terms are taken whenever a line is logged.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        inv_gamma: float = 0.0,
+        rate: Literal["lr", "mask_lr"] = "lr",
+        weight_decay: float | None = None,
+        owns_norm: bool = False,
+        measures_terms: bool = False,
+    ) -> None:
+        assert parts.pruned is not None
+        self.parts, self.pruned, self.inv_gamma = parts, parts.pruned, inv_gamma
+        self.rate = lower_rate if rate == "lr" else mask_rate
+        self.measures_terms = measures_terms
+        self.term_norms: Tensor | None = None
+        norm, _ = split_parameters(parts.network, parts.pruned.z)
+        trained_norm = norm if owns_norm and not parts.config.freeze_bn else []
+        scores = [parts.pruned.scores]
+        self.optimizer = build_optimizer(parts.config, scores, trained_norm, weight_decay)
+        self.batches: Iterator[Batch] = parts.batches("upper", parts.start)
+
+    def step(self, iteration: int) -> list[Report]:
+        parts = self.parts
+        set_rate(self.optimizer, self.rate(parts.config, iteration, parts.clock))
+        report = parts.forward_backward(next(self.batches), "upper", iteration)
+        if self.measures_terms and parts.clock.is_due(iteration + 1, parts.config.print_freq):
+            self.term_norms = self.pruned.term_norms(self.inv_gamma)
+        self.pruned.set_upper_gradient(self.inv_gamma)
+        self.optimizer.step()
+        self.pruned.update_mask_and_z()
+        return [report]
+
+    def facts(self) -> dict[str, float]:
+        """The implicit term's share of the last step: its norm over the direct term's."""
+        if self.term_norms is None:
+            return {}
+        implicit, direct = self.term_norms.tolist()
+        return {"implicit_over_direct": implicit / direct} if direct else {}
