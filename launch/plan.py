@@ -5,12 +5,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, Field
 
-from bip.config import Mode, RunConfig, build_config, check_inputs, merge
+from bip.config import RunConfig, about, build_config, check_inputs, merge
 from bip.errors import UserError
+from bip.methods import find
+from bip.methods.base import Method, Mode
 
 # The published sparsity ladder (BiP, figures 4-6), as written there.
 # fmt: off
@@ -25,23 +27,7 @@ NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
 BEST = Path("checkpoint", "model_best.pth.tar")  # in a run folder: what the next stage starts from
-TRAINER_FILES = {"bilevel": "bip.yml", "base": "hydra.yml"}
 
-# Flags that act in some kinds of run only. A run where one is idle never sees it, so that, for
-# example, a sweep over --mask-lr shares its dense network.
-_ACTS_IN = {
-    "lr2": {"bip"},
-    "mask_lr": {"bip"},
-    "mask_lr_schedule": {"bip"},
-    "mask_wd": {"bip"},
-    "accelerate": {"bip"},
-    "lower_steps": {"bip"},
-    "scaled_score_init": {"bip", "hydra"},
-    "scores_init_type": {"bip", "hydra"},
-    "scope": {"bip", "hydra", "finetune"},
-    "recalibrate_bn": {"bip", "hydra", "finetune"},
-    "scale_rand_init": {"pretrain"},
-}
 # A point has its own of these: (product flag, single flag).
 _AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
 _AXES |= {"layer_types": "layer_type", "trainers": "trainer"}
@@ -55,7 +41,8 @@ class SeriesOptions(BaseModel):
     archs: str | None = Field(None, description="comma list of networks; multiplies the series")
     layer_types: str | None = Field(None, description="comma list; multiplies the series")
     trainers: str | None = Field(
-        None, description="bilevel,base; settings from bip.yml and hydra.yml beside --configs"
+        None,
+        description="comma list of methods; the settings of each from METHOD.yml beside --configs",
     )
     stages: str | None = Field(
         None, description="of pretrain,prune,finetune (default: the exp_mode of --configs)"
@@ -150,6 +137,13 @@ def _parse_stages(text: str) -> list[Mode]:
     return ordered
 
 
+def _method(trainer: str, stage: Mode) -> type[Method]:
+    try:
+        return find(trainer, stage)
+    except ValueError as error:
+        raise UserError(f"trainer: {error}") from None
+
+
 def check_same_source(run_id: str, one: Path | None, other: Path | None) -> None:
     """One run folder holds a run from one network. Raises UserError if the sources differ.
 
@@ -176,6 +170,12 @@ def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
     options = SeriesOptions(**{k: v for k, v in flags.items() if k in SeriesOptions.model_fields})
     run_flags = {k: v for k, v in flags.items() if k in RunConfig.model_fields}
     return _Planner(options, run_flags, ranks).plan()
+
+
+def _acts_in(method: type[Method], key: str) -> bool:
+    """A run where a flag does not act never sees it: a sweep over --mask-lr shares its dense
+    network."""
+    return key in method.keys or not about(key).of_method
 
 
 class _Planner:
@@ -235,8 +235,13 @@ class _Planner:
         seeds = [self._seed(seed) for seed in axis("seeds")]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"seeds: a value is given twice in {given.seeds!r}")
-        names = map(axis, ("archs", "layer_types", "trainers"))
-        return list(itertools.product(seeds, *names, series))
+        archs, layer_types = axis("archs"), axis("layer_types")
+        trainers = axis("trainers")
+        if given.trainers is not None:
+            trainers = [_method(name, "prune").trainer for name in trainers]
+            if len(set(trainers)) < len(trainers):
+                raise UserError(f"trainers: a method is given twice in {given.trainers!r}")
+        return list(itertools.product(seeds, archs, layer_types, trainers, series))
 
     @staticmethod
     def _seed(value: Any) -> Any:
@@ -279,11 +284,14 @@ class _Planner:
     ) -> Point:
         path, values = self._file(stage, trainer or "base")
         values = values | {name: value for name, value in axes.items() if value is not None}
+        starts_fresh = _method(values.get("trainer", "base"), stage).starts_from == "fresh"
+        if starts_fresh:
+            source = None
         if source is not None:
             values["source_net"] = source.config.run_folder / BEST
         config = build_config(values, str(path or ""), {*self.flags, *axes})
         if source is None:
-            if stage != "pretrain" and config.source_net is None:
+            if not starts_fresh and config.source_net is None:
                 before = STAGES[: STAGES.index(stage)]
                 raise UserError(
                     f"source_net: missing; give --source-net PATH, or --stages "
@@ -333,7 +341,7 @@ class _Planner:
             if self.options.trainers is None or self.main_file is None:
                 return self.main_file
             path = self.main_file
-            sibling = path.with_name(TRAINER_FILES.get(trainer, path.name))
+            sibling = path.with_name(f"{_method(trainer, 'prune').name}.yml")
             if self.main.get("trainer", "base") != trainer and sibling.is_file():
                 path = sibling
             self.notes.append(f"trainer {trainer}: settings from {path}")
@@ -349,13 +357,13 @@ class _Planner:
         return path
 
     def _acting(self, stage: Mode, values: dict[str, Any]) -> dict[str, Any]:
-        kind = str(stage)
+        trainer = "base"
         if stage == "prune":
-            trainer = self.flags.get("trainer", values.get("trainer"))
-            kind = "bip" if trainer == "bilevel" else "hydra"
-        dropped = {name for name, kinds in _ACTS_IN.items() if kind not in kinds}
-        if stage == "pretrain":
-            dropped |= {"k", "layer_type"}
+            trainer = self.flags.get("trainer", values.get("trainer", "base"))
+        method = _method(trainer, stage)
+        dropped = {name for name in self.flags if not _acts_in(method, name)}
+        if not method.has_mask:
+            dropped |= {"k"}  # one dense network serves all k
         if stage != "prune":
             dropped |= {"trainer"}
         if stage != self.stages[0]:
@@ -373,7 +381,7 @@ class _Planner:
                 yield f"{name}: no effect; the file of the only other stages is --configs"
         methods = {point.config.method for point in points}
         for name in self.flags:
-            if not _ACTS_IN.get(name, methods) & cast(set[str], methods):
+            if not any(_acts_in(method, name) for method in methods):
                 yield f"{name}: no effect in any stage of this sweep"
         if self.flags.get("scale_rand_init") and "prune" in self.stages:
             yield "scale_rand_init: one dense network serves all k, so it is scaled for its own k"

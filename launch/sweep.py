@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from bip.config import Mode, read_yaml
+from bip.config import read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
+from bip.methods.base import Mode
 from launch.plan import STAGES, Point, check_same_source
 
 VERSION = 1
