@@ -147,9 +147,9 @@ def test_underscores_and_hyphens_are_one() -> None:
 def test_trainer_sweep_takes_each_trainers_file_and_says_so(dense: Path) -> None:
     found = plan("--series", "0.1", "--trainers", "bilevel,base", "--source-net", str(dense))
     bip, hydra = (point.config for point in found.points)
-    assert (bip.method, bip.wd) == ("bip", setting("bip.yml", "wd"))
+    assert (bip.method.name, bip.wd) == ("bip", setting("bip.yml", "wd"))
     assert setting("bip.yml", "wd") != setting("hydra.yml", "wd")
-    assert (hydra.method, hydra.wd) == ("hydra", setting("hydra.yml", "wd"))
+    assert (hydra.method.name, hydra.wd) == ("hydra", setting("hydra.yml", "wd"))
     notes = " ".join(found.notes)
     assert f"bilevel: settings from {DIGITS / 'bip.yml'}" in notes
     assert f"base: settings from {DIGITS / 'hydra.yml'}" in notes
@@ -161,7 +161,7 @@ def test_trainer_without_a_file_of_its_own_keeps_the_named_one(dense: Path, tmp_
         *("--series", "0.1", "--trainers", "base", "--source-net", str(dense)),
         configs=tmp_path / "mine.yml",
     )
-    assert found.points[0].config.method == "hydra"
+    assert found.points[0].config.method.name == "hydra"
     assert found.points[0].config.wd == setting("bip.yml", "wd")
     assert found.notes == [f"trainer base: settings from {tmp_path / 'mine.yml'}"]
 
@@ -227,7 +227,7 @@ CHAIN = ["--stages", "pretrain,prune"]
         (["--series", "0.5", "--seeds", "one", *CHAIN], "seeds: 'one' is not a whole number"),
         (["--series", "0.5", "--seeds", "-1", *CHAIN], "seed: "),
         (["--series", "0.5", "--layer-types", "filtre", *CHAIN], "layer_type: "),
-        (["--series", "0.5", "--trainers", "bip", *CHAIN], "trainer: "),
+        (["--series", "0.5", "--trainers", "bipp", *CHAIN], "trainer: "),
         (["--series", "0.5", "--archs", "digits_net,resnet21s", *CHAIN], "'resnet21s'"),
         (["--series", "0.5", "--lr", "-1", *CHAIN], "lr: "),
         (["--series", "0.5", "--stages", "prune,pretrain"], "stages: prune,pretrain is out of"),

@@ -1,5 +1,6 @@
 """The shipped YAML files, and files in the shape of the published ones, load as they are."""
 
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ import pytest
 import yaml
 
 from bip import models
-from bip.config import RunConfig, load_config
+from bip.config import RunConfig, build_config, load_config, merge
+from bip.methods import methods
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DATASETS = {  # name: (network, classes, image side in pixels, batch)
@@ -18,8 +20,9 @@ DATASETS = {  # name: (network, classes, image side in pixels, batch)
     "ImageNet": ("ResNet18", 1000, 224, 200),
     "Digits": ("digits_net", 10, 8, 64),
 }
-KINDS = ("pretrain", "bip", "hydra", "finetune")
-MODES = {"pretrain": "pretrain", "bip": "prune", "hydra": "prune", "finetune": "finetune"}
+KINDS = ("pretrain", "bip", "hydra", "finetune")  # the published ones
+SHIPPED = ("pretrain", *(name for name in methods() if name != "dense"))
+MODES = dict.fromkeys(SHIPPED, "prune") | {"pretrain": "pretrain", "finetune": "finetune"}
 
 
 @pytest.fixture
@@ -37,13 +40,13 @@ def load(path: Path, kind: str, source_net: Path, *flags: str) -> RunConfig:
 # The shipped files
 
 
-def test_the_shipped_files_are_these_twenty() -> None:
-    expected = {CONFIGS / dataset / f"{kind}.yml" for dataset in DATASETS for kind in KINDS}
+def test_every_method_has_a_file_for_every_data_set() -> None:
+    expected = {CONFIGS / dataset / f"{kind}.yml" for dataset in DATASETS for kind in SHIPPED}
     found = {path for dataset in DATASETS for path in (CONFIGS / dataset).iterdir()}
     assert found == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHIPPED)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_shipped_file_loads(dataset: str, kind: str, source_net: Path) -> None:
     path = CONFIGS / dataset / f"{kind}.yml"
@@ -54,7 +57,7 @@ def test_a_shipped_file_loads(dataset: str, kind: str, source_net: Path) -> None
     assert (config.dataset, config.num_classes) == (dataset, classes)
     assert (config.image_dim, config.batch_size) == (image_dim, batch)
     assert config.exp_mode == MODES[kind]
-    assert config.method == kind
+    assert config.method.name == ("dense" if kind == "pretrain" else kind)
     assert config.normalize
     assert config.result_dir == Path("trained_models")
     assert config.data_dir == Path("data")
@@ -64,7 +67,7 @@ def test_a_shipped_file_loads(dataset: str, kind: str, source_net: Path) -> None
     assert str(path.relative_to(CONFIGS.parent)) in path.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SHIPPED)
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_numbers_are_written_so_that_yaml_1_1_reads_them(dataset: str, kind: str) -> None:
     """YAML 1.1 reads 1e-4 as text; another reader of the file must not depend on our leniency."""
@@ -175,3 +178,17 @@ def test_flags_beat_a_published_file(source_net: Path, tmp_path: Path) -> None:
     config = load(path, "bip", source_net, "--arch", "resnet18", "--k", "0.01", "--mask_lr", "0.05")
     assert (config.arch, config.k, config.mask_lr) == ("resnet18", Decimal("0.01"), 0.05)
     assert config.epochs == 100
+
+
+def test_run_ids_and_fingerprints_are_those_of_version_0_1(source_net: Path) -> None:
+    """Runs under way must find their folders again: recorded by that version for many settings."""
+    recorded = json.loads((CONFIGS.parent / "tests/fixtures/run_ids.json").read_text())
+    source = "trained_models/x/pretrain/resnet20s-base-dense-k1-s1-01234567/checkpoint/m.pth.tar"
+    for key, expected in recorded.items():
+        file, *settings = key.split()
+        flags: dict[str, Any] = dict(pair.split("=") for pair in settings)
+        flags["configs"] = CONFIGS.parent / file
+        if "pretrain" not in file:
+            flags["source_net"] = source
+        config = build_config(merge(flags))
+        assert [config.run_id, config.fingerprint()] == expected, key

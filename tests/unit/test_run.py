@@ -15,8 +15,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from bip import models
-from bip import run as run_module
+from bip import models, run_folder
 from bip.__main__ import main
 from bip.config import load_config
 from bip.data.loaders import Data
@@ -151,7 +150,7 @@ def test_a_step_that_is_not_finite_is_not_saved(source: Path, tmp_path: Path) ->
     whole.heartbeat.note_step = spoil  # type: ignore[method-assign]
     with pytest.raises(UserError, match=r"conv1\.weight: not finite at step 4; .*not saved"):
         whole.train()
-    assert 0 < read_checkpoint(whole.checkpoints.newest)["progress"]["iteration"] < 4
+    assert 0 < read_checkpoint(whole.folder.checkpoints.newest)["progress"]["iteration"] < 4
 
 
 def test_other_data_are_refused_on_resume(
@@ -345,7 +344,7 @@ def test_a_best_model_that_cannot_be_read_costs_no_finished_run(
     number: int | None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Damaged, or on a bad place of the disk; a file system that is away comes back."""
-    original = run_module.read_checkpoint
+    original = run_folder.read_checkpoint
 
     def read(path: Path) -> Any:
         if path.name != "model_best.pth.tar":
@@ -356,7 +355,7 @@ def test_a_best_model_that_cannot_be_read_costs_no_finished_run(
 
     settings = {"source_net": source, "holdout": 200, "k": 0.3, "epochs": 1}
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "read_checkpoint", read)
+        patch.setattr(run_folder, "read_checkpoint", read)
         if number == errno.ESTALE:
             with pytest.raises(OSError, match="Stale"):
                 train("bip", tmp_path, **settings)
