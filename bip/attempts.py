@@ -1,4 +1,4 @@
-"""The ledger of a run's attempts, attempts.jsonl: where, how and why each began and ended."""
+"""The ledger of a run's attempts, attempts.jsonl: where, how and why each started and ended."""
 
 import os
 import platform
@@ -29,7 +29,7 @@ class Attempts:
         append_jsonl(self.path, {"event": event, "time": now, **facts})
 
     def start(self, config: RunConfig, group: Group, loader: str, step: int) -> None:
-        """Record a beginning at `step`, with all that may differ between two attempts."""
+        """Record a start at `step`, with all that may differ between two attempts."""
         slurm = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT")
         self.record(
             "start",

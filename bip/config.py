@@ -146,7 +146,7 @@ class RunConfig(BaseModel):
         RUN, Path("trained_models"), "folder of all experiments", numbers=False
     )
     seed: int = setting(RUN, 1234, "seed of everything random", ge=0, lt=2**63)
-    resume: Path | None = setting(RUN, None, "checkpoint to go on from", numbers=False)
+    resume: Path | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
     source_net: Path | None = setting(RUN, None, "checkpoint to prune or fine-tune", numbers=False)
     evaluate: bool = setting(RUN, False, "only evaluate --source-net or --resume", numbers=False)
 
@@ -450,7 +450,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
 def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
     """A YAML file's top-level mapping.
 
-    Raises UserError naming the file, OSError if its file system is away.
+    Raises UserError naming the file, OSError if its file system is unreachable.
     """
     try:
         values = yaml.load(path.read_text(), loader)

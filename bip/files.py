@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, Self
 
 from bip.errors import UserError
 
-# A file system that is away for a while.
+# A file system that is unreachable for a while.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY}
 _PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
 _PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether another attempt may succeed with nobody's help. (A full disk stays full.)"""
+    """Whether a later attempt may succeed without anyone's help. (A full disk stays full.)"""
     return error.errno in _PASSING
 
 
@@ -28,12 +28,12 @@ def raise_passing(error: Exception, what: object) -> None:
     """Raise an OSError that names `what` if `error` may pass; else do nothing.
 
     Args:
-        error: an OSError, or another that ends with the system's words for one, as LMDB's do.
+        error: an OSError, or another whose text ends with the system's, as LMDB's do.
     """
     for number in _PASSING:
-        words = os.strerror(number)
-        if error.errno == number if isinstance(error, OSError) else str(error).endswith(words):
-            raise OSError(number, words, str(what)) from error
+        text = os.strerror(number)
+        if error.errno == number if isinstance(error, OSError) else str(error).endswith(text):
+            raise OSError(number, text, str(what)) from error
 
 
 def result_dir_error(folder: Path, error: OSError) -> Exception:
@@ -117,7 +117,7 @@ def atomic_write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """A JSON file's value, or None if there is no such file.
 
-    Raises UserError if it is damaged, OSError if its file system is away.
+    Raises UserError if it is damaged, OSError if its file system is unreachable.
     """
     try:
         return json.loads(path.read_text())

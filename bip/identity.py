@@ -20,7 +20,7 @@ _REMEDIES = {
 
 
 def with_source_of_resume(config: RunConfig) -> RunConfig:
-    """With --resume, --source-net may be left out: the checkpoint says what the run began with."""
+    """With --resume, --source-net may be left out: the checkpoint says what the run started from."""
     if config.resume is None or config.source_net is not None:
         return config
     before = read_checkpoint(config.resume).get("config", {}).get("source_net")
@@ -30,7 +30,7 @@ def with_source_of_resume(config: RunConfig) -> RunConfig:
 def check_source(config: RunConfig, state: State, key: str = "source_net") -> None:
     """The source's network, and in fine-tuning its k and layer type, must be the run's own.
 
-    A published checkpoint does not say its k; it is then taken at the run's word.
+    A published checkpoint does not hold its k; the run's is then taken.
     """
     arch = state.get("arch")
     if isinstance(arch, str) and arch != config.arch:

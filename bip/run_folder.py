@@ -48,7 +48,7 @@ class Progress:
 def read_result(config: RunConfig) -> dict[str, Any] | None:
     """The result of a finished run, reported in a line; None if it is not finished.
 
-    Raises UserError if it began from another file than the one that `source_net` is now.
+    Raises UserError if it started from another file than the one that `source_net` is now.
     """
     finished: dict[str, Any] | None = read_json(config.run_folder / "result.json")
     if finished is None or config.evaluate:
@@ -110,8 +110,8 @@ class RunFolder:
             if error.errno not in _DISK_ERRORS:
                 raise
             raise UserError(
-                f"result_dir: {self.path}: {error.strerror}; the newest checkpoint is kept, and "
-                "the same command goes on from it"
+                f"result_dir: {self.path}: {error.strerror}; the newest checkpoint is kept; free "
+                "space or fix the folder, then give the same command again"
             ) from None
 
     def take(self) -> dict[str, Any] | None:
@@ -160,7 +160,7 @@ class RunFolder:
         except UserError as error:
             if given is None:
                 raise
-            print(f"{error}; going on from --resume {resume}")
+            print(f"{error}; resuming from --resume {resume}")
             return given
         if own is None:
             return given
@@ -171,8 +171,8 @@ class RunFolder:
             return given
         if resume is not None and resume.resolve() != self.checkpoints.newest.resolve():
             print(
-                f"--resume {resume}: {self.path} has come to step {reached} itself and goes on "
-                "from there (to go back, give another --exp-name)"
+                f"--resume {resume}: {self.path} has reached step {reached} itself and resumes "
+                "there (to go back, give another --exp-name)"
             )
         return own
 
@@ -222,7 +222,7 @@ class RunFolder:
                 print(f"warning: {line}")
             if dense:
                 print(f"kept dense: {', '.join(dense)}")
-            how = f"going on from step {step}" if step else "starting"
+            how = f"resuming at step {step}" if step else "starting"
             kind = self.group.device.type
             print(f"{how}: {self.path} on {world} x {kind}, loader {loader}", flush=True)
 

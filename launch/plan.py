@@ -81,7 +81,7 @@ class Point:
 
 @dataclass
 class Plan:
-    """The points in the order in which they are to run, and what the user should be told."""
+    """The points in the order in which they are to run, and what to print for the user."""
 
     points: list[Point]
     notes: list[str] = field(default_factory=list)

@@ -97,7 +97,7 @@ def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: in
 
 @torch.no_grad()
 def scale_initial_weights(network: nn.Module, k: float) -> None:
-    """Draw conv and linear weights anew, normal with deviation sqrt(2 / (k · fan_in)).
+    """Draw conv and linear weights again, normal with deviation sqrt(2 / (k · fan_in)).
 
     Kaiming's initialisation for a network of which only the fraction k will act
     (HYDRA's scale_rand_init).

@@ -153,7 +153,7 @@ def hash_tensors(state: dict[str, Tensor]) -> str:
 def seal(state: State) -> State:
     """The state with a digest of its own, that `decode` verifies wherever the file has gone.
 
-    For models that other runs begin with; of a run's own checkpoints the manifest has the digests,
+    For models that other runs start from; of a run's own checkpoints the manifest has the digests,
     which cost no second pass.
     """
     return state | {SEAL: _digest(state)}
@@ -304,7 +304,7 @@ class CheckpointFolder:
         """The newest checkpoint whose digest is right; None if there are none.
 
         A damaged one is renamed to *.damaged and the one before is used, with a message. Raises
-        OSError if the file system is away.
+        OSError if the file system is unreachable.
         """
         entries = self.entries()
         unread: OSError | None = None

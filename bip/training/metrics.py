@@ -19,7 +19,7 @@ class RunningMean:
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
-        self.began = time.perf_counter()
+        self.started = time.perf_counter()
 
     def add(self, reports: list[Report]) -> None:
         self.reports += reports
@@ -29,11 +29,11 @@ class RunningMean:
         """Around what is no training: its time does not count. Waits for the device."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the steps that the host is ahead of do count
-        began = time.perf_counter()
+        started = time.perf_counter()
         try:
             yield
         finally:
-            self.began += time.perf_counter() - began
+            self.started += time.perf_counter() - started
 
     def take(self, group: Group) -> dict[str, float]:
         """loss, top1 (percent) and images per second of all ranks. Waits for the device."""
@@ -45,8 +45,8 @@ class RunningMean:
         )
         loss, correct = group.sum_(sums).tolist()
         count = group.world * sum(report.count for report in self.reports)
-        seconds = time.perf_counter() - self.began
-        self.reports, self.began = [], time.perf_counter()
+        seconds = time.perf_counter() - self.started
+        self.reports, self.started = [], time.perf_counter()
         return {
             "loss": loss / count,
             "top1": 100 * correct / count,

@@ -85,10 +85,10 @@ def test_resume_starts_from_the_file_and_never_goes_back(
         steps.append(read_checkpoint(newest)["progress"]["iteration"])
     assert steps[0] > read_checkpoint(given)["progress"]["iteration"]
     assert steps[1] > steps[0]
-    assert "goes on from there" in capsys.readouterr().out.replace("\n", " ")
+    assert "resumes there" in capsys.readouterr().out.replace("\n", " ")
     (older,) = [p for p in newest.parent.glob("step-*") if p.resolve() != newest.resolve()]
     finished = train("bip", tmp_path / "second", resume=older, **settings)
-    assert "goes on from there" in capsys.readouterr().out
+    assert "resumes there" in capsys.readouterr().out
     assert finished.result["weights_sha256"] == whole.result["weights_sha256"]
 
 
