@@ -20,7 +20,7 @@ _REMEDIES = {
 
 
 def with_source_of_resume(config: RunConfig) -> RunConfig:
-    """With --resume, --source-net may be left out: the checkpoint says what the run started from."""
+    """With --resume, --source-net may be left out: the checkpoint names it."""
     if config.resume is None or config.source_net is not None:
         return config
     before = read_checkpoint(config.resume).get("config", {}).get("source_net")
