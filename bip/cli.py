@@ -55,8 +55,14 @@ def parse_flags(
         for name, field in model.model_fields.items()
     }
     flags: Any = TypedDict("flags", fields, total=False)  # type: ignore[misc]
-    with _one_line_errors():
-        given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+    try:
+        with _one_line_errors():
+            given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+    except UserError as error:
+        for word in argv:
+            if word.endswith((".yml", ".yaml")) and word in str(error):
+                raise UserError(f"{word}: a settings file is given as --configs {word}") from None
+        raise
     return dict(given)
 
 
