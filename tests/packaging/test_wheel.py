@@ -112,11 +112,13 @@ def test_it_trains_and_prunes_a_series(run: Run, tmp_path: Path) -> None:
 def test_its_batch_script_finds_task_sh_and_the_code(
     run: Run, tmp_path: Path, environment: Path
 ) -> None:
-    """SLURM's commands are stand-ins that answer nothing; sbatch keeps the script."""
+    """SLURM's commands are stand-ins: a partition, an empty queue, and sbatch keeps the script."""
     pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
-    (tmp_path / "bin").mkdir()
     keep = f'cp "$1" {tmp_path}/script; echo "Submitted batch job 7"'
-    for name, line in {"sbatch": keep, "squeue": "", "scontrol": "", "sinfo": ""}.items():
+    commands = {"sbatch": keep, "scontrol": "echo PartitionName=low State=UP"}
+    commands |= dict.fromkeys(("srun", "squeue", "scancel", "sacctmgr"), "")
+    (tmp_path / "bin").mkdir()
+    for name, line in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "mine.yml").write_text("{executor: slurm, partition: low}")
