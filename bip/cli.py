@@ -121,7 +121,7 @@ def _one_line_errors() -> Iterator[None]:
 def _unbox(box: str) -> str:
     """The first paragraphs of tyro's error box as one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
-    text = " ".join(line for line in lines if line and not set(line) <= set("─╰╯"))
+    text = " ".join(line for line in lines if line and not set(line) <= set("─╰╯-"))
     for tail in ("For full helptext", "Argument helptext"):
         text = text.split(tail)[0]
     return " ".join(text.split()) or "the command line could not be read"

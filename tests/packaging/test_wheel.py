@@ -109,18 +109,30 @@ def test_it_trains_and_prunes_a_series(run: Run, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("trained_models/y/*/*/result.json"))) == 2
 
 
+def commands(folder: Path, **lines: str) -> None:
+    """Stand-ins for SLURM's commands, by the shell line of each."""
+    (folder / "bin").mkdir()
+    for name, line in lines.items():
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
+        (folder / "bin" / name).chmod(0o755)
+
+
+def test_its_templates_find_task_sh(run: Run, tmp_path: Path) -> None:
+    commands(tmp_path, srun='echo "$@"')
+    for name in ("run", "series"):
+        template = run(f"python -m bip.shipped slurm/templates/{name}.sbatch").stdout.strip()
+        done = run(f"env SLURM_CPUS_PER_TASK=1 SLURM_ARRAY_TASK_ID=2 bash {template} --exp-name x")
+        assert "-m bip train" in done.stdout
+
+
 def test_its_batch_script_finds_task_sh_and_the_code(
     run: Run, tmp_path: Path, environment: Path
 ) -> None:
     """SLURM's commands are stand-ins: a partition, an empty queue, and sbatch keeps the script."""
     pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
     keep = f'cp "$1" {tmp_path}/script; echo "Submitted batch job 7"'
-    commands = {"sbatch": keep, "scontrol": "echo PartitionName=low State=UP"}
-    commands |= dict.fromkeys(("srun", "squeue", "scancel", "sacctmgr"), "")
-    (tmp_path / "bin").mkdir()
-    for name, line in commands.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{line}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
+    silent = dict.fromkeys(("srun", "squeue", "scancel", "sacctmgr"), "")
+    commands(tmp_path, sbatch=keep, scontrol="echo PartitionName=low State=UP", **silent)
     (tmp_path / "mine.yml").write_text("{executor: slurm, partition: low}")
     run(
         "bip-launch series --configs configs/Digits/pretrain.yml --profile mine.yml --no-wait"
