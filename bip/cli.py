@@ -60,7 +60,8 @@ def parse_flags(
             given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
     except UserError as error:
         for word in argv:
-            if word.endswith((".yml", ".yaml")) and word in str(error):
+            alone = word in str(error) and "--" not in str(error)  # not after a misspelled flag
+            if alone and word.endswith((".yml", ".yaml")):
                 raise UserError(f"{word}: a settings file is given as --configs {word}") from None
         raise
     return dict(given)

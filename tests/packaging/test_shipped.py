@@ -57,6 +57,8 @@ def test_a_settings_file_without_its_flag_is_recognised() -> None:
     for words in ([str(CONFIG)], ["--k", "0.1", str(CONFIG)], ["--freeze-bn", str(CONFIG)]):
         with pytest.raises(UserError, match=f"--configs {CONFIG}"):
             load_config(words)
+    with pytest.raises(UserError, match="--source-net"):
+        load_config(["--sorce-net", str(CONFIG)])
 
 
 def test_files_of_a_clone_and_of_a_wheel(folder: Path) -> None:

@@ -15,8 +15,6 @@ ROOT = Path(__file__).parents[2]
 SHIPPED = ("configs/**/*.yml", "slurm/task.sh", "slurm/profiles/*", "slurm/templates/*")
 Run = Callable[[str], subprocess.CompletedProcess[str]]
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
