@@ -108,10 +108,15 @@ def _exit(code: int) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The script `bip`."""
     try:
         code = main(sys.argv[1:])
     except Exception:
         traceback.print_exc()
         code = 1
     _exit(code)
+
+
+if __name__ == "__main__":
+    console()

@@ -73,8 +73,15 @@ def parse_flags(
         },
         total=False,
     )
-    with _one_line_errors():
-        given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+    try:
+        with _one_line_errors():
+            given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
+    except UserError as error:
+        for word in argv:
+            alone = word in str(error) and "--" not in str(error)  # not after a misspelled flag
+            if alone and word.endswith((".yml", ".yaml")):
+                raise UserError(f"{word}: a settings file is given as --configs {word}") from None
+        raise
     return {name: value for group in given.values() for name, value in group.items()}
 
 
@@ -133,7 +140,7 @@ def _one_line_errors() -> Iterator[None]:
 def _unbox(box: str) -> str:
     """The first paragraphs of tyro's error box as one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
-    text = " ".join(line for line in lines if line and not set(line) <= set("─╰╯"))
+    text = " ".join(line for line in lines if line and not set(line) <= set("─╰╯-"))
     for tail in ("For full helptext", "Argument helptext"):
         text = text.split(tail)[0]
     return " ".join(text.split()) or "the command line could not be read"

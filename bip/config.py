@@ -30,6 +30,7 @@ from bip.errors import UserError
 from bip.files import may_pass
 from bip.methods import find, spellings
 from bip.methods.base import Method, Mode
+from bip.shipped import given_or_shipped
 
 LayerType = Literal["dense", "unstructured", "filter", "channel"]
 Schedule = Literal["cosine", "step"]
@@ -486,7 +487,7 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
     """The YAML file that `flags` names in `configs`, beaten by the flags themselves."""
     path = flags.get("configs")
-    from_file = read_yaml(Path(path)) if path else {}
+    from_file = read_yaml(given_or_shipped(Path(path))) if path else {}
     if "inv_gamma" in from_file:
         if "lr2" in from_file:
             raise UserError(f"{path}: lr2 and inv_gamma are the same setting; keep one")

@@ -310,5 +310,10 @@ def _console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=180)
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The script `bip-launch`."""
     sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    console()

@@ -13,6 +13,7 @@ from bip.config import RunConfig, about, build_config, check_inputs, merge
 from bip.errors import UserError
 from bip.methods import find
 from bip.methods.base import Method, Mode
+from bip.shipped import given_or_shipped
 
 # The published sparsity ladder (BiP, figures 4-6), as written there.
 # fmt: off
@@ -182,7 +183,8 @@ class _Planner:
     def __init__(self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int) -> None:
         self.options = options
         self.ranks = ranks
-        self.main_file: Path | None = run_flags.pop("configs", None)
+        main_file = run_flags.pop("configs", None)
+        self.main_file = given_or_shipped(main_file) if main_file else None
         self.flags = run_flags
         self.notes: list[str] = []
         self.points: dict[str, Point] = {}
@@ -348,7 +350,7 @@ class _Planner:
             return path
         named: Path | None = getattr(self.options, f"{stage}_configs")
         if named is not None:
-            return named
+            return given_or_shipped(named)
         if self.main_file is None:
             raise UserError(f"{stage}_configs: missing; give --{stage}-configs FILE")
         path = self.main_file.with_name(f"{stage}.yml")

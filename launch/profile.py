@@ -20,8 +20,8 @@ from pydantic import (
 from bip.cli import nearest, one_line
 from bip.config import UniqueKeyLoader, read_yaml
 from bip.errors import UserError
+from bip.shipped import given_or_shipped, shipped
 
-LOCAL = Path(__file__).parent.parent / "slurm" / "profiles" / "local.yml"
 # Options of sbatch that the launcher writes from the profile's own keys, or that would make
 # something else of an array of tasks, each with its runs.
 _OURS = {"array", "requeue", "no_requeue", "open_mode", "signal", "output", "error", "dependency"}
@@ -204,7 +204,7 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProf
 
     Raises UserError naming the file and the key.
     """
-    path = path or LOCAL
+    path = given_or_shipped(path) if path else shipped("slurm/profiles/local.yml")
     if not path.is_file():
         raise UserError(f"profile: no such file: {path}")
     values = read_yaml(path, _Loader)

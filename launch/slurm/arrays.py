@@ -16,6 +16,7 @@ from typing import Any
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
 from bip.lock import KILL_WAIT_NAME
+from bip.shipped import shipped
 from launch.local.worker import without_job
 from launch.profile import SlurmProfile
 from launch.slurm import client as slurm
@@ -345,7 +346,7 @@ def sbatch_parameters(
         # The snapshot before whatever is installed, and instead of the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         *([_KILL_WAIT] if profile.requeue_by == "batch" else []),
-        f"source {path}/slurm/task.sh || exit 1",
+        f"source {shlex.quote(str(shipped('slurm/task.sh', code.absolute())))} || exit 1",
     ]
     optional = {
         name: getattr(profile, name)

@@ -6,8 +6,11 @@ import shutil
 import uuid
 from pathlib import Path
 
+from bip.shipped import shipped
+
 ROOT = Path(__file__).parents[2]
-_PARTS = ("bip/**/*.py", "launch/**/*.py", "slurm/task.sh", "slurm/profiles/local.yml")
+_CODE = ("bip/**/*.py", "launch/**/*.py")
+_SHIPPED = ("slurm/task.sh", "slurm/profiles/local.yml")
 
 
 def snapshot(folder: Path, root: Path = ROOT) -> Path:
@@ -15,17 +18,18 @@ def snapshot(folder: Path, root: Path = ROOT) -> Path:
 
     HASH is of the files' names and contents, so equal code is kept once.
     """
-    files = sorted(path for pattern in _PARTS for path in root.glob(pattern))
+    files = {str(path.relative_to(root)): path for part in _CODE for path in root.glob(part)}
+    files |= {name: shipped(name, root) for name in _SHIPPED}
     digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode())
+    for name, path in sorted(files.items()):
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     target = folder / digest.hexdigest()[:16]
     if target.exists():
         return target
     building = folder / f".{target.name}.{uuid.uuid4().hex}"
-    for path in files:
-        copy = building / path.relative_to(root)
+    for name, path in files.items():
+        copy = building / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
     try:

@@ -7,7 +7,6 @@ magnitude keeps the largest weights. The settings are the published ones; none w
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.common import arguments, machine
+from tests.benchmarks.common import arguments, machine, shared_data
 
+IMAGES = "cifar10-jpeg.zip"
 PER_CLASS = 1000
 METHODS = {
     "BiP": ["--configs", "configs/CIFAR10/bip.yml"],
@@ -31,12 +31,9 @@ METHODS = {
 
 def build_data(folder: Path) -> None:
     """The training subset and the whole test set as LMDB stores in `folder`."""
-    shared = Path(os.environ.get("BIP_SHARED_DATA", "../shared/data")) / "cifar10-jpeg.zip"
-    if not shared.is_file():
-        sys.exit(f"needs {shared}; set BIP_SHARED_DATA")
     subset = folder / "subset.zip"
     taken: dict[str, int] = {}
-    with zipfile.ZipFile(shared) as source, zipfile.ZipFile(subset, "w") as target:
+    with zipfile.ZipFile(shared_data(IMAGES)) as source, zipfile.ZipFile(subset, "w") as target:
         for name in sorted(n for n in source.namelist() if not n.endswith("/")):
             split, label = Path(name).parts[-3:-1]
             taken[label] = taken.get(label, 0) + (split == "train")

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,19 @@ def arguments(description: str, **numbers: int) -> argparse.Namespace:
     for name, default in numbers.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     return parser.parse_args()
+
+
+def shared_data(name: str) -> Path:
+    """A file of real images; without it the benchmark ends with exit code 2.
+
+    In the folder BIP_SHARED_DATA, else in shared/data beside the repository.
+    """
+    beside = Path(__file__).resolve().parents[3] / "shared" / "data"
+    path = Path(os.environ.get("BIP_SHARED_DATA", beside)) / name
+    if not path.is_file():
+        print(f"error: no such file: {path}; set BIP_SHARED_DATA to its folder", file=sys.stderr)
+        sys.exit(2)
+    return path
 
 
 def synchronize() -> None:

@@ -41,9 +41,8 @@ from bip.data.build import build_lmdb
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data
 from bip.data.stores import LmdbStore
-from tests.benchmarks.common import arguments, finish, machine, ratio, synchronize
+from tests.benchmarks.common import arguments, finish, machine, ratio, shared_data, synchronize
 
-SHARED = Path(os.environ.get("BIP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 WARM_UP = 4  # batches before the clock starts, so that all queues are full
 AT_LEAST = {
     "lmdb_over_torchvision": 1.6,
@@ -245,7 +244,7 @@ def dali_file_reader(root: Path, batch: int, threads: int) -> Callable[[], Itera
 
 def repeated_photos(folder: Path, records: int) -> None:
     """`folder`/train and /val: trees of links to the sample's photos, `records` in train."""
-    with zipfile.ZipFile(SHARED / "imagenet-jpeg-sample.zip") as archive:
+    with zipfile.ZipFile(shared_data("imagenet-jpeg-sample.zip")) as archive:
         archive.extractall(folder)
     photos = sorted((folder / "val").rglob("*.JPEG"))
     for number in range(records):
@@ -361,7 +360,10 @@ def imagenet(folder: Path, options: Any) -> dict[str, float]:
 
 def cifar(folder: Path, options: Any) -> dict[str, float]:
     few = folder / "few.zip"
-    with zipfile.ZipFile(SHARED / "cifar10-jpeg.zip") as full, zipfile.ZipFile(few, "w") as small:
+    with (
+        zipfile.ZipFile(shared_data("cifar10-jpeg.zip")) as full,
+        zipfile.ZipFile(few, "w") as small,
+    ):
         for name in full.namelist():
             if name.endswith(".jpg") and int(Path(name).stem) < 1000:
                 small.writestr(name, full.read(name))
@@ -385,6 +387,8 @@ def main() -> None:
     options = arguments(
         __doc__ or "", rounds=5, batch=64, batches=24, workers=2, records=5000, many=1_280_000
     )
+    for name in ("imagenet-jpeg-sample.zip", "cifar10-jpeg.zip"):
+        shared_data(name)  # not after minutes
     print(machine())
     torch.set_num_threads(1)
     figures: dict[str, float] = {}

@@ -260,9 +260,10 @@ def test_answers_of_slurm() -> None:
 def test_snapshot_is_kept_once_per_content(tmp_path: Path) -> None:
     root = tmp_path / "project"
     (root / "bip").mkdir(parents=True)
-    (root / "slurm").mkdir()
+    (root / "slurm" / "profiles").mkdir(parents=True)
     (root / "bip" / "a.py").write_text("1")
     (root / "slurm" / "task.sh").write_text("x")
+    (root / "slurm" / "profiles" / "local.yml").write_text("y")
     one = snapshot(tmp_path / "code", root)
     assert (one / "bip" / "a.py").read_text() == "1"
     assert snapshot(tmp_path / "code", root) == one
