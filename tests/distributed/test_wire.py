@@ -107,7 +107,7 @@ def measure(group: Group, layer_type: str, scope: str, layers: int) -> dict[str,
         )  # fmt: skip
         step(0)  # DDP rebuilds its buckets
         if pruned is not None:
-            pruned.threshold.hints = [None] * len(pruned.segments)  # type: ignore[union-attr]
+            pruned.selector.hints = [None] * len(pruned.segments)  # type: ignore[attr-defined]
             segments = len(pruned.segments)
         figures[method] = []
         for iteration in range(1, 8):

@@ -13,8 +13,7 @@ from bip.distributed.compare import compare_ranks, hash_tensor, run_state
 from bip.distributed.control import LAG, Control
 from bip.distributed.group import Group, Ranks, wrap
 from bip.pruning.layout import Segment, find_prunable
-from bip.pruning.select_cpu import Alone
-from bip.pruning.select_cuda import DeviceThreshold, write_mask
+from bip.pruning.select import Alone, make_selector
 from bip.pruning.state import PrunedParameters
 from bip.run import train as train_run
 from bip.training.optim import Clock
@@ -32,10 +31,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_selection_is_the_sorts(kind: str, n: int) -> None:
     values = make_scores(kind, n, 0)
     for segments in ((Segment("a", 0, n, max(1, n // 20)),), _halves(n)):
-        threshold = DeviceThreshold(segments, n, Alone(), torch.device("cuda"))
         mask = torch.empty(n, dtype=torch.uint8, device="cuda")
-        on_gpu = values.cuda()
-        write_mask(on_gpu, segments, *threshold.select(on_gpu), mask)
+        make_selector(segments, Alone(), mask.device).update(values.cuda(), mask)
         assert torch.equal(mask.cpu(), sorted_mask(values, segments))
 
 

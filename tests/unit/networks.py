@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bip.config import RunConfig
-from bip.pruning.layout import LayerType, Scope, find_followers, find_prunable
-from bip.pruning.select_cpu import Exchange
+from bip.pruning.choices import LayerType, Scope
+from bip.pruning.layout import find_followers, find_prunable
+from bip.pruning.select import Exchange
 from bip.pruning.state import PrunedParameters
 from bip.training.loop import train_mode
 from bip.training.optim import Clock

@@ -169,6 +169,40 @@ def test_the_mask_is_a_function_of_the_scores_alone() -> None:
     assert torch.equal(first, pruned.mask)
 
 
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_counts_may_change_at_any_step(layer_type: str, scope: str) -> None:
+    """As by a schedule of k, or a budget of each layer; nothing is allocated anew."""
+    network = small_net()
+    layout = find_prunable(network, layer_type)
+    pruned = PrunedParameters(network, layout, Decimal("0.9"), scope)
+    buffers = [pruned.weights, pruned.scores, pruned.mask, *pruned.z]
+    places = [buffer.data_ptr() for buffer in buffers]
+    with torch.no_grad():
+        pruned.scores.normal_()
+    pruned.update_mask_and_z()
+    budgets = [
+        [keep_count(Decimal(k), s.size) for s in pruned.segments] for k in ("0.8", "0.3", "1")
+    ]
+    budgets.append([1 + s.size // (2 + row) for row, s in enumerate(pruned.segments)])
+    for counts in budgets:
+        pruned.keep(counts)
+        pruned.update_mask_and_z()
+        fresh = PrunedParameters(network, layout, Decimal("1"), scope)
+        fresh.keep(counts)
+        with torch.no_grad():
+            fresh.scores.copy_(pruned.scores)
+        fresh.update_mask()
+        assert torch.equal(pruned.mask, fresh.mask)
+        assert [s.keep for s in pruned.segments] == counts
+        z = torch.cat([p.detach().flatten() for p in pruned.z])
+        assert torch.equal(z, pruned.mask * pruned.weights.detach())
+    assert [buffer.data_ptr() for buffer in buffers] == places
+    for wrong in (0, pruned.segments[0].size + 1):
+        with pytest.raises(ValueError, match=f"cannot keep {wrong}"):
+            pruned.keep([wrong, *counts[1:]])
+
+
 # What can be pruned
 
 

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from bip.config import load_config
 from bip.pruning.layout import find_followers, find_prunable
-from bip.pruning.state import PrunedParameters, mask_out, upper_gradient
+from bip.pruning.passes import mask_out, upper_gradient
+from bip.pruning.state import PrunedParameters
 from bip.training.optim import Clock
 from bip.training.steps import ForwardBackward, build_step
 from tests.runs import LAYER_TYPES, Finished, arguments, train
