@@ -20,8 +20,9 @@ from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data, stage_data
 from bip.distributed.control import Control
-from bip.distributed.group import MEETING, Group, join, wrap
+from bip.distributed.group import Group, wrap
 from bip.distributed.heartbeat import Heartbeat
+from bip.distributed.rendezvous import MEETING, join
 from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import (

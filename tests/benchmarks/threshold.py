@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from bip.distributed.group import join
+from bip.distributed.rendezvous import join
 from bip.pruning import kernels
 from bip.pruning.layout import Segment
-from bip.pruning.select_cpu import LARGEST, SAMPLE, Alone, Cut, Threshold, move_mask_and_z
+from bip.pruning.select import LARGEST, Alone
+from bip.pruning.select_cpu import SAMPLE, CpuSelector, Cut
 from bip.training.steps import BilevelStep
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 from tests.benchmarks.step import make_step
@@ -52,16 +53,16 @@ class Scores:
         self.step = torch.randn(n) * 1e-5
         self.segments = (Segment("network", 0, n, n // 10),)
         self.exchange = exchange or Alone()
-        self.threshold = Threshold(self.segments, n, self.exchange)
+        self.selector = CpuSelector(self.segments, self.exchange)
 
     def move(self) -> None:
         self.values += self.step
 
     def warm(self) -> list[Cut]:
-        return self.threshold.select(self.values)
+        return self.selector.select(self.values)
 
     def cold(self) -> list[Cut]:
-        return Threshold(self.segments, len(self.values), self.exchange).select(self.values)
+        return CpuSelector(self.segments, self.exchange).select(self.values)
 
 
 def measure_size(n: int, rounds: int) -> dict[str, float]:
@@ -72,23 +73,28 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
     magnitudes = values.abs()
     # Masks in turn: of which 2% of the ones differ, as after a large step, or each weight.
     large_step = values + 0.001 * torch.randn(n)
-    cuts = [Threshold(scores.segments, n, Alone()).select(s)[0] for s in (values, large_step)]
+    cuts = [CpuSelector(scores.segments, Alone()).select(s) for s in (values, large_step)]
     steps = itertools.cycle(zip((values, large_step), cuts, strict=True))
-    all_or_none = itertools.cycle((Cut(0, n), Cut(LARGEST, -1)))
+    all_or_none = itertools.cycle(([Cut(0, n)], [Cut(LARGEST, -1)]))
+
+    def write(values: Tensor, cuts: list[Cut]) -> None:
+        """The mask of a cut, and z, where those of another were."""
+        scores.selector.write(cuts, values, mask, weights, [z])
+
     for _ in range(2):
-        write(*next(steps), weights, mask, z)
+        write(*next(steps))
     fast = {
         "read": lambda: values.sum(),
         "warm": scores.warm,
         "cold": scores.cold,
-        "write": lambda: write(*next(steps), weights, mask, z),
+        "write": lambda: write(*next(steps)),
         # The same tensors in one fused pass: two read, two written.
         "fused": lambda: fused_write(values, weights, mask, z),
         "move": scores.move,
     }
     seconds = take_turns(fast, rounds)
     whole = {
-        "write_all": lambda: write(values, next(all_or_none), weights, mask, z),
+        "write_all": lambda: write(values, next(all_or_none)),
         "fused": lambda: fused_write(values, weights, mask, z),
     }
     seconds_whole = take_turns(whole, rounds)
@@ -112,12 +118,7 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
     return row
 
 
-def write(values: Tensor, cut: Cut, weights: Tensor, mask: Tensor, z: Tensor) -> None:
-    """The mask of a cut, and z, where those of another were."""
-    move_mask_and_z(values, cut, 0, weights, mask, z)
-
-
-@kernels.parallel
+@kernels.threaded
 def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         c[i] = a[i]
@@ -126,11 +127,11 @@ def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_pass(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
     """One pass that reads a and b and writes c and d, compiled like our own kernels."""
-    kernels.use_threads(a.numel())
+    kernels.share(a.numel())
     _fused(a.numpy(), b.numpy(), c.numpy(), d.numpy())
 
 
-@kernels.parallel
+@kernels.threaded
 def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         keep = a[i] > 0
@@ -140,7 +141,7 @@ def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_write(scores: Tensor, weights: Tensor, mask: Tensor, z: Tensor) -> None:
     """The simplest pass that reads scores and weights and writes a mask and z."""
-    kernels.use_threads(scores.numel())
+    kernels.share(scores.numel())
     _fused_write(scores.numpy(), weights.numpy(), mask.numpy(), z.numpy())
 
 

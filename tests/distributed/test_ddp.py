@@ -103,7 +103,7 @@ def built_step(run: Run, made: list[DistributedDataParallel]):  # type: ignore[n
 def state_of_rank(group_settings: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """Run on this rank to the end; the rank's own final state."""
     from bip import run as runs
-    from bip.distributed.group import join
+    from bip.distributed.rendezvous import join
 
     config = load_config(arguments(kind, folder, **group_settings))
     group = join(folder)

@@ -15,10 +15,11 @@ import torch
 from torch.distributed import TCPStore
 
 from bip import errors
-from bip.distributed import group as group_module
+from bip.distributed import rendezvous
 from bip.distributed.control import Control
-from bip.distributed.group import Group, Ranks, _go_or_leave, join, wrap
+from bip.distributed.group import Group, Ranks, wrap
 from bip.distributed.heartbeat import _is_echo
+from bip.distributed.rendezvous import go_or_leave, join
 from bip.distributed.signals import StopRequest
 from bip.errors import Stopped, UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
@@ -137,7 +138,7 @@ class Slow:
         seen = self.store.check(keys)
         if self.comes:
             self.comes = False
-            _go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
+            go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
         return bool(seen)
 
 
@@ -148,18 +149,18 @@ def test_all_ranks_go_on_or_none() -> None:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         soon = time.monotonic() + 5
         if comes:  # told to stop just when the last has seen that all are here: both go on
-            _go_or_leave(Slow(store, comes), TWO[0], soon, told)
+            go_or_leave(Slow(store, comes), TWO[0], soon, told)
             continue
         for stop in (told, StopRequest()):  # the other was not told, and leaves as well
             with pytest.raises(Stopped, match="stopped by SIGUSR2 at step 0"):
-                _go_or_leave(Slow(store, comes), TWO[0], soon, stop)
+                go_or_leave(Slow(store, comes), TWO[0], soon, stop)
 
 
 def test_who_comes_too_late_finds_nobody_waiting() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
         with pytest.raises(errors.RankError) as raised:
-            _go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
+            go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
         assert str(raised.value) == "ranks: of 3 these did not come in time: 0, 1"
 
 
@@ -169,17 +170,17 @@ def test_ranks_of_unlike_worlds_all_leave(first: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if first == 2:
         store.add("here", 1)  # the other of the two
-        _go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
+        go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
     else:
         store.compare_set("world", "", "3")  # one of the three
     for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
         with pytest.raises(errors.UserError, match=r"some were started as one of [23], some"):
-            _go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
+            go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
 
 
 def wait_long() -> str:
     """A collective and an exchange for which one rank comes later than ranks may meet."""
-    group_module.MEETING = timedelta(seconds=3)
+    rendezvous.MEETING = timedelta(seconds=3)
     group = join(Path("rendezvous"))
     control = Control(group)
     for call in (group.barrier, lambda: control.ask(0)):
@@ -202,7 +203,7 @@ def test_a_rendezvous_that_cannot_be_published(
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(group_module, "atomic_write_bytes", fails)
+    monkeypatch.setattr(rendezvous, "atomic_write_bytes", fails)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     with pytest.raises(kind, match=os.strerror(number)):
         join(tmp_path, step)

@@ -15,7 +15,13 @@ from torch import nn
 from bip.config import load_config
 from bip.data.writer import LmdbWriter
 from bip.distributed import control as control_module
-from bip.distributed.compare import CHUNK, compare_ranks, hash_tensor, run_state, tell_apart
+from bip.distributed.compare import (
+    CHUNK,
+    compare_ranks,
+    describe_difference,
+    hash_tensor,
+    run_state,
+)
 from bip.distributed.control import Control
 from bip.distributed.group import Group
 from bip.distributed.signals import StopRequest
@@ -156,7 +162,7 @@ def test_of_two_ranks_neither_is_blamed() -> None:
     ],
 )
 def test_only_a_majority_is_the_others(values: str, told: str | None) -> None:
-    assert tell_apart(values) == told
+    assert describe_difference(values) == told
 
 
 # What rank 1 changes by itself in a BiP run, who finds it, at which step, and how it is named.
