@@ -93,9 +93,8 @@ def compare_ranks(state: Iterable[tuple[str, Tensor]], group: Group) -> None:
     names, hashes = zip(*((name, hash_tensor(tensor)) for name, tensor in state), strict=True)
     rows = group.gather(torch.stack([h.to(group.device) for h in hashes])).cpu()
     for name, column in zip(names, rows.T.tolist(), strict=True):
-        if who := describe_difference(
-            [f"checksum {value & (1 << 64) - 1:016x}" for value in column]
-        ):
+        checksums = [f"checksum {value & (1 << 64) - 1:016x}" for value in column]
+        if who := describe_difference(checksums):
             raise RankError(
                 f"{name}: differs between ranks ({who}); the run stops before it is saved, the "
                 "last checkpoint is good"

@@ -23,6 +23,10 @@ LARGEST = int(MAGNITUDE)
 HASH = (0x9E3779B1, 0x85EBCA77)  # factors of the hash of a place, for the mask's checksum
 
 
+class NanError(ValueError):
+    """A value is NaN; the message names the ranks in whose slice, and the segment if known."""
+
+
 class Exchange(Protocol):
     """What selection needs of the ranks."""
 
@@ -70,12 +74,12 @@ class Selector(Protocol):
         in place, which must hold before too. Returns the proof (2,) int64: the ones and, modulo
         2^32, the sum of their places' hashes; equal on all devices and ranks.
 
-        Raises ValueError if a value is NaN, on CUDA only in `check`: nothing waits for the device.
+        Raises NanError if a value is NaN, on CUDA only in `check`: nothing waits for the device.
         """
         ...
 
     def check(self) -> None:
-        """Raise ValueError if an update so far met a NaN. Waits for the device."""
+        """Raise NanError if an update so far met a NaN. Waits for the device."""
         ...
 
 

@@ -26,7 +26,7 @@ from bip.pruning import kernels
 from bip.pruning.kernels import Bits
 from bip.pruning.layout import Segment, with_counts
 from bip.pruning.passes import is_compiled, mask_out, spans
-from bip.pruning.select import INFINITY, LARGEST, MAGNITUDE, Exchange, own_slice
+from bip.pruning.select import INFINITY, LARGEST, MAGNITUDE, Exchange, NanError, own_slice
 
 ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut
 SAMPLE = 1 << 13  # keys that the first bracket is estimated from, over all ranks
@@ -129,7 +129,7 @@ class CpuSelector:
     def select(self, values: Tensor) -> list[Cut]:
         """The cut of every segment of the flat float32 `values`.
 
-        Raises ValueError naming the segment and the ranks whose slice holds a NaN.
+        Raises NanError naming the segment and the ranks whose slice holds a NaN.
         """
         bits = values.detach().view(torch.int32).numpy()
         searches = [self._search(segment, bits) for segment in self.segments]
@@ -257,7 +257,7 @@ class CpuSelector:
         if bad.any():
             names = [s.name for s, column in zip(self.segments, bad.T, strict=True) if column.any()]
             ranks = ", ".join(str(rank) for rank in np.flatnonzero(bad.any(1)))
-            raise ValueError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
+            raise NanError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
 
     def _narrow(self, searches: list[_Search]) -> list[_Search]:
         """One digit further in every search; those that are not down to one key yet."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bip.pruning.layout import Segment, with_counts
 from bip.pruning.passes import write_products
-from bip.pruning.select import HASH, INFINITY, MAGNITUDE, Exchange, own_slice
+from bip.pruning.select import HASH, INFINITY, MAGNITUDE, Exchange, NanError, own_slice
 
 CHUNK = 1 << 24  # elements whose temporaries exist at once
 SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
@@ -64,7 +64,7 @@ class CudaSelector:
     def check(self) -> None:
         if self.nan.any():
             ranks = ", ".join(map(str, self.nan.nonzero().flatten().tolist()))
-            raise ValueError(f"NaN (in the slice of rank {ranks})")
+            raise NanError(f"NaN (in the slice of rank {ranks})")
 
     @torch.no_grad()
     def select(self, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from bip.errors import UserError
 from bip.pruning.choices import Scope
 from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
 from bip.pruning.passes import mask_out, upper_gradient, write_products
-from bip.pruning.select import Alone, Exchange, make_selector
+from bip.pruning.select import Alone, Exchange, NanError, make_selector
 
 
 class PrunedParameters:
@@ -179,10 +179,10 @@ class PrunedParameters:
 
     @contextlib.contextmanager
     def _naming_nan(self) -> Iterator[None]:
-        """Raise a selector's ValueError as a UserError that names the tensor."""
+        """Raise a selector's NanError as a UserError that names the tensor."""
         try:
             yield
-        except ValueError as error:
+        except NanError as error:
             scores = zip(self.layout.tensors, self.views(self.scores), strict=True)
             bad = [f" of {tensor.name}" for tensor, score in scores if bool(score.isnan().any())]
             raise UserError(

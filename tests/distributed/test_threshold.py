@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from bip.distributed.group import Group
 from bip.pruning.layout import Segment
+from bip.pruning.select import NanError
 from tests.distributed.harness import run_ranks
 from tests.unit.scores_for_ranking import (
     KINDS,
@@ -90,7 +91,7 @@ def find_nan(group: Group, way: str) -> str:
     values[900] = float("nan")  # in the last rank's slice
     segments = (Segment("a", 0, 500, 10), Segment("b", 500, 1000, 10))
     selector = selector_of(way, segments, group)
-    with pytest.raises(ValueError, match="NaN") as raised:
+    with pytest.raises(NanError, match="NaN") as raised:
         select(selector, values)
     return str(raised.value)
 

@@ -53,7 +53,7 @@ def selector_of(way: str, segments: tuple[Segment, ...], exchange: Exchange) -> 
 
 
 def select(selector: Selector, values: Tensor) -> Tensor:
-    """The mask of `values`, written over anything. Raises ValueError if one is NaN."""
+    """The mask of `values`, written over anything. Raises NanError if one is NaN."""
     mask = torch.full((len(values),), 7, dtype=torch.uint8)
     selector.update(values, mask)
     selector.check()

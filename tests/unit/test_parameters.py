@@ -46,7 +46,6 @@ def test_one_step_moves_the_scores_by_the_formula(inv_gamma: float) -> None:
     before = pruned.scores.detach().clone()
     optimizer = torch.optim.SGD([pruned.scores], lr=1.0)
 
-    pruned.take_gradient()
     norms = pruned.term_norms(inv_gamma)
     pruned.set_upper_gradient(inv_gamma)
     optimizer.step()

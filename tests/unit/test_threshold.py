@@ -15,7 +15,7 @@ from torch import Tensor
 from bip.errors import UserError
 from bip.pruning import kernels
 from bip.pruning.layout import Segment, with_counts
-from bip.pruning.select import LARGEST, Alone, own_slice
+from bip.pruning.select import LARGEST, Alone, NanError, own_slice
 from bip.pruning.select_cpu import CpuSelector
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
 from tests.unit.scores_for_ranking import (
@@ -134,15 +134,6 @@ def test_more_scores_than_can_be_counted_are_refused() -> None:
         own_slice(size, SimpleNamespace(rank=0, world=least))  # type: ignore[arg-type]
 
 
-@BOTH
-def test_keeping_all_and_one(way: str) -> None:
-    for n, keep in ((1, 1), (5, 5), (5, 1), (70_000, 70_000), (70_000, 1)):
-        values = make_scores("ties", n, 1)
-        segments = (Segment("x", 0, n, keep),)
-        mask = select(selector_of(way, segments, Alone()), values)
-        assert torch.equal(mask, sorted_mask(values, segments))
-
-
 @pytest.mark.parametrize("place", [0, 63, 64, 1000, 4999])
 @pytest.mark.parametrize("nan", [0x7F800001, 0x7FC00000, 0x7FFFFFFF])
 @BOTH
@@ -156,7 +147,7 @@ def test_nan_is_an_error_that_names_the_rank(way: str, place: int, nan: int) -> 
     def message(ranks: ThreadRank) -> str:
         selector = selector_of(way, segments, ranks)
         select(selector, values)
-        with pytest.raises(ValueError, match="NaN") as raised:
+        with pytest.raises(NanError, match="NaN") as raised:
             select(selector, bad)
         return str(raised.value)
 
