@@ -1,4 +1,4 @@
-"""The words of a configuration for what is pruned and how. Imports no torch."""
+"""The choices that a configuration names: what is pruned and how. Imports no torch."""
 
 from typing import Literal
 

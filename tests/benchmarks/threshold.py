@@ -241,7 +241,7 @@ def most_sent(case: str, world: int) -> tuple[int, int]:
 
     A hit finds the threshold in the bracket where it was expected: a digit of 11 bits with the
     pass's totals (in calm that is all), perhaps the rest, perhaps the place of a tie. A miss has
-    spent that digit and searches anew, 31 bits. Cold, there is a sample before.
+    spent that digit and searches all 31 bits. Cold, there is a sample before.
     """
     heads, tie, sample = 24, 8, 4 * max(1, SAMPLE // world)
     return {
@@ -255,9 +255,9 @@ def model(world: int, n: int) -> str:
     """What a selection over the whole network costs a rank, at most."""
     kib = {c: f"{most_sent(c, world)[0] / 1024:.1f} KiB" for c in ("hit", "miss", "cold")}
     rounds = {c: most_sent(c, world)[1] for c in kib}
-    told = ", ".join(f"{c} {kib[c]} in {rounds[c]} gathers" for c in kib)
+    text = ", ".join(f"{c} {kib[c]} in {rounds[c]} gathers" for c in kib)
     return (
-        f"W = {world}, n = {n:,}: at most {told}; received {world} times that; a hit reads "
+        f"W = {world}, n = {n:,}: at most {text}; received {world} times that; a hit reads "
         f"{n // world:,} scores once, up to five times where many are equal, as a miss does; mask "
         f"and z: one pass over all {n:,}"
     )
@@ -291,8 +291,8 @@ def check_model(world: int, n: int = 2_000_000) -> str:
     for name, (sent, rounds) in costs[0].items():
         most = most_sent(name.split()[0], world)
         assert (sent <= most[0], rounds <= most[1]) == (True, True), (name, sent, rounds, most)
-    told = (f"{name} {sent:,} bytes in {rounds}" for name, (sent, rounds) in costs[0].items())
-    return f"W = {world} simulated, gathers: {', '.join(told)}"
+    text = (f"{name} {sent:,} bytes in {rounds}" for name, (sent, rounds) in costs[0].items())
+    return f"W = {world} simulated, gathers: {', '.join(text)}"
 
 
 def main() -> None:

@@ -123,7 +123,7 @@ def test_a_perturbed_rank_is_named_on_every_rank(what: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "text"),
     [
         ("aaaa", None),
         ("ab", "rank 0 has a, rank 1 has b"),
@@ -134,8 +134,8 @@ def test_a_perturbed_rank_is_named_on_every_rank(what: str, name: str) -> None:
         ("abc", "rank 0 has a, rank 1 has b, rank 2 has c"),
     ],
 )
-def test_only_a_majority_is_the_others(values: str, told: str | None) -> None:
-    assert describe_difference(values) == told
+def test_only_a_majority_is_the_others(values: str, text: str | None) -> None:
+    assert describe_difference(values) == text
 
 
 # What rank 1 changes by itself in a BiP run, who finds it, at which step, and how it is named.
@@ -183,10 +183,10 @@ def run_perturbed(
 
 @pytest.mark.parametrize("case", PERTURBED)
 def test_a_perturbed_rank_ends_training(case: str, source: Path, tmp_path: Path) -> None:
-    what, settings, step, told = PERTURBED[case]
+    what, settings, step, text = PERTURBED[case]
     messages = run_ranks(3, run_perturbed, str(tmp_path), str(source), what, settings)
     for message in messages:
-        named = rf"{told} between ranks \(rank 1 has .*, the others have .*\).* \[step (\d+)\]"
+        named = rf"{text} between ranks \(rank 1 has .*, the others have .*\).* \[step (\d+)\]"
         found = re.fullmatch(named, message)
         assert found is not None, message
         assert step <= int(found[1]) <= step + 2 * (what == "mask")

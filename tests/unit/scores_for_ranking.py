@@ -1,4 +1,4 @@
-"""Score vectors that are hard to rank, and the plain sort that says what is right."""
+"""Score vectors that are hard to rank, and the plain sort that is the oracle."""
 
 import numpy as np
 import torch

@@ -136,7 +136,7 @@ def test_nan_is_an_error_that_names_the_tensor(layer_type: str) -> None:
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 def test_counts_may_change_at_any_step(layer_type: str, scope: str) -> None:
-    """As by a schedule of k, or a budget of each layer; nothing is allocated anew."""
+    """As by a schedule of k, or a budget of each layer; no buffer moves."""
     network = small_net()
     layout = find_prunable(network, layer_type)
     pruned = PrunedParameters(network, layout, Decimal("0.9"), scope)

@@ -145,7 +145,7 @@ def toy_step(network: nn.Module, layer_type: str, method: str, scores: Tensor, b
 
 @pytest.mark.parametrize("method", PRUNE)
 def test_a_pruned_weight_returns(method: str) -> None:
-    """Two weights per class; only the second input tells the classes apart; it starts pruned."""
+    """Two weights per class; only the second input separates the classes; it starts pruned."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 2, generator=generator)
     batch = x, (x[:, 1] > 0).long()
@@ -462,7 +462,7 @@ class Chain(nn.Module):
         self.first = nn.Conv2d(3, middle, 3)
         self.norm = nn.BatchNorm2d(middle)
         self.second = nn.Conv2d(middle, 5, 3)
-        self.head = nn.Linear(5, 2)  # not called: it says that `second` does not give the classes
+        self.head = nn.Linear(5, 2)  # not called: with it `second` does not give the classes
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.relu(self.norm(self.first(x))))  # type: ignore[no-any-return]
