@@ -209,6 +209,7 @@ def begin_unlike(group: Group, result_dir: str, source: str) -> list[int]:
 
     run = Unlike(load_config(arguments("bip", Path(result_dir), source_net=source)), group)
     state = run_state(run.network, run.pruned, {}, buffers=True)
+    group.barrier()  # a rank that leaves at once would fail the other's connection
     return [int(hash_tensor(tensor)) for _, tensor in state]
 
 

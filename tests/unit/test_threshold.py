@@ -71,9 +71,8 @@ def test_selection_stays_exact_as_scores_and_counts_move(way: str, world: int) -
     history = [make_scores("normal", n, 0)]
     for move in (1e-4, 1e-3, 0.0, 1e-6, 0.5, 1e-3):
         history.append(history[-1] + move * make_scores("normal", n, len(history)))
-    history += [history[-1] * 1e6, history[-1] * 1e-30, make_scores("equal", n, 0), history[0]]
-
-    history += 3 * [history[0]]
+    history += [history[-1] * 1e6, history[-1] * 1e-30, make_scores("equal", n, 0)]
+    history += 4 * [history[0]]
     counts = [[1234, 100]] * 8 + [[1233, 100], [1233, 5000], [1, 1], [15_000, 1], [7000, 5000]]
     counts = [counts[0]] * (len(history) - len(counts)) + counts
 
