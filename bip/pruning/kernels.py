@@ -158,6 +158,7 @@ def _write(
     bits: Bits, key: np.int32, last: int, first: int, mask: Mask, weights: Floats, z: Floats
 ) -> tuple[int, int]:
     kept, checksum = 0, u32(0)
+    has_z = z.size == bits.size
     whole = bits.size // BLOCK * BLOCK
     for start in range(0, whole, BLOCK):
         ties = i32(min(max(last - start, -1), BLOCK))  # equal keys are kept up to this place
@@ -176,7 +177,7 @@ def _write(
                 keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
                 if i32(mask[start + j]) != keep:
                     mask[start + j] = np.uint8(keep)
-                    if z.size > 0:
+                    if has_z:
                         z[start + j] = weights.dtype.type(keep) * weights[start + j]
     for i in range(whole, bits.size):
         own = bits[i] & MAGNITUDE
@@ -184,7 +185,7 @@ def _write(
         kept += int(keep)
         checksum = u32(checksum + u32(keep) * _hash(first + i))
         mask[i] = np.uint8(keep)
-        if z.size > 0:
+        if has_z:
             z[i] = weights.dtype.type(keep) * weights[i]
     return kept, int(checksum)
 
