@@ -30,11 +30,10 @@ from bip.errors import UserError
 from bip.files import may_pass
 from bip.methods import find, spellings
 from bip.methods.base import Method, Mode
+from bip.pruning.choices import LayerType, Scope, ScoreInit
 from bip.shipped import given_or_shipped
 
-LayerType = Literal["dense", "unstructured", "filter", "channel"]
 Schedule = Literal["cosine", "step"]
-ScoreInit = Literal["hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"]
 DatasetName = Literal[
     "CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageNetOrigin", "ImageNetLMDB", "Digits"
 ]
@@ -164,8 +163,10 @@ class RunConfig(BaseModel):
         PRUNING, "base", "method; base: plain training, or HYDRA when pruning; bilevel: BiP",
         choices=spellings,
     )  # fmt: skip
-    layer_type: LayerType = setting(PRUNING, "dense", "what is pruned", of_method=True)
-    scope: Literal["global", "layer"] | None = setting(
+    layer_type: Literal["dense", LayerType] = setting(
+        PRUNING, "dense", "what is pruned", of_method=True
+    )
+    scope: Scope | None = setting(
         PRUNING, None, "one ranking over the network, or k per layer (structured: layer)",
         of_method=True,
     )  # fmt: skip
@@ -325,7 +326,7 @@ class RunConfig(BaseModel):
         return self
 
     @property
-    def ranking_scope(self) -> Literal["global", "layer"]:
+    def ranking_scope(self) -> Scope:
         """The scope in force: global for unstructured, layer for structured, unless given."""
         return self.scope or ("global" if self.layer_type == "unstructured" else "layer")
 

@@ -13,8 +13,9 @@ from bip.config import RunConfig, check_inputs
 from bip.data.datasets import dataset_spec
 from bip.data.loaders import Data, open_data, stage_data
 from bip.distributed.control import Control
-from bip.distributed.group import MEETING, Group, join, wrap
+from bip.distributed.group import Group, wrap
 from bip.distributed.heartbeat import Heartbeat
+from bip.distributed.rendezvous import MEETING, join
 from bip.distributed.signals import StopRequest
 from bip.errors import UserError
 from bip.identity import check_source, compare_starts, start_facts, with_source_of_resume

@@ -17,8 +17,8 @@ def hash_tensor(tensor: Tensor) -> Tensor:
     """A 64-bit hash (int64, on the tensor's device) of a tensor's bits and their places.
 
     Each eight bytes are mixed with their place (the finaliser of splitmix64, a bijection), and the
-    results added up: integer sums do not depend on the order of addition. A change of any one word
-    always shows; changes of several cancel out by chance alone, one in 2^64.
+    results added up: integer sums do not depend on the order of addition. A change of one word
+    always shows; changes of several cancel out with a chance of 2^-64.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.full((), len(flat), dtype=torch.int64, device=tensor.device)
@@ -29,7 +29,7 @@ def hash_tensor(tensor: Tensor) -> Tensor:
         place = torch.arange(start // 8, start // 8 + len(words), device=tensor.device)
         words += place.mul_(_signed(0x9E3779B97F4A7C15))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            # Shifts of int64 draw the sign in: it is masked off again.
+            # Shifts of int64 repeat the sign bit, which is masked off.
             words ^= (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
             if factor != 1:
                 words *= _signed(factor)
@@ -41,10 +41,10 @@ def _signed(bits: int) -> int:
     return bits - (1 << 64)
 
 
-def tell_apart(values: Sequence[str]) -> str | None:
-    """Which ranks have what, if they have not all the same: "rank 2 has a, the others have b".
+def describe_difference(values: Sequence[str]) -> str | None:
+    """Which ranks have what: "rank 2 has a, the others have b"; None if all have the same.
 
-    "The others" are more than half of all: of two nobody can say which one is right.
+    "The others" are more than half of all: of two ranks either may be right.
     """
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -68,7 +68,7 @@ def run_state(
     optimizers: dict[str, torch.optim.Optimizer],
     buffers: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Everything that must be the same on all ranks, by name. Buffers only once they are shared."""
+    """(name, tensor) of all that must be equal on all ranks; `buffers` only once they are sent."""
     if pruned is not None:
         yield "weights", pruned.weights
         yield "scores", pruned.scores
@@ -93,7 +93,8 @@ def compare_ranks(state: Iterable[tuple[str, Tensor]], group: Group) -> None:
     names, hashes = zip(*((name, hash_tensor(tensor)) for name, tensor in state), strict=True)
     rows = group.gather(torch.stack([h.to(group.device) for h in hashes])).cpu()
     for name, column in zip(names, rows.T.tolist(), strict=True):
-        if who := tell_apart([f"checksum {value & (1 << 64) - 1:016x}" for value in column]):
+        checksums = [f"checksum {value & (1 << 64) - 1:016x}" for value in column]
+        if who := describe_difference(checksums):
             raise RankError(
                 f"{name}: differs between ranks ({who}); the run stops before it is saved, the "
                 "last checkpoint is good"

@@ -1,8 +1,8 @@
-"""What the ranks tell each other every iteration, one iteration late, so that none waits.
+"""What the ranks exchange every iteration, one iteration late, so that none waits.
 
 Each iteration a rank posts four numbers to a small gloo group of its own, and reads what all
-posted in the iteration before. Everyone reads the same rows at the same iteration, so any
-decision made from them is made by all.
+posted in the iteration before. All read the same rows at the same iteration, so all make the same
+decision from them.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bip.distributed.compare import tell_apart
+from bip.distributed.compare import describe_difference
 from bip.distributed.group import COLLECTIVE, Group, all_gather_flat
 from bip.errors import RankError
 
@@ -19,7 +19,7 @@ LAG = 4  # iterations that the host may run ahead of the GPU, the same on all ra
 
 
 @dataclass(frozen=True)
-class News:
+class Posted:
     """What all ranks posted: the strongest stop signal, whether rank 0 wants a checkpoint."""
 
     stop: int
@@ -34,7 +34,7 @@ class _Slot:
         self.copied = torch.cuda.Event()
 
     def read(self) -> tuple[int, int]:
-        """What was written last, zeros before. Waits for the GPU to come to that iteration."""
+        """What was written last, or zeros. Waits until the GPU has reached that iteration."""
         self.copied.synchronize()
         return int(self.proof[0]), int(self.proof[1])
 
@@ -55,14 +55,14 @@ class Control:
         self.slots: list[_Slot] = []
         self.proofs = 0
 
-    def post(self, stop: int, save: bool, proof: Tensor | None) -> News:
-        """Post this iteration's numbers; return the news of the iteration before (alone: now).
+    def post(self, stop: int, save: bool, proof: Tensor | None) -> Posted:
+        """Post this iteration's numbers; return those of the iteration before (alone: of this one).
 
         `proof` (2,) is the mask's count and checksum, perhaps still on the GPU: then it travels
         LAG iterations later. Raises RankError if two ranks' masks differed.
         """
         self.group.passed += 1
-        news = self._collect()
+        posted = self._collect()
         kept, checksum = self._proof(proof)
         own = torch.tensor([stop, int(save), kept, checksum])
         rows = own[None]
@@ -71,7 +71,7 @@ class Control:
             rows = own.new_empty(self.group.world, len(own))
             work = all_gather_flat(rows.view(-1), own, group=self.channel, async_op=True)
         self.pending = (rows, work)
-        return news if self.channel is not None else self._collect()
+        return posted if self.channel is not None else self._collect()
 
     def ask(self, stop: int) -> int:
         """The strongest stop signal of all ranks, now. Waits for them; nothing may be pending."""
@@ -79,8 +79,8 @@ class Control:
         self.post(stop, False, None)
         return self._collect().stop
 
-    def finish(self) -> News:
-        """The last news; nothing is pending afterwards."""
+    def finish(self) -> Posted:
+        """What was posted last; nothing is pending afterwards."""
         return self._collect()
 
     def _proof(self, proof: Tensor | None) -> tuple[int, int]:
@@ -96,16 +96,16 @@ class Control:
         slot.write(proof)
         return before
 
-    def _collect(self) -> News:
+    def _collect(self) -> Posted:
         if self.pending is None:
-            return News(0, False)
+            return Posted(0, False)
         rows, work = self.pending
         self.pending = None
         if work is not None:
             work.wait()
         proofs = [f"{kept} with checksum {checksum}" for kept, checksum in rows[:, 2:].tolist()]
-        if who := tell_apart(proofs):
+        if who := describe_difference(proofs):
             raise RankError(
                 f"mask: what is kept differs between ranks ({who}); the last checkpoint is good"
             )
-        return News(int(rows[:, 0].max()), bool(rows[0, 1]))
+        return Posted(int(rows[:, 0].max()), bool(rows[0, 1]))

@@ -19,27 +19,27 @@ from bip.distributed.group import Group
 from bip.errors import RankError, Stopped
 
 STALL = 600.0  # seconds without progress, at the least, before a rank that beats is stuck
-BEFORE = 6  # times that before the first step
-GRACE = 10.0  # seconds to record an end in: the disk may be what has failed
+BEFORE = 6  # times as long before the first step
+GRACE = 10.0  # seconds to record an end: the disk may be what failed
 _LOST = "lost"
-_TOLD = "told"  # how many ranks know that the run ends
+_ACKNOWLEDGED = "acknowledged"  # how many ranks know that the run ends
 
 
 class Heartbeat:
-    """Two threads of each rank: one beats and looks, the other watches the first.
+    """Two threads of each rank: one beats and checks the next rank, the other watches the first.
 
     The first writes this rank's beat into the store, and reads that of the next rank: one that is
-    killed or stopped does not beat, whatever it was doing. A rank whose main thread is stuck does
-    beat, but every rank waits for it soon: then rank 0 reads how many places each has passed
-    (`Group.passed`) and names the one behind. A lost rank's name goes into the store, and each
-    rank that reads it exits with code 1 from this thread, as the main one may hang in a
-    collective. One beat and one look per rank and interval: the load on the store grows with the
+    killed or stopped does not beat, whatever it was doing. A rank whose main thread is stuck still
+    beats, but soon every rank waits for it: then rank 0 reads how many collectives each has
+    entered (`Group.passed`) and names the one with the fewest. The cause goes into the store, and
+    each rank that reads it exits with code 1 from this thread, as its main thread may hang in a
+    collective. One write and one read per rank and interval: the load on the store grows with the
     ranks, not with their square.
 
-    The second thread touches no store. A store whose holder is frozen blocks its callers for
-    ever; it ends the process when the first thread has had no answer for `timeout` seconds.
+    The second thread uses no store. A store whose host is frozen blocks its callers for ever; this
+    thread ends the process when the first has had no answer for `timeout` seconds.
 
-    `on_end` is called with the cause when the run ends here, before the others are told.
+    `on_end` is called with the cause when the run ends here, before it is published.
     """
 
     def __init__(
@@ -59,35 +59,36 @@ class Heartbeat:
         self.threads: list[threading.Thread] = []
         self.stopped, self.wake = threading.Event(), threading.Event()
         self.failure: str | None = None  # of this rank itself
-        self.reported, self.everyone_knows = threading.Event(), threading.Event()
-        self.has_told = False  # that this rank knows
+        self.reported, self.all_know = threading.Event(), threading.Event()
+        self.has_acknowledged = False  # that it knows the cause
         self.lost: str | None = None
         self.rounds_to_end = 0
-        self.asks, self.known = False, threading.Event()  # the main thread, who is lost
-        self.ending, self.end_told = threading.Lock(), threading.Lock()
+        # The main thread waits to learn which rank is lost.
+        self.main_waits, self.cause_known = False, threading.Event()
+        self.ending, self.end_recorded = threading.Lock(), threading.Lock()
         self.backstop: threading.Timer | None = None
-        self.next = _Silence(2 * self.interval)
-        self.own = _Silence(2 * self.interval)
+        self.next_rank = _Silence(2 * self.interval)
+        self.own_progress = _Silence(2 * self.interval)
 
-    # The main thread's part
+    # Called by the main thread
 
     def note_step(self, step: int) -> None:
         self.step = step
 
     def note_alive(self) -> None:
-        """Rank 0 waits for something outside the run, and may do so for long."""
+        """Rank 0 waits for something outside the run: restart the clock that finds stuck ranks."""
         self.alive += 1
 
     def note_end(self) -> None:
-        """The run's end is recorded: no other is told from here."""
-        self.end_told.acquire(blocking=False)
+        """The run's end is recorded elsewhere: `on_end` is not called any more."""
+        self.end_recorded.acquire(blocking=False)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Beat while the body runs; within another such body, go on.
+        """Beat while the body runs; may be nested.
 
-        A failure in the body is told to the others. Where it is only the echo of another rank's
-        end a RankError that names that one is raised instead.
+        A failure in the body is published to the other ranks. Where it is only the echo of another
+        rank's end, a RankError that names that rank is raised instead.
         """
         is_outer = not self.threads
         if is_outer:
@@ -98,36 +99,36 @@ class Heartbeat:
             raise
         except KeyboardInterrupt:
             if not self.stopped.is_set():
-                self._tell_end("interrupted")
+                self._record_end("interrupted")
             raise
         except Exception as error:
             if not self.stopped.is_set() and self.failure is None:
-                self._fail(error)
+                self._report_failure(error)
             raise
         finally:
             if is_outer:
                 self.stop()
 
-    def _fail(self, error: Exception) -> None:
-        """Tell why this rank ends. Who holds the store stays until the others know."""
+    def _report_failure(self, error: Exception) -> None:
+        """Publish why this rank ends. The store's host stays until the others have read it."""
         if self.threads and _is_echo(error):
-            self.asks = True
-            # Seen, told, heard, and the stay of the store's holder: a few intervals each.
-            if self.known.wait(self.timeout + 12 * self.interval):
-                self._tell_end(f"rank lost: {self.lost}")
+            self.main_waits = True
+            # To detect, publish and read, and the store host's grace period: a few intervals each.
+            if self.cause_known.wait(self.timeout + 12 * self.interval):
+                self._record_end(f"rank lost: {self.lost}")
                 self.failure = self.lost
-                self.reported.set()  # by who found it out
+                self.reported.set()  # by the rank that detected it
                 raise RankError(self.lost) from error
-        self._tell_end(f"error: {error}")
+        self._record_end(f"error: {error}")
         self.failure = f"{type(error).__name__}: {error}"
         if self.threads:
             self.wake.set()
             self.reported.wait(2 * self.interval)
             if self.group.holds_store:
-                self.everyone_knows.wait(2 * self.interval)
+                self.all_know.wait(2 * self.interval)
 
     def stop(self) -> None:
-        """From now on the others may leave. Never waits long, whatever the store does."""
+        """End the threads: the others may leave. Never waits long, whatever the store does."""
         self.stopped.set()
         self.wake.set()
         for thread in self.threads:
@@ -148,7 +149,7 @@ class Heartbeat:
         for thread in self.threads:
             thread.start()
 
-    # The first thread
+    # Runs in the first thread
 
     def _beat(self, origin: Any) -> None:
         store = origin
@@ -167,22 +168,22 @@ class Heartbeat:
                 self.rounds += 1
             except RuntimeError:
                 fresh = False  # a new connection next time; `_watch` ends this at the time-out
-            except Exception as error:  # a bug here must not look like a store that is silent
+            except Exception as error:  # a bug here must not look like a store that does not answer
                 self._end(f"heartbeat: {type(error).__name__}: {error}")
-            waiting = self.failure is not None and not self.everyone_knows.is_set()
+            waiting = self.failure is not None and not self.all_know.is_set()
             self.wake.wait(min(0.1, self.interval) if waiting else self.interval)
             self.wake.clear()
 
     def _round(self, store: Any) -> None:
-        """Beat once and look once. Raises RuntimeError if the store does not answer."""
+        """Beat and check once. Raises RuntimeError if the store does not answer."""
         store.set(f"beat/{self.group.rank}", self._own_beat())
         if self.failure is not None:
             if not self.reported.is_set():
                 store.compare_set(_LOST, "", f"rank {self.group.rank}: {self.failure}")
-                self._tell(store)
+                self._acknowledge(store)
                 self.reported.set()
-            if store.add(_TOLD, 0) >= self.group.world:
-                self.everyone_knows.set()
+            if store.add(_ACKNOWLEDGED, 0) >= self.group.world:
+                self.all_know.set()
         elif self.lost is None:
             lost = self._missing(store) or self._stuck(store)
             if lost is not None:
@@ -190,15 +191,15 @@ class Heartbeat:
             elif store.check([_LOST]):
                 self.lost = store.get(_LOST).decode()
             if self.lost is not None:
-                self._tell(store)
-                # One round more: the main thread may meet the same trouble, and tells it better.
-                # With the store the news would go as well: its holder stays for all to hear it.
+                self._acknowledge(store)
+                # One round more: the main thread may fail of the same cause, with a better message.
+                # The cause would be lost with the store: its host stays until all have read it.
                 self.rounds_to_end = 3 if self.group.holds_store else 1
 
-    def _tell(self, store: Any) -> None:
-        if not self.has_told:
-            store.add(_TOLD, 1)
-            self.has_told = True
+    def _acknowledge(self, store: Any) -> None:
+        if not self.has_acknowledged:
+            store.add(_ACKNOWLEDGED, 1)
+            self.has_acknowledged = True
 
     def _own_beat(self) -> str:
         beat = {
@@ -211,32 +212,32 @@ class Heartbeat:
         return json.dumps(beat)
 
     def _missing(self, store: Any) -> str | None:
-        """That the next rank does not beat any more, in words."""
+        """The message that the next rank has stopped beating, if it has."""
         watched = (self.group.rank + 1) % self.group.world
         # Reading a beat that is not there yet would wait, and blame the store.
         beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
-        if self.next.seconds(beat) <= self.timeout:
+        if self.next_rank.seconds(beat) <= self.timeout:
             return None
-        known = json.loads(beat or '{"host": "never heard of", "step": 0}')
+        known = json.loads(beat or '{"host": "no beat so far", "step": 0}')
         return (
             f"rank {watched} ({known['host']}) has not answered for {self.timeout:.0f} s; "
             f"its last step was {known['step']}"
         )
 
     def _stuck(self, store: Any) -> str | None:
-        """On rank 0: who keeps the others waiting, when nothing has moved for too long."""
+        """On rank 0: the message that there is no progress and for whom the others wait, if so."""
         if not self.group.is_first:
             return None
-        # Before the first step data are scanned and networks compiled, for as long as it takes.
+        # Before the first step data are scanned and networks compiled, which may take long.
         limit = self.stall if self.step else BEFORE * self.stall
-        if self.own.seconds((self.group.passed, self.alive)) <= limit:
+        if self.own_progress.seconds((self.group.passed, self.alive)) <= limit:
             return None
         keys = [f"beat/{rank}" for rank in range(self.group.world)]
         beats = [json.loads(beat) for beat in store.multi_get(keys)]
         least = min(beat["passed"] for beat in beats)
         behind = {r: beat for r, beat in enumerate(beats) if beat["passed"] == least}
         places = Counter(beat["where"] for beat in beats)
-        # Those that wait are at one place; who is at another comes first.
+        # The ranks that wait are all at one place; those at another come first.
         behind = dict(sorted(behind.items(), key=lambda known: places[known[1]["where"]]))
         who = "; ".join(
             f"rank {rank} ({beat['host']}) at step {beat['step']} in {beat['where']}"
@@ -249,7 +250,7 @@ class Heartbeat:
             f"stuck, give --rank-timeout more than {self.stall / 10:.0f})"
         )
 
-    # The second thread
+    # Runs in the second thread
 
     def _watch(self) -> None:
         answers = _Silence(2 * self.interval)
@@ -260,16 +261,16 @@ class Heartbeat:
                     f"answered for {self.timeout:.0f} s"
                 )
 
-    # Any
+    # Called by any thread
 
-    def _tell_end(self, cause: str) -> None:
-        if self.end_told.acquire(blocking=False):
+    def _record_end(self, cause: str) -> None:
+        if self.end_recorded.acquire(blocking=False):
             self.on_end(cause)
 
     def _end(self, message: str) -> None:
         """Exit with code 1, whatever the disk and stderr do.
 
-        A main thread that asks who is lost raises it instead, if it comes to it in time.
+        If the main thread waits to learn which rank is lost, it raises the message instead.
         """
         if self.stopped.is_set() or not self.ending.acquire(blocking=False):
             return
@@ -279,13 +280,13 @@ class Heartbeat:
             self.backstop = threading.Timer(GRACE, os._exit, (1,))
             self.backstop.daemon = True
             self.backstop.start()
-            if self.asks:
+            if self.main_waits:
                 is_mine = False
-                self.known.set()
+                self.cause_known.set()
                 return
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
                 print(f"error: {message}", file=sys.stderr, flush=True)
-            self._tell_end(f"rank lost: {message}")
+            self._record_end(f"rank lost: {message}")
         finally:
             if is_mine:
                 os._exit(1)
@@ -294,7 +295,7 @@ class Heartbeat:
 class _Silence:
     """For how long something has not changed, in seconds for which this process was awake.
 
-    A suspended job watches nothing: a pause counts as `longest` seconds at most.
+    While a job is suspended nothing is watched: a pause counts as `longest` seconds at most.
     """
 
     def __init__(self, longest: float) -> None:
@@ -323,10 +324,10 @@ def _where(thread: int | None) -> str:
 
 
 def _is_echo(error: Exception) -> bool:
-    """Whether this may be a collective that failed because another rank has gone.
+    """Whether this may be a collective that failed because another rank has ended.
 
-    Gloo raises plain RuntimeErrors, also out of a backward pass, where DDP sums gradients. One
-    that was this rank's own after all is only told to the others later.
+    Gloo raises plain RuntimeErrors, also out of a backward pass, where DDP sums gradients. A
+    failure of this rank's own that looks like one is only published later.
     """
     if isinstance(error, dist.DistError):
         return True

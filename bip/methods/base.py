@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.scores import ScoreInit
+    from bip.pruning.choices import ScoreInit
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -76,7 +76,7 @@ class Method(ABC):
             cls.trainer = cls.name
 
     @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit:
+    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
         """How the scores start (`bip.pruning.scores.initialise_scores`)."""
         return config.score_init
 

@@ -6,13 +6,13 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bip.methods.finetune import Finetune
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
-    from bip.pruning.scores import ScoreInit
+    from bip.pruning.choices import ScoreInit
 
 
 class OneShotMagnitude(Finetune):
@@ -22,5 +22,5 @@ class OneShotMagnitude(Finetune):
     starts_from = "dense"
 
     @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit:
+    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
         return "scaled"  # s = θ: the mask that the run begins with is that of the largest weights

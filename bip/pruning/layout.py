@@ -1,18 +1,16 @@
 """What can be pruned and in what groups: the layout of the flat buffers, and `keep_count`."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from bip.errors import UserError
-
-LayerType = Literal["unstructured", "filter", "channel"]
-Scope = Literal["global", "layer"]
+from bip.pruning.choices import LayerType, Scope
 
 
 def keep_count(k: Decimal | Fraction | str, n: int) -> int:
@@ -57,12 +55,28 @@ class PrunableTensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions `start:stop` that are ranked among themselves; the `keep` largest stay."""
+    """Positions `start:stop` that are ranked among themselves; the `keep` largest stay.
+
+    Raises ValueError unless 1 <= keep <= size.
+    """
 
     name: str
     start: int
     stop: int
     keep: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keep <= self.size:
+            raise ValueError(f"{self.name}: cannot keep {self.keep} of {self.size}")
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+def with_counts(segments: tuple[Segment, ...], counts: Sequence[int]) -> tuple[Segment, ...]:
+    """The same segments, of which these many are kept."""
+    return tuple(replace(s, keep=count) for s, count in zip(segments, counts, strict=True))
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from bip.pruning.choices import ScoreInit
 from bip.pruning.layout import Layout
-
-ScoreInit = Literal[
-    "scaled", "hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"
-]
 
 
 @torch.no_grad()
-def initialise_scores(scores: Tensor, weights: Tensor, layout: Layout, how: ScoreInit) -> None:
+def initialise_scores(
+    scores: Tensor, weights: Tensor, layout: Layout, how: ScoreInit | Literal["scaled"]
+) -> None:
     """Fill the flat `scores` in place from the flat `weights` (both in `layout`'s order).
 
     scaled: s = θ, in its own storage. hydra: s = sqrt(6 / fan_in) · θ / max|θ| per layer

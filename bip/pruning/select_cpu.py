@@ -1,79 +1,44 @@
-"""The exact top-k threshold, agreed by all ranks.
-
-Scores are the same on every rank; the work is not. Rank r of W owns the slice
-[r·n/W, (r+1)·n/W) and only counts there. What is gathered are counts, so the result is exact,
-the same on every rank, and independent of W:
+"""The CPU's selector: a search for each segment's threshold, then one pass that writes.
 
 1. A bracket: around where the threshold will be if it moves as it last did, as wide as that was
    wrong lately, or the first time an estimate from a sample. One pass counts what lies above it
    and collects what lies inside.
 2. The bracket (or, if the threshold moved out of it, the side where it is) is narrowed digit by
-   digit: counts of the next bits, gathered and added up, tell the bin of the `keep`-th largest.
-3. If the cut falls among equal values, the last round's counts tell in whose slice; that rank
-   publishes the flat index of the last one kept. Ties go to the lowest index.
+   digit: counts of the next bits, gathered and added up, give the bin of the `keep`-th largest.
+3. If the cut falls among equal values, the last round's counts give the rank in whose slice; that
+   rank publishes the flat index of the last one kept. Ties go to the lowest index.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from bip.errors import UserError
 from bip.pruning import kernels
 from bip.pruning.kernels import Bits
-from bip.pruning.layout import Segment
+from bip.pruning.layout import Segment, with_counts
+from bip.pruning.passes import is_compiled, mask_out, spans
+from bip.pruning.select import INFINITY, LARGEST, MAGNITUDE, Exchange, NanError, own_slice
 
-LARGEST = int(kernels.MAGNITUDE)
 ALL_TIES = np.iinfo(np.int64).max  # `last` where no tie is cut
 SAMPLE = 1 << 13  # keys that the first bracket is estimated from, over all ranks
 FIRST_SPREAD = 1 << 16  # half-width of the second bracket, in keys: 0.5 to 1% of the threshold
-
-
-class Alone:
-    """The only rank."""
-
-    rank = 0
-    world = 1
-
-    def gather(self, values: Tensor) -> Tensor:
-        return values[None]
-
-
-class Exchange(Protocol):
-    """What selection needs of the ranks."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def world(self) -> int: ...
-
-    def gather(self, values: Tensor) -> Tensor:
-        """Every rank's `values` (m,), the same m on all, as (W, m)."""
-        ...
-
-
-def own_slice(size: int, exchange: Exchange) -> tuple[int, int]:
-    """(begin, end) of what this rank counts of `size` scores.
-
-    Raises UserError for more than 32-bit counts can hold.
-    """
-    if size // exchange.world >= LARGEST:
-        least = size // LARGEST + 1
-        raise UserError(f"ranks: {size:,} scores need {least} ranks or more to be counted")
-    return exchange.rank * size // exchange.world, (exchange.rank + 1) * size // exchange.world
+NOTHING = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where one segment is cut: kept are keys above `key`, and equal ones up to index `last`.
+    """Where one segment is cut: kept are keys above `key`, and equal ones up to flat index `last`.
 
-    `key` is the bits of the threshold |value|; `last` counts from the segment's start.
+    `key` is the bits of the threshold |value|.
     """
 
     key: int
@@ -107,7 +72,7 @@ class _Search:
 
     segment: Segment
     bits: Bits  # this rank's part of the segment
-    offset: int  # of that part in the segment
+    start: int  # flat index of its first
     low: int = 0
     high: int = LARGEST
     above: int = 0  # keys above `high`, over all ranks
@@ -133,23 +98,38 @@ class _Search:
         return shift == 0
 
 
-class Threshold:
-    """Selects the `keep` largest |values| of each segment, step after step, on the CPU.
+class CpuSelector:
+    """See `Selector`. The last thresholds are hints where to look first; no result depends on them.
 
-    Keeps the last thresholds as a hint where to look first; the result does not depend on it.
+    `update` is `select`, then `write`.
     """
 
-    def __init__(self, segments: tuple[Segment, ...], size: int, exchange: Exchange) -> None:
+    def __init__(self, segments: tuple[Segment, ...], exchange: Exchange) -> None:
         self.segments = segments
         self.exchange = exchange
-        self.begin, self.end = own_slice(size, exchange)
+        self.begin, self.end = own_slice(segments[-1].stop, exchange)
         self.digit_bits = 11 if len(segments) == 1 else 8
         self.hints: list[_Hint | None] = [None] * len(segments)
+
+    def keep(self, counts: Sequence[int]) -> None:
+        self.segments = with_counts(self.segments, counts)
+
+    def update(
+        self,
+        values: Tensor,
+        mask: Tensor,
+        weights: Tensor | None = None,
+        z: Sequence[Tensor] = (),
+    ) -> Tensor:
+        return self.write(self.select(values), values, mask, weights, z)
+
+    def check(self) -> None:
+        """Nothing is left to do: `select` raises."""
 
     def select(self, values: Tensor) -> list[Cut]:
         """The cut of every segment of the flat float32 `values`.
 
-        Raises ValueError naming the segment and the ranks whose slice holds a NaN.
+        Raises NanError naming the segment and the ranks whose slice holds a NaN.
         """
         bits = values.detach().view(torch.int32).numpy()
         searches = [self._search(segment, bits) for segment in self.segments]
@@ -159,10 +139,48 @@ class Threshold:
             rest = self._narrow(rest)
         return self._cut_ties(searches)
 
+    @torch.no_grad()
+    def write(
+        self,
+        cuts: Sequence[Cut],
+        values: Tensor,
+        mask: Tensor,
+        weights: Tensor | None = None,
+        z: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """mask and z for these cuts, in pieces of one segment and one tensor of z each."""
+        bits, flags = values.view(torch.int32).numpy(), mask.numpy()
+        theta = NOTHING if weights is None else weights.numpy()
+        fused = {span.start: t.detach().view(-1) for span, t in spans(z) if is_compiled(t)}
+        starts = [segment.start for segment in self.segments]
+        tensors = [0, *(span.start for span, _ in spans(z))]
+        proof = np.zeros(2, np.int64)
+        for start, stop in pairwise(sorted({*starts, *tensors, bits.size})):
+            cut = cuts[bisect_right(starts, start) - 1]
+            piece, first = slice(start, stop), tensors[bisect_right(tensors, start) - 1]
+            target = fused.get(first)
+            parts = kernels.share(stop - start)
+            proofs = np.empty((parts, 2), np.int64)
+            kernels.write(
+                parts, bits[piece], np.int32(cut.key), cut.last - start, start, flags[piece],
+                NOTHING if target is None else theta[piece],
+                NOTHING if target is None else target[start - first : stop - first].numpy(),
+                proofs,
+            )  # fmt: skip
+            proof += proofs.sum(0)
+        for span, tensor in spans(z):
+            if span.start in fused:
+                increment_version(tensor)  # autograd does not see what is written through numpy
+            elif weights is not None:  # channels_last: in another order than the flat buffers
+                shape = tensor.shape
+                mask_out(weights[span].view(shape), mask[span].view(shape), tensor.detach())
+        proof[1] &= 0xFFFFFFFF
+        return torch.from_numpy(proof)
+
     def _search(self, segment: Segment, bits: Bits) -> _Search:
         start = min(max(segment.start, self.begin), segment.stop)
         stop = max(min(segment.stop, self.end), start)
-        return _Search(segment, bits[start:stop], start - segment.start)
+        return _Search(segment, bits[start:stop], start)
 
     def _bracket(self, searches: list[_Search]) -> None:
         """Where to look first: by the last thresholds, or around a sample's estimate."""
@@ -179,12 +197,12 @@ class Threshold:
         sample = np.full((len(searches), share), -1, np.int32)
         for row, search in zip(sample, searches, strict=True):
             step = max(1, -(-search.bits.size // share))
-            taken = search.bits[::step] & kernels.MAGNITUDE
+            taken = search.bits[::step] & MAGNITUDE
             row[: taken.size] = taken
         gathered = self._gather(sample).transpose(1, 0, 2).reshape(len(searches), -1)
         for keys, search in zip(gathered, searches, strict=True):
             keys = np.sort(keys[keys >= 0])[::-1]
-            kept = search.segment.keep / (search.segment.stop - search.segment.start)
+            kept = search.segment.keep / search.segment.size
             middle = kept * keys.size
             margin = 4 * math.sqrt(keys.size * kept * (1 - kept)) + 2
             first, last = int(middle - margin), int(middle + margin)
@@ -224,14 +242,10 @@ class Threshold:
 
     def _sweep(self, search: _Search) -> tuple[int, int, int]:
         """(keys above the bracket, keys in it, the largest key) here; `source` if all were kept."""
-        bits, parts = search.bits, kernels.use_threads(search.bits.size)
+        bits, parts = search.bits, kernels.share(search.bits.size)
         found = np.empty((parts, min(bits.size, max(4096, bits.size // (16 * parts)))), np.int32)
         heads = np.empty((parts, 3), np.int64)
-        low, high = np.int32(search.low), np.int32(search.high)
-        if parts > 1:
-            kernels.sweep_parts(bits, low, high, found, heads)
-        else:
-            heads[0] = kernels.sweep(bits, low, high, found[0])
+        kernels.sweep(parts, bits, np.int32(search.low), np.int32(search.high), found, heads)
         inside = heads[:, 1]
         if inside.max() <= found.shape[1]:
             kept = [row[:count] for row, count in zip(found, inside, strict=True)]
@@ -239,11 +253,11 @@ class Threshold:
         return int(heads[:, 0].sum()), int(inside.sum()), int(heads[:, 2].max())
 
     def _refuse_nan(self, tops: NDArray[np.int64]) -> None:
-        bad = tops > kernels.INFINITY
+        bad = tops > INFINITY
         if bad.any():
             names = [s.name for s, column in zip(self.segments, bad.T, strict=True) if column.any()]
             ranks = ", ".join(str(rank) for rank in np.flatnonzero(bad.any(1)))
-            raise ValueError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
+            raise NanError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
 
     def _narrow(self, searches: list[_Search]) -> list[_Search]:
         """One digit further in every search; those that are not down to one key yet."""
@@ -260,12 +274,9 @@ class Threshold:
         source = search.bits if search.source is None else search.source
         low, high = np.int32(search.low), np.int32(search.high)
         shift = search.shift(self.digit_bits)
-        parts = kernels.use_threads(source.size)
+        parts = kernels.share(source.size)
         counts = np.zeros((parts, ((search.high - search.low) >> shift) + 1), np.int32)
-        if parts > 1:
-            kernels.count_digits_parts(source, low, high, np.int32(shift), counts)
-        else:
-            kernels.count_digits(source, low, high, np.int32(shift), counts[0])
+        kernels.count_digits(parts, source, low, high, np.int32(shift), counts)
         total: Bits = counts.sum(0, dtype=np.int32)
         return total
 
@@ -283,7 +294,7 @@ class Threshold:
             before = int(search.ties[: self.exchange.rank].sum())
             if before < wanted <= before + search.ties[self.exchange.rank]:
                 found = kernels.find_tie(search.bits, np.int32(search.low), wanted - before)
-                lasts[row] = search.offset + found
+                lasts[row] = search.start + found
         if split:
             lasts = self._gather(lasts).max(0)
         for row, search in enumerate(searches):
@@ -301,37 +312,3 @@ class Threshold:
 def _split(gathered: Bits, like: list[Bits]) -> list[Bits]:
     """Columns of (W, m) in parts as long as the arrays of `like`."""
     return np.split(gathered, np.cumsum([len(part) for part in like])[:-1], axis=1)
-
-
-def write_mask(values: Tensor, cut: Cut, first: int, mask: Tensor) -> tuple[int, int]:
-    """mask (uint8) = 1 where `cut` keeps the flat float32 `values`, else 0; on the CPU.
-
-    Returns (ones, checksum of their places), `first` being the place of values[0]: what ranks
-    compare. The proof of a whole is `add_proofs` of its parts'.
-    """
-    bits = values.view(torch.int32).numpy()
-    kept, checksum = kernels.write_mask(bits, np.int32(cut.key), cut.last, first, mask.numpy())
-    return int(kept), int(checksum)
-
-
-def move_mask_and_z(
-    values: Tensor, cut: Cut, first: int, weights: Tensor, mask: Tensor, z: Tensor
-) -> tuple[int, int]:
-    """`write_mask` where mask and z = mask · weights are those of an earlier cut; z then is this
-    one's. All flat on the CPU, float32, the mask uint8.
-    """
-    bits, parts = values.view(torch.int32).numpy(), kernels.use_threads(values.numel())
-    out = weights.numpy(), mask.numpy(), z.numpy()
-    proofs = np.empty((parts, 2), np.int64)
-    if parts > 1:
-        kernels.move_mask_and_z_parts(bits, np.int32(cut.key), cut.last, first, *out, proofs)
-    else:
-        proofs[0] = kernels.move_mask_and_z(bits, np.int32(cut.key), cut.last, first, *out)
-    kept, checksum = add_proofs(proofs.tolist())
-    return kept, checksum
-
-
-def add_proofs(proofs: Iterable[Sequence[int]]) -> tuple[int, int]:
-    """(ones, checksum) of masks side by side."""
-    kept, checksums = zip(*proofs, strict=True)
-    return sum(kept), sum(checksums) & 0xFFFFFFFF

@@ -8,27 +8,18 @@ rewritten in place and never reassigned; `requires_grad` is never toggled; every
 own autocast context; g is complete (accumulated, unscaled, all-reduced) before it is used.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from bip.errors import UserError
-from bip.pruning import kernels
-from bip.pruning.layout import Followers, Layout, PrunableTensor, Scope
-from bip.pruning.select_cpu import (
-    Alone,
-    Cut,
-    Exchange,
-    Threshold,
-    add_proofs,
-    move_mask_and_z,
-    write_mask,
-)
-from bip.pruning.select_cuda import DeviceThreshold
-from bip.pruning.select_cuda import write_mask as write_mask_on_device
+from bip.pruning.choices import Scope
+from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
+from bip.pruning.passes import mask_out, upper_gradient, write_products
+from bip.pruning.select import Alone, Exchange, NanError, make_selector
 
 
 class PrunedParameters:
@@ -49,17 +40,11 @@ class PrunedParameters:
     ) -> None:
         named = dict(network.named_parameters(remove_duplicate=False))
         self.layout = layout
-        self.segments = layout.segments(k, scope)
         self.followers: tuple[Followers, ...] = ()
-        self.threshold: Threshold | DeviceThreshold
         self.z = [named[tensor.name] for tensor in layout.tensors]
         device = self.z[0].device
         dtype = self.z[0].dtype
-        exchange = exchange or Alone()
-        if device.type == "cpu":
-            self.threshold = Threshold(self.segments, layout.groups, exchange)
-        else:
-            self.threshold = DeviceThreshold(self.segments, layout.groups, exchange, device)
+        self.selector = make_selector(layout.segments(k, scope), exchange or Alone(), device)
         flat = torch.cat([z.detach().reshape(-1) for z in self.z])
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
@@ -70,6 +55,20 @@ class PrunedParameters:
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The rankings, and how many each keeps."""
+        return self.selector.segments
+
+    def keep(self, counts: Sequence[int]) -> None:
+        """From the next update of the mask on keep `counts`, one for each of `segments`.
+
+        For a schedule of k, or a budget of each layer. A new ratio's counts are
+        `[keep_count(k, segment.size) for segment in pruned.segments]`. Does not wait for the
+        device. Raises ValueError unless each is at least 1 and at most its segment's size.
+        """
+        self.selector.keep(counts)
 
     @staticmethod
     def view(flat: Tensor, tensor: PrunableTensor) -> Tensor:
@@ -83,10 +82,7 @@ class PrunedParameters:
     @torch.no_grad()
     def write_z(self) -> None:
         """z = m ⊙ θ, in place in the network's own parameters."""
-        for z, weight, mask in zip(
-            self.z, self.views(self.weights), self.views(self.mask), strict=True
-        ):
-            mask_out(weight, mask, z.detach())
+        write_products(self.weights, self.mask, self.z)
 
     @torch.no_grad()
     def take_gradient(self) -> None:
@@ -147,7 +143,7 @@ class PrunedParameters:
         Agreed by all ranks. Structured groups rank by the L2 norm of their scores. Does not
         write z. Raises UserError naming the tensor if a score is NaN (on CUDA: `check` does).
         """
-        self._move_mask(write_z=False)
+        self._update(())
 
     @torch.no_grad()
     def update_mask_and_z(self) -> None:
@@ -155,61 +151,24 @@ class PrunedParameters:
 
         In one pass that writes only what changes, where the network's layout allows it.
         """
-        self._move_mask(write_z=True)
+        self._update(self.z)
 
     def check(self) -> None:
         """Raise UserError if a selection on CUDA met a NaN. Waits for the device."""
-        if isinstance(self.threshold, DeviceThreshold) and (bad := self.threshold.nan).any():
-            ranks = ", ".join(map(str, bad.nonzero().flatten().tolist()))
-            raise UserError(f"{self._name_nan()} [in the slice of rank {ranks}]")
+        with self._naming_nan():
+            self.selector.check()
 
-    def _move_mask(self, write_z: bool) -> None:
-        structured = self.layout.layer_type != "unstructured"
-        values = self._group_norms() if structured else self.scores.detach().float()
-        mask = self._group_mask if structured else self.mask
-        if isinstance(self.threshold, DeviceThreshold):
-            keys, lasts = self.threshold.select(values)
-            self.proof = write_mask_on_device(values, self.segments, keys, lasts, mask)
-        else:
-            try:
-                cuts = self.threshold.select(values)
-            except ValueError as error:
-                raise UserError(f"{self._name_nan()} [{error}]") from None
-            if write_z and not structured and self.weights.dtype == torch.float32:
-                self._move_mask_and_z(values, cuts)
+    def _update(self, z: Sequence[Tensor]) -> None:
+        with self._naming_nan():
+            if self.layout.layer_type == "unstructured":
+                scores = self.scores.detach().float()
+                self.proof = self.selector.update(scores, self.mask, self.weights.detach(), z)
                 return
-            self._write_mask(values, cuts, mask)
-        if structured:
-            for tensor, view in zip(self.layout.tensors, self.views(self.mask), strict=True):
-                kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
-                view.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(view.dim())]))
-        if write_z:
-            self.write_z()
-
-    def _write_mask(self, values: Tensor, cuts: list[Cut], mask: Tensor) -> None:
-        parts = (slice(segment.start, segment.stop) for segment in self.segments)
-        proofs = [
-            write_mask(values[part], cut, part.start, mask[part])
-            for part, cut in zip(parts, cuts, strict=True)
-        ]
-        self.proof = torch.tensor(add_proofs(proofs))
-
-    def _move_mask_and_z(self, values: Tensor, cuts: list[Cut]) -> None:
-        proofs = []
-        for row, (tensor, z) in enumerate(zip(self.layout.tensors, self.z, strict=True)):
-            part = slice(tensor.start, tensor.stop)
-            whole = cuts[0]  # one ranking of the network, or one per tensor
-            cut = cuts[row] if len(cuts) > 1 else Cut(whole.key, whole.last - tensor.start)
-            weights, mask = self.weights.detach()[part], self.mask[part]
-            if z.is_contiguous():
-                flat = z.detach().view(-1)
-                proof = move_mask_and_z(values[part], cut, tensor.start, weights, mask, flat)
-                increment_version(flat)
-            else:  # channels_last: z's memory is in another order than the flat buffers'
-                proof = write_mask(values[part], cut, tensor.start, mask)
-                mask_out(weights.view(tensor.shape), mask.view(tensor.shape), z)
-            proofs.append(proof)
-        self.proof = torch.tensor(add_proofs(proofs))
+            self.proof = self.selector.update(self._group_norms(), self._group_mask)
+        for tensor, view in zip(self.layout.tensors, self.views(self.mask), strict=True):
+            kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
+            view.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(view.dim())]))
+        write_products(self.weights, self.mask, z)
 
     def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
@@ -218,11 +177,18 @@ class PrunedParameters:
             self._norms[part] = torch.linalg.vector_norm(score, dim=others)
         return self._norms
 
-    def _name_nan(self) -> str:
-        for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
-            if bool(score.isnan().any()):
-                return f"scores of {tensor.name} are NaN; lower the learning rate (mask_lr or lr)"
-        return "scores are NaN; lower the learning rate (mask_lr or lr)"
+    @contextlib.contextmanager
+    def _naming_nan(self) -> Iterator[None]:
+        """Raise a selector's NanError as a UserError that names the tensor."""
+        try:
+            yield
+        except NanError as error:
+            scores = zip(self.layout.tensors, self.views(self.scores), strict=True)
+            bad = [f" of {tensor.name}" for tensor, score in scores if bool(score.isnan().any())]
+            raise UserError(
+                f"scores{bad[0] if bad else ''} are NaN; lower the learning rate (mask_lr or lr) "
+                f"[{error}]"
+            ) from None
 
     @torch.no_grad()
     def write_followers(self) -> None:
@@ -238,36 +204,6 @@ class PrunedParameters:
     def kept(self) -> int:
         """Weights kept. Waits for the device."""
         return int(torch.count_nonzero(self.mask))
-
-
-def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
-    """out = m ⊙ values, all of one shape. `out` may be `values`."""
-    compiled = out.device.type == "cpu" and out.dtype in (torch.float32, torch.float64)
-    if not (compiled and values.is_contiguous() and out.is_contiguous()):
-        torch.mul(values, mask, out=out)
-        return
-    arrays = [tensor.view(-1).numpy() for tensor in (values, mask, out)]
-    if (parts := kernels.use_threads(values.numel())) > 1:
-        kernels.mask_out_parts(*arrays, parts)
-    else:
-        kernels.mask_out(*arrays)
-    increment_version(out)  # autograd does not see what is written through numpy
-
-
-def upper_gradient(
-    g: Tensor, weights: Tensor, mask: Tensor, scores: Tensor, inv_gamma: float, out: Tensor
-) -> None:
-    """out = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, with +1 at s = 0; all flat. `out` may be `g`."""
-    if g.device.type != "cpu":
-        slope = torch.addcmul(weights, mask, g, value=-inv_gamma).mul_(g)
-        torch.where(scores < 0, -slope, slope, out=out)
-        return
-    arrays = [tensor.numpy() for tensor in (g, weights, mask, scores)]
-    inverse, parts = arrays[0].dtype.type(inv_gamma), kernels.use_threads(g.numel())
-    if parts > 1:
-        kernels.upper_gradient_parts(*arrays, inverse, out.numpy(), parts)
-    else:
-        kernels.upper_gradient(*arrays, inverse, out.numpy())
 
 
 def _grad(z: Tensor) -> Tensor:

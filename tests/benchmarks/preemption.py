@@ -28,7 +28,7 @@ from bip.distributed.control import Control
 from bip.distributed.group import Group
 from bip.files import read_jsonl
 from tests.benchmarks.common import arguments, finish, machine, take_turns
-from tests.benchmarks.step import make_step
+from tests.benchmarks.step import make_method
 from tests.distributed.harness import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -171,9 +171,9 @@ def main() -> None:
             figures[f"{arch}_step_s"] = step
             figures[f"{arch}_write_fsync_s"] = plain
             figures[f"{arch}_saved_over_write"] = over
-    bip_step = make_step("resnet18", 32, "bip")
+    bip = make_method("resnet18", 32, "bip")
     numbers = iter(range(10**6))
-    step_seconds = statistics.median(take_turns({"s": lambda: bip_step(next(numbers))}, 5, 1)["s"])
+    step_seconds = statistics.median(take_turns({"s": lambda: bip.step(next(numbers))}, 5, 1)["s"])
     exchange = run_ranks(2, exchange_seconds)[0]
     figures |= {
         "signal_to_saved_s": saved,

@@ -1,6 +1,6 @@
 """A BiP iteration over a dense training step: the limit is 2.0, two forward-backwards.
 
-Both run the project's own step classes on fixed random batches in memory, in turns. The dense
+Both run the project's own methods on fixed random batches in memory, in turns. The dense
 step is the pretraining step: zero_grad, forward, backward, SGD. Peak memory is measured in a
 fresh process each (maximum resident set on the CPU, allocator peak on the GPU).
 """
@@ -16,17 +16,18 @@ import torch
 
 from bip import models
 from bip.config import RunConfig, build_config
+from bip.methods.base import Method, Parts
 from bip.pruning.layout import find_prunable
 from bip.pruning.state import PrunedParameters
+from bip.training.forward import Batch, ForwardBackward
 from bip.training.optim import Clock
-from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 
 CASES = {"resnet18_b32": ("resnet18", 32), "resnet20s_b128": ("resnet20s", 128)}
 
 
-def make_step(arch: str, batch_size: int, method: str) -> TrainingStep:
-    """A ready "dense" or "bip" step on random 32x32 images."""
+def make_method(arch: str, batch_size: int, method: str) -> Method:
+    """The method "dense" or "bip", ready for its steps on random 32x32 images."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = models.build(arch, 10).to(device).train()
@@ -54,12 +55,12 @@ def make_step(arch: str, batch_size: int, method: str) -> TrainingStep:
         return repeat(batch)
 
     run = ForwardBackward(config, network, None, 0, device)
-    return build_step(config, network, pruned, run, batches, Clock(10**9, 10**6))
+    return config.method(Parts(config, network, pruned, run, batches, Clock(10**9, 10**6)))
 
 
-def iterate(step: TrainingStep) -> Callable[[], None]:
+def iterate(method: Method) -> Callable[[], None]:
     numbers = iter(range(10**9))
-    return lambda: step(next(numbers)) and None
+    return lambda: method.step(next(numbers)) and None
 
 
 def peak_memory(case: str, method: str) -> int:
@@ -70,7 +71,7 @@ def peak_memory(case: str, method: str) -> int:
 
 
 def print_peak(case: str, method: str) -> None:
-    step = iterate(make_step(*CASES[case], method))
+    step = iterate(make_method(*CASES[case], method))
     for _ in range(5):
         step()
     if torch.cuda.is_available():
@@ -86,7 +87,7 @@ def main() -> None:
     print(machine())
     figures: dict[str, float] = {}
     for name, (arch, batch_size) in CASES.items():
-        steps = {m: iterate(make_step(arch, batch_size, m)) for m in ("dense", "bip")}
+        steps = {m: iterate(make_method(arch, batch_size, m)) for m in ("dense", "bip")}
         seconds = take_turns(steps, options.rounds)
         figures[name] = ratio(seconds["bip"], seconds["dense"])
         print(f"{name}: dense {min(seconds['dense']):.3f} s, BiP {min(seconds['bip']):.3f} s")

@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
-from bip.distributed.group import join
+from bip.distributed.rendezvous import join
+from bip.methods.bip import Bip
 from bip.pruning import kernels
 from bip.pruning.layout import Segment
-from bip.pruning.select_cpu import LARGEST, SAMPLE, Alone, Cut, Threshold, move_mask_and_z
-from bip.training.steps import BilevelStep
+from bip.pruning.select import LARGEST, Alone
+from bip.pruning.select_cpu import SAMPLE, CpuSelector, Cut
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
-from tests.benchmarks.step import make_step
+from tests.benchmarks.step import make_method
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
 
 SIZES = (270_000, 11_200_000, 25_500_000, 138_000_000)
@@ -52,16 +53,16 @@ class Scores:
         self.step = torch.randn(n) * 1e-5
         self.segments = (Segment("network", 0, n, n // 10),)
         self.exchange = exchange or Alone()
-        self.threshold = Threshold(self.segments, n, self.exchange)
+        self.selector = CpuSelector(self.segments, self.exchange)
 
     def move(self) -> None:
         self.values += self.step
 
     def warm(self) -> list[Cut]:
-        return self.threshold.select(self.values)
+        return self.selector.select(self.values)
 
     def cold(self) -> list[Cut]:
-        return Threshold(self.segments, len(self.values), self.exchange).select(self.values)
+        return CpuSelector(self.segments, self.exchange).select(self.values)
 
 
 def measure_size(n: int, rounds: int) -> dict[str, float]:
@@ -72,23 +73,28 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
     magnitudes = values.abs()
     # Masks in turn: of which 2% of the ones differ, as after a large step, or each weight.
     large_step = values + 0.001 * torch.randn(n)
-    cuts = [Threshold(scores.segments, n, Alone()).select(s)[0] for s in (values, large_step)]
+    cuts = [CpuSelector(scores.segments, Alone()).select(s) for s in (values, large_step)]
     steps = itertools.cycle(zip((values, large_step), cuts, strict=True))
-    all_or_none = itertools.cycle((Cut(0, n), Cut(LARGEST, -1)))
+    all_or_none = itertools.cycle(([Cut(0, n)], [Cut(LARGEST, -1)]))
+
+    def write(values: Tensor, cuts: list[Cut]) -> None:
+        """The mask of a cut, and z, where those of another were."""
+        scores.selector.write(cuts, values, mask, weights, [z])
+
     for _ in range(2):
-        write(*next(steps), weights, mask, z)
+        write(*next(steps))
     fast = {
         "read": lambda: values.sum(),
         "warm": scores.warm,
         "cold": scores.cold,
-        "write": lambda: write(*next(steps), weights, mask, z),
+        "write": lambda: write(*next(steps)),
         # The same tensors in one fused pass: two read, two written.
         "fused": lambda: fused_write(values, weights, mask, z),
         "move": scores.move,
     }
     seconds = take_turns(fast, rounds)
     whole = {
-        "write_all": lambda: write(values, next(all_or_none), weights, mask, z),
+        "write_all": lambda: write(values, next(all_or_none)),
         "fused": lambda: fused_write(values, weights, mask, z),
     }
     seconds_whole = take_turns(whole, rounds)
@@ -112,12 +118,7 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
     return row
 
 
-def write(values: Tensor, cut: Cut, weights: Tensor, mask: Tensor, z: Tensor) -> None:
-    """The mask of a cut, and z, where those of another were."""
-    move_mask_and_z(values, cut, 0, weights, mask, z)
-
-
-@kernels.parallel
+@kernels.threaded
 def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         c[i] = a[i]
@@ -126,11 +127,11 @@ def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_pass(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
     """One pass that reads a and b and writes c and d, compiled like our own kernels."""
-    kernels.use_threads(a.numel())
+    kernels.share(a.numel())
     _fused(a.numpy(), b.numpy(), c.numpy(), d.numpy())
 
 
-@kernels.parallel
+@kernels.threaded
 def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         keep = a[i] > 0
@@ -140,7 +141,7 @@ def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_write(scores: Tensor, weights: Tensor, mask: Tensor, z: Tensor) -> None:
     """The simplest pass that reads scores and weights and writes a mask and z."""
-    kernels.use_threads(scores.numel())
+    kernels.share(scores.numel())
     _fused_write(scores.numpy(), weights.numpy(), mask.numpy(), z.numpy())
 
 
@@ -202,17 +203,17 @@ def measure_outside(rounds: int) -> tuple[float, float]:
     """Of a BiP iteration (ResNet-18, batch 32), the time outside its two forward-backwards: its
     share, and how many times that of moving the least bytes.
     """
-    step = make_step("resnet18", 32, "bip")
-    assert isinstance(step, BilevelStep)
+    method = make_method("resnet18", 32, "bip")
+    assert isinstance(method, Bip)
     inside: list[float] = []
-    for level in (step.lower, step.upper):
-        level.run = _timed(level.run, inside)  # type: ignore[assignment]
-    sizes = [torch.randn(step.upper.pruned.layout.size) for _ in range(4)]
+    parts = method.parts
+    parts.forward_backward = _timed(parts.forward_backward, inside)  # type: ignore[assignment]
+    sizes = [torch.randn(method.upper.pruned.layout.size) for _ in range(4)]
     shares, times = [], []
     for iteration in range(rounds + 2):
         inside.clear()
         began = time.perf_counter()
-        step(iteration)
+        method.step(iteration)
         whole = time.perf_counter() - began
         began = time.perf_counter()
         fused_pass(*sizes)
@@ -240,7 +241,7 @@ def most_sent(case: str, world: int) -> tuple[int, int]:
 
     A hit finds the threshold in the bracket where it was expected: a digit of 11 bits with the
     pass's totals (in calm that is all), perhaps the rest, perhaps the place of a tie. A miss has
-    spent that digit and searches anew, 31 bits. Cold, there is a sample before.
+    spent that digit and searches all 31 bits. Cold, there is a sample before.
     """
     heads, tie, sample = 24, 8, 4 * max(1, SAMPLE // world)
     return {
@@ -254,9 +255,9 @@ def model(world: int, n: int) -> str:
     """What a selection over the whole network costs a rank, at most."""
     kib = {c: f"{most_sent(c, world)[0] / 1024:.1f} KiB" for c in ("hit", "miss", "cold")}
     rounds = {c: most_sent(c, world)[1] for c in kib}
-    told = ", ".join(f"{c} {kib[c]} in {rounds[c]} gathers" for c in kib)
+    text = ", ".join(f"{c} {kib[c]} in {rounds[c]} gathers" for c in kib)
     return (
-        f"W = {world}, n = {n:,}: at most {told}; received {world} times that; a hit reads "
+        f"W = {world}, n = {n:,}: at most {text}; received {world} times that; a hit reads "
         f"{n // world:,} scores once, up to five times where many are equal, as a miss does; mask "
         f"and z: one pass over all {n:,}"
     )
@@ -290,8 +291,8 @@ def check_model(world: int, n: int = 2_000_000) -> str:
     for name, (sent, rounds) in costs[0].items():
         most = most_sent(name.split()[0], world)
         assert (sent <= most[0], rounds <= most[1]) == (True, True), (name, sent, rounds, most)
-    told = (f"{name} {sent:,} bytes in {rounds}" for name, (sent, rounds) in costs[0].items())
-    return f"W = {world} simulated, gathers: {', '.join(told)}"
+    text = (f"{name} {sent:,} bytes in {rounds}" for name, (sent, rounds) in costs[0].items())
+    return f"W = {world} simulated, gathers: {', '.join(text)}"
 
 
 def main() -> None:

@@ -368,7 +368,7 @@ def test_tasks_that_start_together_on_one_node_do_not_collide(
     on(cluster)
     script = f"""
 import os, pathlib, time, torch
-from bip.distributed.group import join
+from bip.distributed.rendezvous import join
 here, task = pathlib.Path({str(tmp_path)!r}), int(os.environ["SLURM_ARRAY_TASK_ID"])
 for number in range(20):
     (here / f"ready-{{number}}-{{task}}-{{os.environ['SLURM_PROCID']}}").touch()

@@ -40,7 +40,7 @@ def _enter(
     os.environ.update(env)
     import torch
 
-    from bip.distributed.group import join
+    from bip.distributed.rendezvous import join
 
     torch.set_num_threads(1)
     rank = int(env["RANK"])

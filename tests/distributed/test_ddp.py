@@ -16,7 +16,7 @@ from bip.config import load_config
 from bip.distributed.compare import hash_tensor, run_state
 from bip.distributed.group import Group
 from bip.run import Run
-from bip.training.steps import ForwardBackward
+from bip.training.forward import ForwardBackward
 from tests.distributed.harness import run_ranks, world_size
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.networks import make_config, prune, random_batch, small_net
@@ -91,10 +91,10 @@ def test_z_keeps_its_storage_and_requires_grad_under_ddp(
 
 
 def built_step(run: Run, made: list[DistributedDataParallel]):  # type: ignore[no-untyped-def]
-    from bip.training.loop import Progress
+    from bip.run_folder import Progress
     from bip.training.metrics import RunLog
 
-    return run._loop(Progress(), RunLog(run.folder, active=False, step=0)).step
+    return run.loop(Progress(), RunLog(run.folder.path, active=False)).method.step
 
 
 # Whole runs
@@ -103,7 +103,7 @@ def built_step(run: Run, made: list[DistributedDataParallel]):  # type: ignore[n
 def state_of_rank(group_settings: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """Run on this rank to the end; the rank's own final state."""
     from bip import run as runs
-    from bip.distributed.group import join
+    from bip.distributed.rendezvous import join
 
     config = load_config(arguments(kind, folder, **group_settings))
     group = join(folder)
@@ -174,20 +174,20 @@ def trajectory(group: Group, kind: str, folder: Path, settings: dict[str, Any]) 
     run = Run(load_config(arguments(kind, folder, **settings)), group)
     assert run.pruned is not None
     pruned, found = run.pruned, []
-    made = run._loop
+    made = run.loop
 
     def loop_of(*args: Any) -> Any:
         loop = made(*args)
 
         def note(_step: int) -> None:
-            state = run_state(run.network, pruned, loop.step.optimizers, buffers=True)
+            state = run_state(run.network, pruned, loop.method.optimizers, buffers=True)
             hashes = {name: int(hash_tensor(tensor)) for name, tensor in state}
             found.append((hashes, pruned.mask.clone()))
 
-        loop.on_step = note
+        run.heartbeat.note_step = note  # type: ignore[method-assign]
         return loop
 
-    run._loop = loop_of  # type: ignore[method-assign]
+    run.loop = loop_of  # type: ignore[method-assign]
     run.train()
     return found
 

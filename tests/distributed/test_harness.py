@@ -15,10 +15,11 @@ import torch
 from torch.distributed import TCPStore
 
 from bip import errors
-from bip.distributed import group as group_module
+from bip.distributed import rendezvous
 from bip.distributed.control import Control
-from bip.distributed.group import Group, Ranks, _go_or_leave, join, wrap
+from bip.distributed.group import Group, Ranks, wrap
 from bip.distributed.heartbeat import _is_echo
+from bip.distributed.rendezvous import go_or_leave, join
 from bip.distributed.signals import StopRequest
 from bip.errors import Stopped, UserError
 from tests.distributed.harness import RankError, run_ranks, world_size
@@ -31,6 +32,7 @@ def test_collectives(group: Group, tmp_path: Path) -> None:
     assert total.item() == group.world * (group.world + 1) / 2
     assert group.broadcast_(torch.tensor([group.rank])).item() == 0
     assert group.from_first({"rank": group.rank}) == {"rank": 0}
+    assert group.ask_first(lambda: group.rank + 7) == 7
     with group.together():
         pass
 
@@ -94,8 +96,8 @@ def test_ranks_of_an_srun_step_meet_and_leave_nothing(tmp_path: Path) -> None:
         assert run_ranks(3, meet_as_under_srun, tmp_path, join=False) == [(6, [])] * 3
 
 
-def leave_while_meeting(folder: Path, told: list[int]) -> str:
-    """Ranks are told to stop before rank 2 comes, one after the other."""
+def leave_while_meeting(folder: Path, signalled: list[int]) -> str:
+    """Ranks get a signal before rank 2 comes, one after the other."""
     rank = int(os.environ["RANK"])
     if rank == 2:
         return "never came"
@@ -104,7 +106,7 @@ def leave_while_meeting(folder: Path, told: list[int]) -> str:
         "SLURM_STEP_TASKS_PER_NODE": "3", "SLURMD_NODENAME_ADDR": "127.0.0.1",
     }  # fmt: skip
     stop = StopRequest()
-    if rank in told:
+    if rank in signalled:
         threading.Timer(1.0 + rank, lambda: setattr(stop, "signal", signal.SIGTERM)).start()
     try:
         join(folder, env, stop=stop)
@@ -115,17 +117,17 @@ def leave_while_meeting(folder: Path, told: list[int]) -> str:
 
 @pytest.mark.parametrize("ranks", [[0, 1], [0], [1]])
 def test_a_signal_while_the_ranks_meet_stops_them_all(ranks: list[int], tmp_path: Path) -> None:
-    """Also the signal of rank 0 alone, which holds the store and would take the word with it."""
-    told = run_ranks(3, leave_while_meeting, tmp_path, ranks, join=False)
-    assert told == [told[0], told[0], "never came"]
-    assert told[0].startswith("stopped by SIGTERM at step 0")
+    """Also the signal of rank 0 alone, which holds the store."""
+    ends = run_ranks(3, leave_while_meeting, tmp_path, ranks, join=False)
+    assert ends == [ends[0], ends[0], "never came"]
+    assert ends[0].startswith("stopped by SIGTERM at step 0")
 
 
 TWO = [Ranks(rank, 2, rank, 2) for rank in range(2)]
 
 
 class Slow:
-    """A store in which the last rank comes between this one's look and its word."""
+    """A store in which the last rank comes between this one's check and its verdict."""
 
     def __init__(self, store: TCPStore, comes: bool) -> None:
         self.store, self.comes = store, comes
@@ -137,29 +139,29 @@ class Slow:
         seen = self.store.check(keys)
         if self.comes:
             self.comes = False
-            _go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
+            go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
         return bool(seen)
 
 
 def test_all_ranks_go_on_or_none() -> None:
-    told = StopRequest()
-    told.signal = signal.SIGUSR2
+    signalled = StopRequest()
+    signalled.signal = signal.SIGUSR2
     for comes in (True, False):
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         soon = time.monotonic() + 5
-        if comes:  # told to stop just when the last has seen that all are here: both go on
-            _go_or_leave(Slow(store, comes), TWO[0], soon, told)
+        if comes:  # the signal comes just when the last has seen that all are here: both go on
+            go_or_leave(Slow(store, comes), TWO[0], soon, signalled)
             continue
-        for stop in (told, StopRequest()):  # the other was not told, and leaves as well
+        for stop in (signalled, StopRequest()):  # the other got no signal, and leaves as well
             with pytest.raises(Stopped, match="stopped by SIGUSR2 at step 0"):
-                _go_or_leave(Slow(store, comes), TWO[0], soon, stop)
+                go_or_leave(Slow(store, comes), TWO[0], soon, stop)
 
 
 def test_who_comes_too_late_finds_nobody_waiting() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
         with pytest.raises(errors.RankError) as raised:
-            _go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
+            go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
         assert str(raised.value) == "ranks: of 3 these did not come in time: 0, 1"
 
 
@@ -169,17 +171,17 @@ def test_ranks_of_unlike_worlds_all_leave(first: int) -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if first == 2:
         store.add("here", 1)  # the other of the two
-        _go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
+        go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
     else:
         store.compare_set("world", "", "3")  # one of the three
     for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
         with pytest.raises(errors.UserError, match=r"some were started as one of [23], some"):
-            _go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
+            go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
 
 
 def wait_long() -> str:
     """A collective and an exchange for which one rank comes later than ranks may meet."""
-    group_module.MEETING = timedelta(seconds=3)
+    rendezvous.MEETING = timedelta(seconds=3)
     group = join(Path("rendezvous"))
     control = Control(group)
     for call in (group.barrier, lambda: control.ask(0)):
@@ -192,7 +194,7 @@ def wait_long() -> str:
 @pytest.mark.parametrize(
     ("number", "kind"),
     [(errno.ESTALE, OSError), (errno.EROFS, UserError)],
-    ids=["away", "read-only"],
+    ids=["unreachable", "read-only"],
 )
 def test_a_rendezvous_that_cannot_be_published(
     number: int, kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -202,7 +204,7 @@ def test_a_rendezvous_that_cannot_be_published(
     def fails(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(group_module, "atomic_write_bytes", fails)
+    monkeypatch.setattr(rendezvous, "atomic_write_bytes", fails)
     step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     with pytest.raises(kind, match=os.strerror(number)):
         join(tmp_path, step)
@@ -247,7 +249,7 @@ def which_are_echoes(group: Group) -> list[tuple[str, bool]]:
     return found
 
 
-def test_errors_of_collectives_are_told_from_a_ranks_own() -> None:
+def test_errors_of_collectives_are_distinguished_from_a_ranks_own() -> None:
     found, _ = run_ranks(2, which_are_echoes)
     assert found == [
         ("forward", False), ("own backward", False),
@@ -257,71 +259,41 @@ def test_errors_of_collectives_are_told_from_a_ranks_own() -> None:
     assert _is_echo(torch.distributed.DistNetworkError("Broken pipe"))
 
 
-def problem_on_last(group: Group) -> str:
+def end(call: Callable[[], Any]) -> str:
     try:
-        with group.together():
-            if group.rank == group.world - 1:
-                raise UserError("data_dir: not here")
-    except UserError as error:
-        return str(error)
-    return "none"
-
-
-def bug_on_last(group: Group) -> str:
-    try:
-        with group.together():
-            if group.rank == group.world - 1:
-                raise KeyError("a bug")
-    except (KeyError, errors.RankError) as error:
+        call()
+    except (KeyError, UserError, errors.RankError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
 
-def bug_in_the_answer(group: Group) -> str:
+def fail_together(group: Group, error: Exception) -> str:
     def call() -> None:
-        raise KeyError("a bug")
+        with group.together():
+            if group.rank == group.world - 1:
+                raise error
 
-    try:
-        group.ask_first(call)
-    except (KeyError, errors.RankError) as error:
-        return f"{type(error).__name__}: {error}"
-    return "none"
+    return end(call)
 
 
-def test_a_bug_in_the_answer_of_rank_0_leaves_nobody_waiting() -> None:
-    own, *others = run_ranks(3, bug_in_the_answer)
-    assert own == "KeyError: 'a bug'"
-    assert others == ["RankError: KeyError: 'a bug' (rank 0)"] * 2
+def fail_when_asked(group: Group, error: Exception) -> str:
+    def call() -> None:
+        assert group.is_first, "only rank 0 is asked"
+        raise error
+
+    return end(lambda: group.ask_first(call))
 
 
-def problem_on_first(group: Group) -> str:
-    def call() -> int:
-        if group.rank:
-            raise AssertionError("only rank 0 is asked")
-        if not answers:
-            raise UserError("result.json: damaged")
-        return answers.pop()
-
-    answers = [7]
-    assert group.ask_first(call) == 7
-    answers.clear()
-    try:
-        group.ask_first(call)
-    except UserError as error:
-        return str(error)
-    return "none"
-
-
-def test_what_only_rank_0_finds_out_is_every_ranks() -> None:
-    assert run_ranks(2, problem_on_first) == ["result.json: damaged"] * 2
-
-
-def test_one_ranks_bug_is_told_to_the_others() -> None:
-    told, other, own = run_ranks(3, bug_on_last)
-    assert told == other == "RankError: KeyError: 'a bug' (rank 2)"
-    assert own == "KeyError: 'a bug'"
-
-
-def test_one_ranks_problem_is_every_ranks() -> None:
-    results = run_ranks(3, problem_on_last)
-    assert results == ["data_dir: not here (rank 2)"] * 3
+@pytest.mark.parametrize(("body", "failed"), [(fail_together, 2), (fail_when_asked, 0)])
+@pytest.mark.parametrize("error", [UserError("data_dir: not here"), KeyError("a bug")], ids=str)
+def test_one_ranks_failure_is_raised_on_all(
+    body: Callable[..., str], failed: int, error: Exception
+) -> None:
+    """A user's error as one; a bug on its own rank, and its text on the others."""
+    own, *others = sorted(run_ranks(3, body, error), key=lambda text: "RankError" in text)
+    if isinstance(error, UserError):
+        assert own.startswith("UserError: data_dir: not here")
+        assert others == [own] * 2
+    else:
+        assert own == "KeyError: 'a bug'"
+        assert others == [f"RankError: KeyError: 'a bug' (rank {failed})"] * 2

@@ -65,7 +65,7 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("bip.distributed.heartbeat._where", lambda _thread: "it")
-    told = []
+    text = []
     for passed in (8, 9):
         heartbeat, store = heart(0, 3, timeout=30, stall=100)
         heartbeat.group.passed = 9
@@ -84,14 +84,14 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             if heartbeat.lost is not None:
                 break
         assert beat > 30
-        told.append(heartbeat.lost)
+        text.append(heartbeat.lost)
     rest = " (if this is slow and not stuck, give --rank-timeout more than 10)"
     known = "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
-    assert told[0] == known + rest
+    assert text[0] == known + rest
     equal = (
         "no progress for 100 s; all ranks are equally far: rank 2 (h2) at step 4 in the forward "
     )
-    assert told[1].startswith(f"{equal}pass; rank 0 (")
+    assert text[1].startswith(f"{equal}pass; rank 0 (")
 
 
 def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_behind_a_collectives_failure_the_lost_rank_is_raised(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Once, though bodies are nested, and without a stay for others who have heard already."""
+    """Once, though bodies are nested, and without a stay for others that know already."""
     codes: list[int] = []
     causes: list[str] = []
     monkeypatch.setattr("os._exit", codes.append)
@@ -126,10 +126,10 @@ def test_behind_a_collectives_failure_the_lost_rank_is_raised(
     origin = SimpleNamespace(_get_default_store=lambda: store)
     monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
     store.set("beat/1", '{"host": "h1", "step": 7, "passed": 0}')  # and never again
-    told = r"^rank 1 \(h1\) has not answered for 2 s; its last step was 7$"
+    text = r"^rank 1 \(h1\) has not answered for 2 s; its last step was 7$"
     began = time.monotonic()
     with (
-        pytest.raises(RankError, match=told),
+        pytest.raises(RankError, match=text),
         heartbeat.watching(),
         heartbeat.watching(),
     ):
@@ -202,8 +202,8 @@ def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None
             assert time.monotonic() - began < 10
         finally:
             holder.kill()  # else leaving the block would wait for a stopped process
-    told = "rank lost: rank 0, which holds the rendezvous store, has not answered for 2 s"
-    assert causes == [told]
+    text = "rank lost: rank 0, which holds the rendezvous store, has not answered for 2 s"
+    assert causes == [text]
     assert codes == [1]
 
 
@@ -305,11 +305,11 @@ def test_a_lost_rank_ends_the_others_and_is_named(
             code, stderr = process.ended()
             assert code == 1, stderr
             if (victim, under) == (0, "srun"):
-                told = f"rank 0, which holds the rendezvous store, has not answered for {LIMIT} s"
+                text = f"rank 0, which holds the rendezvous store, has not answered for {LIMIT} s"
             else:
-                told = f"rank {victim} ("
+                text = f"rank {victim} ("
                 assert f"has not answered for {LIMIT} s; its last step was " in stderr
-            assert f"error: {told}" in stderr
+            assert f"error: {text}" in stderr
         assert time.monotonic() - struck < 6 * LIMIT
     if victim != 0:
         assert last_cause(tmp_path).startswith(f"rank lost: rank {victim} (")
@@ -360,7 +360,7 @@ Data.train = train
 
 @pytest.mark.parametrize("culprit", [0, 1])
 def test_a_ranks_own_failure_is_told_by_all(culprit: int, tmp_path: Path) -> None:
-    """Also by a rank 0 that holds the store: it stays until the others have heard."""
+    """Also by a rank 0 that holds the store: it stays until the others have read it."""
     change = f"""
 from bip.training.loop import Loop
 old = Loop._report

@@ -7,13 +7,21 @@ from hypothesis import strategies as st
 
 from bip.distributed.group import Group
 from bip.pruning.layout import Segment
+from bip.pruning.select import NanError
 from tests.distributed.harness import run_ranks
-from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
+from tests.unit.scores_for_ranking import (
+    KINDS,
+    WAYS,
+    make_scores,
+    select,
+    selector_of,
+    sorted_mask,
+)
 
 SIZES = (1, 2, 3, 5, 64, 1000, 30_011)
 
 
-def check_all(group: Group, device_way: bool) -> int:
+def check_all(group: Group, way: str) -> int:
     """Every kind, size and keep count, cold and warm, whole and in layers; how many."""
     checked = 0
     for kind in KINDS:
@@ -27,19 +35,20 @@ def check_all(group: Group, device_way: bool) -> int:
                     low = Segment("a", 0, cut, max(1, keep * cut // n))
                     layouts.append((low, Segment("b", cut, n, max(1, keep * (n - cut) // n))))
                 for segments in layouts:
-                    selector = Selector(segments, n, group, device_way)
+                    selector = selector_of(way, segments, group)
                     for values in (first, moved):
-                        assert torch.equal(selector(values), sorted_mask(values, segments)), (
-                            kind, n, keep, segments, group.rank, group.world, device_way,
+                        mask = select(selector, values)
+                        assert torch.equal(mask, sorted_mask(values, segments)), (
+                            kind, n, keep, segments, group.rank, group.world, way,
                         )  # fmt: skip
                         checked += 1
     return checked
 
 
-@pytest.mark.parametrize("device_way", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_every_mask_is_the_sorts(world: int, device_way: bool) -> None:
-    assert len(set(run_ranks(world, check_all, device_way, timeout=240))) == 1
+def test_every_mask_is_the_sorts(world: int, way: str) -> None:
+    assert len(set(run_ranks(world, check_all, way, timeout=240))) == 1
 
 
 @st.composite
@@ -58,10 +67,13 @@ def solve(group: Group, drawn: list[tuple[tuple[Segment, ...], str, int, list[fl
     checked = 0
     for segments, kind, seed, moves in drawn:
         values = make_scores(kind, segments[-1].stop, seed)
-        selector = Selector(segments, len(values), group)
+        selector = selector_of("cpu", segments, group)
         for move in (0.0, *moves):
             values = (values + move * make_scores("normal", len(values), seed + 1)).nan_to_num()
-            assert torch.equal(selector(values), sorted_mask(values, segments)), (segments, move)
+            assert torch.equal(select(selector, values), sorted_mask(values, segments)), (
+                segments,
+                move,
+            )
             checked += 1
     return checked
 
@@ -74,18 +86,16 @@ def test_whatever_is_drawn_is_the_sorts(
     assert len(set(run_ranks(world, solve, drawn))) == 1
 
 
-def find_nan(group: Group) -> tuple[str, list[bool]]:
+def find_nan(group: Group, way: str) -> str:
     values = make_scores("normal", 1000, 0)
     values[900] = float("nan")  # in the last rank's slice
     segments = (Segment("a", 0, 500, 10), Segment("b", 500, 1000, 10))
-    with pytest.raises(ValueError, match="NaN") as raised:
-        Selector(segments, 1000, group)(values)
-    other = Selector(segments, 1000, group, device_way=True)
-    other(values)
-    return str(raised.value), other.inner.nan.tolist()  # type: ignore[union-attr]
+    selector = selector_of(way, segments, group)
+    with pytest.raises(NanError, match="NaN") as raised:
+        select(selector, values)
+    return str(raised.value)
 
 
-def test_a_nan_in_one_ranks_slice_is_every_ranks() -> None:
-    assert (
-        run_ranks(3, find_nan) == [("NaN in b (in the slice of rank 2)", [False, False, True])] * 3
-    )
+@pytest.mark.parametrize(("way", "what"), [("cpu", "NaN in b"), ("cuda", "NaN")])
+def test_a_nan_in_one_ranks_slice_is_every_ranks(way: str, what: str) -> None:
+    assert run_ranks(3, find_nan, way) == [f"{what} (in the slice of rank 2)"] * 3

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from bip.distributed.group import Group, wrap
+from bip.methods.base import Parts
+from bip.training.forward import ForwardBackward
 from bip.training.optim import Clock
-from bip.training.steps import ForwardBackward, build_step
 from tests.distributed.harness import run_ranks
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import make_config, prune, random_batch, small_net
@@ -101,13 +102,14 @@ def measure(group: Group, layer_type: str, scope: str, layers: int) -> dict[str,
             config, network, wrap(network, group.device), group.rank, group.device
         )
         batch = tuple(t.float() if t.is_floating_point() else t for t in random_batch(0, size=4))
-        step = build_step(
+        parts = Parts(
             config, network, pruned, run, lambda _l, _s, b=batch: iter(lambda: b, None),
             Clock(1000, 100),
         )  # fmt: skip
+        step = config.method(parts).step
         step(0)  # DDP rebuilds its buckets
         if pruned is not None:
-            pruned.threshold.hints = [None] * len(pruned.segments)  # type: ignore[union-attr]
+            pruned.selector.hints = [None] * len(pruned.segments)  # type: ignore[attr-defined]
             segments = len(pruned.segments)
         figures[method] = []
         for iteration in range(1, 8):

@@ -12,13 +12,13 @@ from bip.config import load_config
 from bip.distributed.compare import compare_ranks, hash_tensor, run_state
 from bip.distributed.control import LAG, Control
 from bip.distributed.group import Group, Ranks, wrap
+from bip.methods.base import Method, Parts
 from bip.pruning.layout import Segment, find_prunable
-from bip.pruning.select_cpu import Alone
-from bip.pruning.select_cuda import DeviceThreshold, write_mask
+from bip.pruning.select import Alone, make_selector
 from bip.pruning.state import PrunedParameters
 from bip.run import train as train_run
+from bip.training.forward import Batch, ForwardBackward
 from bip.training.optim import Clock
-from bip.training.steps import Batch, ForwardBackward, TrainingStep, build_step
 from tests.distributed.harness import run_ranks
 from tests.runs import LAYER_TYPES, arguments, train
 from tests.unit.networks import make_config
@@ -32,10 +32,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 def test_selection_is_the_sorts(kind: str, n: int) -> None:
     values = make_scores(kind, n, 0)
     for segments in ((Segment("a", 0, n, max(1, n // 20)),), _halves(n)):
-        threshold = DeviceThreshold(segments, n, Alone(), torch.device("cuda"))
         mask = torch.empty(n, dtype=torch.uint8, device="cuda")
-        on_gpu = values.cuda()
-        write_mask(on_gpu, segments, *threshold.select(on_gpu), mask)
+        make_selector(segments, Alone(), mask.device).update(values.cuda(), mask)
         assert torch.equal(mask.cpu(), sorted_mask(values, segments))
 
 
@@ -47,8 +45,8 @@ def _halves(n: int) -> tuple[Segment, ...]:
 
 def bip_on_gpu(
     group: Group | None, layer_type: str, precision: str
-) -> tuple[PrunedParameters, TrainingStep]:
-    """A BiP step on this process's GPU, of one rank or of all."""
+) -> tuple[PrunedParameters, Method]:
+    """BiP on this process's GPU, of one rank or of all."""
     device = group.device if group else torch.device("cuda")
     network = models.build("resnet18", 10).to(device).to(memory_format=torch.channels_last)
     scope = "global" if layer_type == "unstructured" else "layer"
@@ -75,7 +73,8 @@ def bip_on_gpu(
 
     ddp = wrap(network, device) if group else None
     run = ForwardBackward(config, network, ddp, rank, device)
-    return pruned, build_step(config, network, pruned, run, batches, Clock(100, 10))
+    parts = Parts(config, network, pruned, run, batches, Clock(100, 10))
+    return pruned, config.method(parts)
 
 
 def check_product(pruned: PrunedParameters) -> None:
@@ -89,12 +88,12 @@ def check_product(pruned: PrunedParameters) -> None:
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str) -> None:
-    pruned, step = bip_on_gpu(None, layer_type, precision)
-    step(0)  # libraries load and optimizers make their state
+    pruned, method = bip_on_gpu(None, layer_type, precision)
+    method.step(0)  # libraries load and optimizers make their state
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step(1)
+        method.step(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check_product(pruned)
@@ -103,22 +102,22 @@ def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str
 def iterate_with_nccl(group: Group, layer_type: str) -> list[int]:
     """Iterations with their exchange; hashes of the state, which all ranks must share."""
     assert group.device == torch.device("cuda", group.rank)
-    pruned, step = bip_on_gpu(group, layer_type, "fp32")
+    pruned, method = bip_on_gpu(group, layer_type, "fp32")
     control = Control(group)
     for iteration in range(3):  # DDP rebuilds its buckets, NCCL connects
-        step(iteration)
+        method.step(iteration)
         control.post(0, False, pruned.proof)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for iteration in range(3, 3 + 2 * LAG):
-            step(iteration)
+            method.step(iteration)
             control.post(0, False, pruned.proof)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     control.finish()
     check_product(pruned)
-    compare_ranks(run_state(torch.nn.Module(), pruned, step.optimizers, buffers=False), group)
+    compare_ranks(run_state(torch.nn.Module(), pruned, method.optimizers, buffers=False), group)
     return [int(hash_tensor(tensor)) for tensor in (pruned.weights, pruned.scores, pruned.mask)]
 
 

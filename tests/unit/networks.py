@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from bip.config import RunConfig
-from bip.pruning.layout import LayerType, Scope, find_followers, find_prunable
-from bip.pruning.select_cpu import Exchange
+from bip.methods.base import Method, Parts
+from bip.pruning.choices import LayerType, Scope
+from bip.pruning.layout import find_followers, find_prunable
+from bip.pruning.select import Exchange
 from bip.pruning.state import PrunedParameters
+from bip.training.forward import ForwardBackward
 from bip.training.loop import train_mode
 from bip.training.optim import Clock
-from bip.training.steps import ForwardBackward, TrainingStep, build_step
 
 Batch = tuple[Tensor, Tensor]
 CLASSES = 5
@@ -108,7 +110,7 @@ class Setup:
     network: SmallNet
     pruned: PrunedParameters | None
     run: ForwardBackward
-    step: TrainingStep
+    method: Method
 
 
 def make_setup(method: str, layer_type: LayerType = "unstructured", **settings: Any) -> Setup:
@@ -131,5 +133,5 @@ def make_setup(method: str, layer_type: LayerType = "unstructured", **settings: 
     def batches(level: str, start: int) -> Iterator[Batch]:
         return random_batches(start + (1000 if level == "upper" else 0), config.batch_size)
 
-    step = build_step(config, network, pruned, run, batches, Clock(100, 10))
-    return Setup(config, network, pruned, run, step)
+    parts = Parts(config, network, pruned, run, batches, Clock(100, 10))
+    return Setup(config, network, pruned, run, config.method(parts))

@@ -1,14 +1,15 @@
-"""Score vectors that are hard to rank, and the plain sort that says what is right."""
+"""Score vectors that are hard to rank, and the plain sort that is the oracle."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bip.pruning.layout import Segment
-from bip.pruning.select_cpu import Exchange, Threshold, write_mask
-from bip.pruning.select_cuda import DeviceThreshold
-from bip.pruning.select_cuda import write_mask as write_mask_on_device
+from bip.pruning.select import Exchange, Selector
+from bip.pruning.select_cpu import CpuSelector
+from bip.pruning.select_cuda import CudaSelector
 
+WAYS = ("cpu", "cuda")
 KINDS = ("normal", "heavy", "equal", "ties", "denormal", "zeros", "infinite", "one_large")
 
 
@@ -44,25 +45,16 @@ def sorted_mask(values: Tensor, segments: tuple[Segment, ...]) -> Tensor:
     return mask
 
 
-class Selector:
-    """Either implementation, from scores to mask."""
+def selector_of(way: str, segments: tuple[Segment, ...], exchange: Exchange) -> Selector:
+    """The selector of one of WAYS, on the CPU."""
+    if way == "cpu":
+        return CpuSelector(segments, exchange)
+    return CudaSelector(segments, exchange, torch.device("cpu"))
 
-    def __init__(
-        self, segments: tuple[Segment, ...], n: int, exchange: Exchange, device_way: bool = False
-    ) -> None:
-        self.segments = segments
-        self.inner: Threshold | DeviceThreshold = (
-            DeviceThreshold(segments, n, exchange, torch.device("cpu"))
-            if device_way
-            else Threshold(segments, n, exchange)
-        )
 
-    def __call__(self, values: Tensor) -> Tensor:
-        mask = torch.full((len(values),), 7, dtype=torch.uint8)
-        if isinstance(self.inner, DeviceThreshold):
-            write_mask_on_device(values, self.segments, *self.inner.select(values), mask)
-            return mask
-        for segment, cut in zip(self.segments, self.inner.select(values), strict=True):
-            part = slice(segment.start, segment.stop)
-            write_mask(values[part], cut, segment.start, mask[part])
-        return mask
+def select(selector: Selector, values: Tensor) -> Tensor:
+    """The mask of `values`, written over anything. Raises NanError if one is NaN."""
+    mask = torch.full((len(values),), 7, dtype=torch.uint8)
+    selector.update(values, mask)
+    selector.check()
+    return mask

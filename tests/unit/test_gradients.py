@@ -52,13 +52,11 @@ def test_both_levels_gradients_are_autograds(layer_type: str, training: bool) ->
 
     images, labels = random_batch(7, dtype=DOUBLE)
     F.cross_entropy(network(images), labels).backward()
-    pruned.take_gradient()
     pruned.set_upper_gradient(0.0)
     # The ranking is by |s|: its slope turns d/dm into d/ds.
     expected = by_mask * torch.where(pruned.scores < 0, -1.0, 1.0)
     torch.testing.assert_close(pruned.scores.grad, expected, rtol=1e-12, atol=1e-15)
 
-    pruned.take_gradient()
     pruned.set_lower_gradient()
     torch.testing.assert_close(pruned.weights.grad, by_weight, rtol=1e-12, atol=1e-15)
     assert (pruned.weights.grad[pruned.mask == 0] == 0).all()
@@ -105,7 +103,6 @@ def test_hypergradient_of_a_linear_loss_is_exact(
         pruned.scores.abs_()
     pruned.write_z()
     linear_term(c, pruned.z).backward()
-    pruned.take_gradient()
     pruned.set_upper_gradient(1 / gamma)
     error = (pruned.scores.grad - exact).norm() / exact.norm()
     assert error < 1e-12
@@ -135,7 +132,6 @@ def test_hypergradient_of_a_quadratic_loss_errs_by_one_over_gamma() -> None:
         pruned.write_z()
         network.zero_grad()
         quadratic(flat(tuple(pruned.z))).backward()
-        pruned.take_gradient()
         pruned.set_upper_gradient(1 / gamma)
         errors.append(float((pruned.scores.grad - exact).norm() / exact.norm()))
     assert errors[0] < 0.1
@@ -152,7 +148,6 @@ def test_the_implicit_term_is_half_of_the_hypergradient_at_the_linear_optimum() 
         pruned.weights.copy_(pruned.mask * c * -0.01)
     pruned.write_z()
     linear_term(c, pruned.z).backward()
-    pruned.take_gradient()
     implicit, direct = pruned.term_norms(0.01).tolist()
     assert implicit == pytest.approx(direct, rel=1e-12)
     assert direct == pytest.approx(0.01 * float((pruned.mask * c * c).norm()), rel=1e-12)

@@ -121,24 +121,6 @@ def test_group_masks(data: st.DataObject, layer_type: str, k: Decimal, scope: st
         np.testing.assert_array_equal(actual, top(expected, keep_count(k, expected.size)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 4095, 100_003])
-@pytest.mark.parametrize("kind", ["normal", "equal", "rounded", "tiny", "huge"])
-def test_larger_rankings(size: int, kind: str) -> None:
-    draws = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-    values = {
-        "normal": draws,
-        "equal": np.full(size, -0.25, np.float32),
-        "rounded": np.round(draws, 1),
-        "tiny": draws * np.float32(1e-42),  # denormal
-        "huge": draws * np.float32(1e37),
-    }[kind]
-    network = nn.Linear(size, 1, bias=False)
-    for k in ("0.5", "0.0092", "1"):
-        pruned = pruned_with(network, "unstructured", Decimal(k), "global", values)
-        np.testing.assert_array_equal(pruned.mask.numpy(), top(values, keep_count(k, size)))
-        assert pruned.kept() == keep_count(k, size)
-
-
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 def test_nan_is_an_error_that_names_the_tensor(layer_type: str) -> None:
     network = small_net()
@@ -151,22 +133,38 @@ def test_nan_is_an_error_that_names_the_tensor(layer_type: str) -> None:
         pruned.update_mask()
 
 
-def test_the_mask_is_a_function_of_the_scores_alone() -> None:
-    """Not of the mask before: scores that come back bring the same mask back."""
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("layer_type", LAYER_TYPES)
+def test_counts_may_change_at_any_step(layer_type: str, scope: str) -> None:
+    """As by a schedule of k, or a budget of each layer; no buffer moves."""
     network = small_net()
-    layout = find_prunable(network, "unstructured")
-    pruned = PrunedParameters(network, layout, Decimal("0.3"), "global")
+    layout = find_prunable(network, layer_type)
+    pruned = PrunedParameters(network, layout, Decimal("0.9"), scope)
+    buffers = [pruned.weights, pruned.scores, pruned.mask, *pruned.z]
+    places = [buffer.data_ptr() for buffer in buffers]
     with torch.no_grad():
-        scores = pruned.scores.normal_().clone()
-        pruned.update_mask()
-        first = pruned.mask.clone()
-        assert first.dtype == torch.uint8
         pruned.scores.normal_()
-        pruned.update_mask()
-        assert not torch.equal(first, pruned.mask)
-        pruned.scores.copy_(scores)
-        pruned.update_mask()
-    assert torch.equal(first, pruned.mask)
+    pruned.update_mask_and_z()
+    budgets = [
+        [keep_count(Decimal(k), s.size) for s in pruned.segments] for k in ("0.8", "0.3", "1")
+    ]
+    budgets.append([1 + s.size // (2 + row) for row, s in enumerate(pruned.segments)])
+    for counts in budgets:
+        pruned.keep(counts)
+        pruned.update_mask_and_z()
+        fresh = PrunedParameters(network, layout, Decimal("1"), scope)
+        fresh.keep(counts)
+        with torch.no_grad():
+            fresh.scores.copy_(pruned.scores)
+        fresh.update_mask()
+        assert torch.equal(pruned.mask, fresh.mask)
+        assert [s.keep for s in pruned.segments] == counts
+        z = torch.cat([p.detach().flatten() for p in pruned.z])
+        assert torch.equal(z, pruned.mask * pruned.weights.detach())
+    assert [buffer.data_ptr() for buffer in buffers] == places
+    for wrong in (0, pruned.segments[0].size + 1):
+        with pytest.raises(ValueError, match=f"cannot keep {wrong}"):
+            pruned.keep([wrong, *counts[1:]])
 
 
 # What can be pruned

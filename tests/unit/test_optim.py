@@ -75,7 +75,7 @@ def test_the_first_step_is_the_named_optimizers(optimizer: str) -> None:
     setup = make_setup("hydra", optimizer=optimizer, lr=0.05, momentum=0.9, wd=0.0)
     assert setup.pruned is not None
     before = setup.pruned.scores.detach().clone()
-    setup.step(0)
+    setup.method.step(0)
     g = setup.pruned.scores.grad
     assert g is not None
     step = {
@@ -89,7 +89,7 @@ def test_the_first_step_is_the_named_optimizers(optimizer: str) -> None:
 
 def test_momentum_is_a_setting() -> None:
     setup = make_setup("bip", momentum=0.7)
-    for optimizer in setup.step.optimizers.values():
+    for optimizer in setup.method.optimizers.values():
         assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
 
 

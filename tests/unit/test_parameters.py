@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bip.config import load_config
+from bip.methods.base import Parts
 from bip.pruning.layout import find_followers, find_prunable
-from bip.pruning.state import PrunedParameters, mask_out, upper_gradient
+from bip.pruning.passes import mask_out, upper_gradient
+from bip.pruning.state import PrunedParameters
+from bip.training.forward import ForwardBackward
 from bip.training.optim import Clock
-from bip.training.steps import ForwardBackward, build_step
 from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.networks import (
     METHODS,
@@ -45,7 +47,6 @@ def test_one_step_moves_the_scores_by_the_formula(inv_gamma: float) -> None:
     before = pruned.scores.detach().clone()
     optimizer = torch.optim.SGD([pruned.scores], lr=1.0)
 
-    pruned.take_gradient()
     norms = pruned.term_norms(inv_gamma)
     pruned.set_upper_gradient(inv_gamma)
     optimizer.step()
@@ -137,15 +138,15 @@ def toy_step(network: nn.Module, layer_type: str, method: str, scores: Tensor, b
     pruned.write_z()
     network.train()
     run = ForwardBackward(config, network, None, 0, torch.device("cpu"))
-    step = build_step(
+    parts = Parts(
         config, network, pruned, run, lambda level, start: itertools.repeat(batch), Clock(200, 200)
     )
-    return pruned, step
+    return pruned, config.method(parts).step
 
 
 @pytest.mark.parametrize("method", PRUNE)
 def test_a_pruned_weight_returns(method: str) -> None:
-    """Two weights per class; only the second input tells the classes apart; it starts pruned."""
+    """Two weights per class; only the second input separates the classes; it starts pruned."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, 2, generator=generator)
     batch = x, (x[:, 1] > 0).long()
@@ -207,7 +208,7 @@ def test_z_is_m_times_theta_after_every_step(
     assert pruned is not None
     seen = []
     for iteration in range(4):
-        setup.step(iteration)
+        setup.method.step(iteration)
         z = torch.cat([p.detach().flatten() for p in pruned.z])
         assert torch.equal(z, pruned.mask * pruned.weights.detach())
         named = dict(setup.network.named_parameters())
@@ -275,7 +276,7 @@ def test_pretrain_knows_no_scores(dense: Finished) -> None:
     assert state["mask"] is None
     assert dense.result["mask_sha256"] is None
     assert dense.result["kept"] == dense.result["total"]
-    assert list(make_setup("pretrain").step.optimizers) == ["lower"]
+    assert list(make_setup("pretrain").method.optimizers) == ["lower"]
 
 
 # Who owns what
@@ -305,7 +306,7 @@ def test_each_optimizer_owns_only_its_levels_tensors(
     if pruned is not None:
         names |= {pruned.weights.data_ptr(): "θ", pruned.scores.data_ptr(): "s"}
     actual = {}
-    for level, each in setup.step.optimizers.items():
+    for level, each in setup.method.optimizers.items():
         tensors = owned(each)
         assert len({id(t) for t in tensors}) == len(tensors)
         actual[level] = {names[t.data_ptr()] for t in tensors}
@@ -325,7 +326,7 @@ def test_no_bn_wd_takes_weight_decay_off_batch_norm_alone(method: str, bn_wd: bo
     setup = make_setup(method, bn_wd=bn_wd, wd=0.01, mask_wd=0.002)
     norm = {id(p) for m in (setup.network.bn1, setup.network.bn2) for p in m.parameters()}
     decays: dict[str, set[float]] = {"norm": set(), "lower": set(), "upper": set()}
-    for level, optimizer in setup.step.optimizers.items():
+    for level, optimizer in setup.method.optimizers.items():
         for group in optimizer.param_groups:
             for p in group["params"]:
                 decays["norm" if id(p) in norm else level].add(group["weight_decay"])
@@ -338,7 +339,8 @@ def test_no_bn_wd_takes_weight_decay_off_batch_norm_alone(method: str, bn_wd: bo
 
 def test_mask_wd_is_wd_unless_given() -> None:
     assert (
-        make_setup("bip", wd=0.03).step.optimizers["upper"].param_groups[0]["weight_decay"] == 0.03
+        make_setup("bip", wd=0.03).method.optimizers["upper"].param_groups[0]["weight_decay"]
+        == 0.03
     )
 
 
@@ -348,7 +350,7 @@ def test_weight_decay_acts_on_masked_weights_too() -> None:
     assert pruned is not None
     masked = pruned.mask == 0
     before = pruned.weights.detach().clone()
-    setup.step(0)
+    setup.method.step(0)
     torch.testing.assert_close(pruned.weights.detach()[masked], before[masked] * (1 - 0.1 * 0.5))
 
 
@@ -378,7 +380,7 @@ def test_frozen_batch_norm_trains_with_its_running_statistics() -> None:
     """The loss of the first step is that of the network in evaluation mode."""
     setup = make_setup("pretrain", freeze_bn=True)
     network = copy.deepcopy(setup.network).eval()
-    (report,) = setup.step(0)
+    (report,) = setup.method.step(0)
     images, labels = random_batch(0)
     expected = F.cross_entropy(network(images), labels, reduction="sum")
     torch.testing.assert_close(report.loss, expected)
@@ -430,7 +432,7 @@ def test_finetune_zeroes_them_after_every_step() -> None:
     assert pruned is not None
     gone = [mask.flatten(1).amax(1) == 0 for mask in pruned.views(pruned.mask)]
     for iteration in range(3):
-        setup.step(iteration)
+        setup.method.step(iteration)
         assert network.conv3.bias.grad is not None
         assert (network.conv3.bias.grad[gone[2]] != 0).all()
         pairs = [network.bn1.weight, network.bn1.bias, network.bn2.weight, network.bn2.bias]
@@ -462,7 +464,7 @@ class Chain(nn.Module):
         self.first = nn.Conv2d(3, middle, 3)
         self.norm = nn.BatchNorm2d(middle)
         self.second = nn.Conv2d(middle, 5, 3)
-        self.head = nn.Linear(5, 2)  # not called: it says that `second` does not give the classes
+        self.head = nn.Linear(5, 2)  # not called: with it `second` does not give the classes
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(torch.relu(self.norm(self.first(x))))  # type: ignore[no-any-return]
@@ -509,7 +511,7 @@ def test_while_pruning_the_batch_norm_of_a_pruned_filter_is_left_alone() -> None
     assert pruned is not None
     assert pruned.followers
     for iteration in range(3):
-        setup.step(iteration)
+        setup.method.step(iteration)
         gone = pruned.views(pruned.mask)[0].flatten(1).amax(1) == 0
         assert gone.any()
         assert (setup.network.bn1.weight[gone] != 0).all()

@@ -1,5 +1,7 @@
 """The sharded selection against a plain sort: exact for any n, k, W, distribution and history."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,23 +14,20 @@ from torch import Tensor
 
 from bip.errors import UserError
 from bip.pruning import kernels
-from bip.pruning.layout import Segment
-from bip.pruning.select_cpu import (
-    ALL_TIES,
-    LARGEST,
-    Alone,
-    Cut,
-    Threshold,
-    add_proofs,
-    move_mask_and_z,
-    own_slice,
-    write_mask,
-)
-from bip.pruning.select_cuda import write_mask as write_mask_on_device
+from bip.pruning.layout import Segment, with_counts
+from bip.pruning.select import LARGEST, Alone, NanError, own_slice
+from bip.pruning.select_cpu import CpuSelector
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
-from tests.unit.scores_for_ranking import KINDS, Selector, make_scores, sorted_mask
+from tests.unit.scores_for_ranking import (
+    KINDS,
+    WAYS,
+    make_scores,
+    select,
+    selector_of,
+    sorted_mask,
+)
 
-BOTH = pytest.mark.parametrize("device_way", [False, True], ids=["cpu", "device"])
+BOTH = pytest.mark.parametrize("way", WAYS)
 
 
 @st.composite
@@ -52,13 +51,11 @@ def problems(draw: st.DrawFn) -> tuple[tuple[Segment, ...], int, str, int]:
 @given(problem=problems())
 @settings(max_examples=120, deadline=None)
 def test_selection_is_the_sorts(
-    device_way: bool, problem: tuple[tuple[Segment, ...], int, str, int]
+    way: str, problem: tuple[tuple[Segment, ...], int, str, int]
 ) -> None:
     segments, world, kind, seed = problem
     values = make_scores(kind, segments[-1].stop, seed)
-    masks = on_threads(
-        world, lambda ranks: Selector(segments, len(values), ranks, device_way)(values)
-    )
+    masks = on_threads(world, lambda ranks: select(selector_of(way, segments, ranks), values))
     right = sorted_mask(values, segments)
     for mask in masks:
         assert torch.equal(mask, right)
@@ -66,22 +63,29 @@ def test_selection_is_the_sorts(
 
 @BOTH
 @pytest.mark.parametrize("world", [1, 3])
-def test_selection_stays_exact_as_scores_move(device_way: bool, world: int) -> None:
-    """The bracket around the last threshold is a hint: small moves, jumps and rescalings."""
+def test_selection_stays_exact_as_scores_and_counts_move(way: str, world: int) -> None:
+    """The bracket around the last threshold is a hint: small moves, jumps and rescalings; and a
+    count may change at any step."""
     n = 20_000
-    segments = (Segment("network", 0, n, 1234),)
+    segments = (Segment("a", 0, 15_000, 1234), Segment("b", 15_000, n, 100))
     history = [make_scores("normal", n, 0)]
     for move in (1e-4, 1e-3, 0.0, 1e-6, 0.5, 1e-3):
         history.append(history[-1] + move * make_scores("normal", n, len(history)))
-    history += [history[-1] * 1e6, history[-1] * 1e-30, make_scores("equal", n, 0), history[0]]
+    history += [history[-1] * 1e6, history[-1] * 1e-30, make_scores("equal", n, 0)]
+    history += 4 * [history[0]]
+    counts = [[1234, 100]] * 8 + [[1233, 100], [1233, 5000], [1, 1], [15_000, 1], [7000, 5000]]
+    counts = [counts[0]] * (len(history) - len(counts)) + counts
 
-    def masks(ranks: object) -> list[Tensor]:
-        selector = Selector(segments, n, ranks, device_way)  # type: ignore[arg-type]
-        return [selector(values) for values in history]
+    def masks(ranks: ThreadRank) -> list[Tensor]:
+        selector, found = selector_of(way, segments, ranks), []
+        for values, kept in zip(history, counts, strict=True):
+            selector.keep(kept)
+            found.append(select(selector, values))
+        return found
 
     for found in on_threads(world, masks):
-        for values, mask in zip(history, found, strict=True):
-            assert torch.equal(mask, sorted_mask(values, segments))
+        for values, kept, mask in zip(history, counts, found, strict=True):
+            assert torch.equal(mask, sorted_mask(values, with_counts(segments, kept)))
 
 
 def test_a_steady_move_is_foreseen_and_a_turn_is_found() -> None:
@@ -92,14 +96,14 @@ def test_a_steady_move_is_foreseen_and_a_turn_is_found() -> None:
     places = [*range(40), 60, 39, 38, *range(37, 0, -1)]  # on, a leap, back, and on the way back
     history = [start + drift * place for place in places]
 
-    def select(ranks: ThreadRank) -> tuple[list[int], list[Tensor]]:
-        selector, rounds, masks = Selector(segments, n, ranks), [0], []
+    def follow(ranks: ThreadRank) -> tuple[list[int], list[Tensor]]:
+        selector, rounds, masks = CpuSelector(segments, ranks), [0], []
         for values in history:
-            masks.append(selector(values))
+            masks.append(select(selector, values))
             rounds.append(ranks.rounds)
         return [after - before for before, after in pairwise(rounds)], masks
 
-    for gathers, masks in on_threads(2, select):
+    for gathers, masks in on_threads(2, follow):
         for values, mask in zip(history, masks, strict=True):
             assert torch.equal(mask, sorted_mask(values, segments))
         assert gathers[30:40] == [1] * 10
@@ -116,7 +120,8 @@ def test_large_slices_are_shared_by_threads(kind: str) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        assert torch.equal(Selector(segments, n, Alone())(values), sorted_mask(values, segments))
+        mask = select(CpuSelector(segments, Alone()), values)
+        assert torch.equal(mask, sorted_mask(values, segments))
     finally:
         torch.set_num_threads(before)
 
@@ -128,44 +133,27 @@ def test_more_scores_than_can_be_counted_are_refused() -> None:
         own_slice(size, SimpleNamespace(rank=0, world=least))  # type: ignore[arg-type]
 
 
-@BOTH
-def test_keeping_all_and_one(device_way: bool) -> None:
-    for n, keep in ((1, 1), (5, 5), (5, 1), (70_000, 70_000), (70_000, 1)):
-        values = make_scores("ties", n, 1)
-        segments = (Segment("x", 0, n, keep),)
-        mask = Selector(segments, n, Alone(), device_way)(values)
-        assert torch.equal(mask, sorted_mask(values, segments))
-
-
 @pytest.mark.parametrize("place", [0, 63, 64, 1000, 4999])
 @pytest.mark.parametrize("nan", [0x7F800001, 0x7FC00000, 0x7FFFFFFF])
-def test_nan_is_an_error_that_names_segment_and_rank(place: int, nan: int) -> None:
+@BOTH
+def test_nan_is_an_error_that_names_the_rank(way: str, place: int, nan: int) -> None:
+    """And the segment, where nothing has to wait for it: on the CPU."""
     values = make_scores("normal", 5000, 0)
-    selectors_segments = (Segment("a.weight", 0, 2000, 10), Segment("b.weight", 2000, 5000, 10))
+    segments = (Segment("a.weight", 0, 2000, 10), Segment("b.weight", 2000, 5000, 10))
     bad = values.clone()
     bad.view(torch.int32)[place] = nan
 
-    def select(ranks: object) -> str:
-        threshold = Threshold(selectors_segments, 5000, ranks)  # type: ignore[arg-type]
-        threshold.select(values)  # warm
-        with pytest.raises(ValueError, match="NaN") as raised:
-            threshold.select(bad)
+    def message(ranks: ThreadRank) -> str:
+        selector = selector_of(way, segments, ranks)
+        select(selector, values)
+        with pytest.raises(NanError, match="NaN") as raised:
+            select(selector, bad)
         return str(raised.value)
 
     rank = next(r for r in range(4) if r * 5000 // 4 <= place < (r + 1) * 5000 // 4)
-    name = "a.weight" if place < 2000 else "b.weight"
-    for message in on_threads(4, select):
-        assert f"NaN in {name} (in the slice of rank {rank})" in message
-
-
-def test_device_selection_flags_nan() -> None:
-    values = make_scores("normal", 100, 0)
-    selector = Selector((Segment("x", 0, 100, 10),), 100, Alone(), device_way=True)
-    selector(values)
-    assert not selector.inner.nan.any()  # type: ignore[union-attr]
-    values[50] = float("nan")
-    selector(values)
-    assert selector.inner.nan.tolist() == [True]  # type: ignore[union-attr]
+    name = " in a.weight" if place < 2000 else " in b.weight"
+    expected = f"NaN{name if way == 'cpu' else ''} (in the slice of rank {rank})"
+    assert on_threads(4, message) == [expected] * 4
 
 
 @given(
@@ -179,43 +167,47 @@ def test_sweep_counts_and_collects(keys: list[int], low: int, width: int, room: 
     high = min(low + width, 0x7FFFFFFF)
     bits = np.array(keys, np.uint32)
     bits[::2] |= np.uint32(1 << 31)  # the sign plays no part
-    found = np.full(room, -1, np.int32)
-    above, inside, top = kernels.sweep(bits.view(np.int32), np.int32(low), np.int32(high), found)
+    found, heads = np.full((1, room), -1, np.int32), np.empty((1, 3), np.int64)
+    kernels.sweep(1, bits.view(np.int32), np.int32(low), np.int32(high), found, heads)
     expected = [key for key in keys if low <= key <= high]
-    assert (above, inside, top) == (sum(k > high for k in keys), len(expected), max(keys))
-    assert found[: min(room, inside)].tolist() == expected[:room]
+    assert heads.tolist() == [[sum(k > high for k in keys), len(expected), max(keys)]]
+    assert found[0, : len(expected)].tolist() == expected[:room]
 
 
-@pytest.mark.parametrize(("n", "count"), [(1, 1), (63, 1), (64, 1), (1000, 1), (700_001, 3)])
-def test_writing_proves_what_was_written(n: int, count: int) -> None:
-    """The same from a first write and from moves of an earlier mask, few and many, on a CPU or
-    not; with cuts at and around the seams between threads."""
+@pytest.mark.parametrize(("n", "threads"), [(1, 1), (63, 1), (64, 1), (1000, 1), (700_001, 3)])
+def test_writing_proves_what_was_written(n: int, threads: int) -> None:
+    """The same over anything and over an earlier mask and z, of which much or little changes; by
+    every selector; in one segment and in two; with cuts at and around the seams between threads.
+    """
     values, weights = make_scores("ties", n, 5), make_scores("normal", n, 6)
-    key = torch.tensor(0.25).view(torch.int32)
-    mask, moved, other = (torch.full((n,), fill, dtype=torch.uint8) for fill in (7, 1, 7))
-    z = weights.clone()
     seams = [n * part // 2 + away for part in (0, 1, 2) for away in (-1, 0, 1)]
+    selectors = {way: selector_of(way, (Segment("x", 0, n, 1),), Alone()) for way in WAYS}
+    masks = {way: torch.ones(n, dtype=torch.uint8) for way in WAYS}
+    zs = {way: [part.clone() for part in weights.split(n // 3 + 1)] for way in WAYS}
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(threads)
     try:
-        for last in (*seams, 4 * n // 10, int(ALL_TIES), 4 * n // 10):
-            cut = Cut(int(key), last)
-            proof = write_mask(values, cut, 0, mask)
-            assert proof == move_mask_and_z(values, cut, 0, weights, moved, z)
-            segments, lasts = (Segment("x", 0, n, 1),), torch.tensor([last])
-            on_device = write_mask_on_device(values, segments, key.view(1), lasts, other)
-            assert proof == tuple(on_device.tolist())
-            right = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
-            for written in (mask, moved, other):
-                assert torch.equal(written, right.to(torch.uint8))
-            assert torch.equal(z, weights * mask)
-            assert proof[0] == int(right.sum())
+        for last in (*seams, 4 * n // 10, n, 4 * n // 10):
+            kept = (values.abs() > 0.25) | ((values.abs() == 0.25) & (torch.arange(n) <= last))
+            if not (count := int(kept.sum())):
+                continue
+            proofs = []
+            for way, selector in selectors.items():
+                selector.keep([count])
+                over = torch.full((n,), 7, dtype=torch.uint8)
+                proofs += [
+                    selector.update(values, over).tolist(),
+                    selector.update(values, masks[way], weights, zs[way]).tolist(),
+                ]
+                for mask in (over, masks[way]):
+                    assert torch.equal(mask, kept.to(torch.uint8))
+                assert torch.equal(torch.cat(zs[way]), weights * kept)
             half = n // 2
-            halves = [
-                write_mask(values[:half], cut, 0, mask[:half]),
-                write_mask(values[half:], Cut(cut.key, last - half), half, mask[half:]),
-            ]
-            assert proof == add_proofs(halves)
+            if all(counts := [int(kept[:half].sum()), int(kept[half:].sum())]):
+                segments = (Segment("a", 0, half, counts[0]), Segment("b", half, n, counts[1]))
+                proofs.append(CpuSelector(segments, Alone()).update(values, over).tolist())
+            assert proofs == [proofs[0]] * len(proofs)
+            assert proofs[0][0] == count
     finally:
         torch.set_num_threads(before)
 
@@ -230,8 +222,19 @@ def test_other_masks_have_other_proofs(one: set[int], other: set[int]) -> None:
     for kept in (one, other):
         values = torch.zeros(41)
         values[list(kept)] = 1.0
-        proofs.append(write_mask(values, Cut(0, -1), 1000, torch.empty(41, dtype=torch.uint8)))
+        selector = CpuSelector((Segment("x", 0, 41, len(kept)),), Alone())
+        proofs.append(selector.update(values, torch.empty(41, dtype=torch.uint8)).tolist())
     assert (proofs[0] == proofs[1]) == (one == other)
+
+
+def test_nothing_that_a_gpu_needs_imports_numba() -> None:
+    """Nor do the names of the choices import torch."""
+    for modules, absent in (
+        ("bip.pruning.state, bip.pruning.select_cuda", "numba"),
+        ("bip.pruning.choices", "torch"),
+    ):
+        code = f"import sys, {modules}; assert {absent!r} not in sys.modules"
+        subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("layers", [1, 20])
@@ -245,14 +248,14 @@ def test_bytes_sent_do_not_depend_on_size_or_ranks(layers: int) -> None:
         )
         first, second = make_scores("normal", n, 0), make_scores("normal", n, 1)
 
-        def measure(ranks: object, segments=segments, n=n, a=first, b=second):  # type: ignore[no-untyped-def]
-            threshold = Threshold(segments, n, ranks)
-            threshold.select(a)
+        def measure(ranks, segments=segments, a=first, b=second):  # type: ignore[no-untyped-def]
+            selector = CpuSelector(segments, ranks)
+            select(selector, a)
             cold = ranks.sent
             for step in range(4):
-                threshold.select(a + 1e-5 * step * b)
+                select(selector, a + 1e-5 * step * b)
             before = ranks.sent
-            threshold.select(a + 5e-5 * b)
+            select(selector, a + 5e-5 * b)
             gathers.add(ranks.rounds)
             return cold, ranks.sent - before
 

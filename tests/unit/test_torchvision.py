@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bip import models
+from bip.methods.base import Parts
 from bip.pruning.layout import keep_count
+from bip.training.forward import ForwardBackward
 from bip.training.optim import Clock
-from bip.training.steps import ForwardBackward, build_step
 from tests.unit.networks import METHODS, make_config, prune
 
 KINDS = ("unstructured", "filter", "channel")
@@ -24,12 +25,13 @@ def test_two_iterations_prune_a_torchvision_network(name: str, layer_type: str) 
     before = pruned.mask.clone(), pruned.weights.detach().clone()
     config = make_config(**METHODS["bip"], layer_type=layer_type, k="0.2", mask_lr=0.1, lr=0.01)
     batches = [(torch.randn(4, 3, 64, 64), torch.randint(0, 5, (4,))) for _ in range(4)]
-    step = build_step(
+    parts = Parts(
         config, network, pruned, ForwardBackward(config, network, None, 0, torch.device("cpu")),
         lambda level, start: iter(batches[:2] if level == "lower" else batches[2:]), Clock(2, 2),
     )  # fmt: skip
+    method = config.method(parts)
     for iteration in range(2):
-        reports = step(iteration)
+        reports = method.step(iteration)
         assert all(torch.isfinite(report.loss) for report in reports)
     assert not torch.equal(pruned.weights.detach(), before[1])
     for z, weights, mask in zip(

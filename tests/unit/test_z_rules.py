@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bip.methods.bip import Bip
 from bip.pruning.layout import find_prunable
 from bip.pruning.state import PrunedParameters
-from bip.training.steps import BilevelStep, ForwardBackward
+from bip.training.forward import ForwardBackward
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import (
     METHODS,
@@ -38,20 +39,20 @@ def loss_sum(network: nn.Module, batch: tuple[Tensor, Tensor], bf16: bool) -> Te
 def test_each_forward_sees_the_rewritten_z(precision: str) -> None:
     """Under autocast too, where cast weights are cached for as long as a context lives."""
     setup = make_setup("bip", precision=precision, lr=0.5, mask_lr=0.5)
-    assert isinstance(setup.step, BilevelStep)
+    assert isinstance(setup.method, Bip)
     lower, upper = random_batch(0), random_batch(1000)
     bf16 = precision == "bf16"
     expected = loss_sum(setup.network, lower, bf16)
     stale = loss_sum(setup.network, upper, bf16)
-    (first,) = setup.step.lower(0)
+    (first,) = setup.method.lower.step(0)
     torch.testing.assert_close(first.loss, expected.to(first.loss))
     expected = loss_sum(setup.network, upper, bf16)
-    (second,) = setup.step.upper(0)
+    (second,) = setup.method.upper.step(0)
     torch.testing.assert_close(second.loss, expected.to(second.loss))
     assert abs(float(expected - stale)) > 0.1, "the lower step changed what the upper one sees"
     # And the next iteration sees what the upper step did to the mask.
     expected = loss_sum(setup.network, random_batch(1), bf16)
-    (third,) = setup.step.lower(1)
+    (third,) = setup.method.lower.step(1)
     torch.testing.assert_close(third.loss, expected.to(third.loss))
 
 
@@ -84,7 +85,7 @@ def test_z_keeps_its_storage_and_requires_grad(
     before = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
     values = [t.detach().clone() for t in setup.pruned.z]
     for iteration in range(3):
-        setup.step(iteration)
+        setup.method.step(iteration)
     tensors = [*setup.network.parameters(), setup.pruned.weights, setup.pruned.scores]
     assert [(id(t), t.data_ptr(), t.requires_grad) for t in tensors] == before
     assert all(t.requires_grad for t in tensors)
@@ -212,7 +213,7 @@ def test_the_network_stays_a_plain_module() -> None:
     before = {name: (type(m), set(vars(m))) for name, m in network.named_modules()}
     keys = list(network.state_dict())
     setup = make_setup("bip", "filter")
-    setup.step(0)
+    setup.method.step(0)
     PrunedParameters(network, find_prunable(network, "filter"), setup.config.k, "layer")
     for checked in (network, setup.network):
         assert {n: (type(m), set(vars(m))) for n, m in checked.named_modules()} == before

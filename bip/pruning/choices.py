@@ -1,0 +1,7 @@
+"""The choices that a configuration names: what is pruned and how. Imports no torch."""
+
+from typing import Literal
+
+LayerType = Literal["unstructured", "filter", "channel"]
+Scope = Literal["global", "layer"]
+ScoreInit = Literal["hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"]
