@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bip.config import RunConfig
-from bip.data.loaders import Data
+from bip.data.batches import Data
 from bip.distributed.compare import check_finite, compare_ranks, run_state
 from bip.distributed.control import Control
 from bip.distributed.group import Group

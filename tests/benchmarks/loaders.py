@@ -36,11 +36,11 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from bip.data import dali
-from bip.data.build import build_lmdb
-from bip.data.datasets import dataset_spec
-from bip.data.loaders import Data, open_data
-from bip.data.stores import LmdbStore
+from bip.data.batches import Data, open_data
+from bip.data.loaders import dali
+from bip.data.sets import dataset_spec
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.tools.build import build_lmdb
 from tests.benchmarks.common import arguments, finish, machine, ratio, synchronize
 
 SHARED = Path(os.environ.get("BIP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -296,7 +296,7 @@ def many_records(folder: Path, count: int) -> dict[str, float]:
 
     from PIL import Image
 
-    from bip.data.writer import LmdbWriter
+    from bip.data.stores.writer import LmdbWriter
 
     stream = BytesIO()
     Image.new("RGB", (16, 16), (120, 60, 30)).save(stream, "JPEG")

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from bip.data.build import build_lmdb
 from bip.data.decode import open_image
-from bip.data.inspect import info
-from bip.data.layouts import ZipTree
-from bip.data.stores import _RECORD, FolderStore, LmdbStore, record_key
+from bip.data.stores.folder import FolderStore
+from bip.data.stores.lmdb import _RECORD, LmdbStore, record_key
+from bip.data.tools.build import build_lmdb
+from bip.data.tools.check import info
+from bip.data.tools.layouts import ZipTree
 from bip.errors import UserError
 
 
@@ -127,7 +128,7 @@ def test_an_output_that_cannot_be_written_is_named(small_cifar_zip: Path, tmp_pa
     code = """
         import resource, sys
         from pathlib import Path
-        from bip.data.build import build_lmdb
+        from bip.data.tools.build import build_lmdb
         from bip.errors import UserError
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a full disk
         try:
@@ -152,7 +153,7 @@ def test_a_full_disk_keeps_what_was_built(
     code = """
         import resource, sys
         from pathlib import Path
-        from bip.data import build
+        from bip.data.tools import build
         build.LmdbWriter._BATCH = 50
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
         build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]))

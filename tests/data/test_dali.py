@@ -14,11 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bip.data import dali
-from bip.data.loaders import Batch
-from bip.data.sources import Request
+from bip.data.loaders import dali
+from bip.data.reader import Batch, Request
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_loaders import same, take
 
 pytestmark = pytest.mark.skipif(

@@ -16,11 +16,14 @@ import pytest
 import torchvision
 from PIL import Image
 
-from bip.data.datasets import ArraySplit, dataset_spec, open_split
-from bip.data.prepare import prepare_imagenet
-from bip.data.stores import FolderStore, LmdbStore
+from bip.data.sets import dataset_spec
+from bip.data.splits import open_split
+from bip.data.stores.base import ArraySplit
+from bip.data.stores.folder import FolderStore
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.tools.prepare import prepare_imagenet
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults
+from tests.data.conftest import opened
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -46,7 +49,7 @@ def test_digits_are_scikit_learns() -> None:
 def test_digits_do_not_import_scikit_learn() -> None:
     script = """
 import pathlib, sys
-from bip.data.datasets import open_split
+from bip.data.splits import open_split
 open_split("Digits", pathlib.Path("unused"), True)
 print(sorted({name.split(".")[0] for name in sys.modules} & {"sklearn", "scipy"}))
 """
@@ -106,7 +109,7 @@ def test_images_that_lie_flat_are_told_how_to_be_stored(tmp_path: Path) -> None:
         data_dir = root / place
         case = {"dataset": name, "num_classes": 3, "data_dir": data_dir, "batch_size": 4}
         with pytest.raises(UserError) as error:
-            open_with_defaults(**case)
+            opened(**case)
         assert "build a store: python -m bip data build-lmdb" in str(error.value)
         assert "\n" not in str(error.value)
         prepare_imagenet(root, tmp_path / f"{name} in folders")
@@ -220,7 +223,7 @@ def test_no_other_split_is_taken_for_one_whose_file_system_is_away(
     for split in ("test", "val"):
         (tmp_path / split / "a").mkdir(parents=True)
         Image.new("RGB", (32, 32), 7).save(tmp_path / split / "a" / "1.png")
-    monkeypatch.setattr("bip.data.datasets.os.scandir", stale)
+    monkeypatch.setattr("bip.data.splits.os.scandir", stale)
     with pytest.raises(OSError, match=f"Stale file handle: '{tmp_path}/test'"):
         open_split("ImageNet", tmp_path, False)
 

@@ -22,12 +22,14 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from bip.data import dali, decode
-from bip.data.published import open_store
-from bip.data.stores import DamagedImage, FolderStore, LmdbStore, record_key
+from bip.data.loaders import dali, decode
+from bip.data.stores.base import DamagedImage
+from bip.data.stores.folder import FolderStore
+from bip.data.stores.lmdb import LmdbStore, record_key
+from bip.data.stores.published import open_store
 from bip.errors import LostWorker, UserError
 from bip.files import may_pass
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_loaders import take
 
 CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10, "loader": "lmdb"}
@@ -249,7 +251,7 @@ def test_a_failing_disk_is_no_bad_image(
             raise OSError(number, os.strerror(number), path)
         return Away(path)
 
-    monkeypatch.setattr("bip.data.stores.open", fail, raising=False)
+    monkeypatch.setattr("bip.data.stores.folder.open", fail, raising=False)
     case = {"dataset": "ImageNet", "num_classes": 171, "image_dim": 32, "batch_size": 57}
     case |= {"data_dir": tmp_path, "loader": loader, "num_workers": workers}
     data = opened(**case, skip_bad=True)

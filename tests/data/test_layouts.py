@@ -19,11 +19,13 @@ from PIL import Image
 
 from bip.__main__ import main
 from bip.data import decode
-from bip.data.build import build_lmdb, stored_size
-from bip.data.inspect import verify
-from bip.data.prepare import prepare_imagenet
-from bip.data.stores import _RECORD, DamagedImage, FolderStore, LmdbStore, record_key
-from bip.data.writer import LmdbWriter
+from bip.data.stores.base import DamagedImage
+from bip.data.stores.folder import FolderStore
+from bip.data.stores.lmdb import _RECORD, LmdbStore, record_key
+from bip.data.stores.writer import LmdbWriter
+from bip.data.tools.build import build_lmdb, stored_size
+from bip.data.tools.check import verify
+from bip.data.tools.prepare import prepare_imagenet
 from bip.errors import UserError
 from tests.data.test_datasets import cifar_archive  # noqa: F401
 
@@ -293,8 +295,8 @@ def test_huge_files_are_told_and_not_read(
 ) -> None:
     huge = f"train/{CLASSES[0]}/0_huge.JPEG"
     files = train_files("") | {huge: bytes(3_000_000)}
-    monkeypatch.setattr("bip.data.layouts.MOST_BYTES", 2_000_000)
-    monkeypatch.setattr("bip.data.stores.MOST_BYTES", 2_000_000)
+    monkeypatch.setattr("bip.data.tools.layouts.MAX_BYTES", 2_000_000)
+    monkeypatch.setattr("bip.data.stores.folder.MAX_BYTES", 2_000_000)
     monkeypatch.setattr(zipfile.ZipFile, "read", refuse_huge(zipfile.ZipFile.read))
     for number, packed in enumerate((as_folder, as_zip, as_tar)):
         src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"
@@ -505,7 +507,7 @@ def test_verify_does_not_blame_a_store_that_is_away(
     def away(*_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(small_cifar))
 
-    monkeypatch.setattr("bip.data.inspect.open_store", away)
+    monkeypatch.setattr("bip.data.tools.check.open_store", away)
     assert main(["data", "verify", str(small_cifar)]) == os.EX_IOERR
 
 

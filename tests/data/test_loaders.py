@@ -19,12 +19,15 @@ from torch import Tensor
 
 from bip.data import decode, loaders
 from bip.data.augment import pad_crop_params
-from bip.data.datasets import ArraySplit, dataset_spec, open_split
-from bip.data.loaders import Batch
 from bip.data.order import Order, holdout_split
-from bip.data.stores import FolderStore, LmdbStore
+from bip.data.reader import Batch
+from bip.data.sets import dataset_spec
+from bip.data.splits import open_split
+from bip.data.stores.base import ArraySplit
+from bip.data.stores.folder import FolderStore
+from bip.data.stores.lmdb import LmdbStore
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_augment import naive_pad_crop
 
 CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10}
@@ -267,9 +270,9 @@ def test_no_way_of_ending_hangs_on_the_workers(small_cifar: Path) -> None:
     code = """
         import multiprocessing, os, sys
         from pathlib import Path
-        from tests.data.conftest import open_with_defaults
+        from tests.data.conftest import opened
 
-        data = open_with_defaults(
+        data = opened(
             dataset="CIFAR10", data_dir=Path(sys.argv[2]), loader="lmdb", num_workers=2
         )
         batches = data.train()

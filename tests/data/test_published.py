@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from bip.data.build import convert
-from bip.data.inspect import info, verify
-from bip.data.published import PublishedStore, loads, open_store
-from bip.data.stores import DamagedImage, LmdbStore
+from bip.data.stores.base import DamagedImage
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.published import PublishedStore, open_store
+from bip.data.tools.build import convert
+from bip.data.tools.check import info, verify
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 
 plain = st.recursive(
     st.binary(max_size=300) | st.text(max_size=20) | st.integers(-(2**100), 2**100),
@@ -132,7 +133,7 @@ def test_10_000_mutations_neither_crash_nor_run_nor_swell() -> None:
     """In a process of its own with 1 GiB more address space than it starts with."""
     code = """
         import os, pickle, random, resource, subprocess, sys
-        from bip.data.published import loads
+        from bip.data.stores.published import loads
 
         def never(*_):
             os._exit(9)

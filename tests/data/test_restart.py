@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bip.data.build import build_lmdb
-from bip.data.stores import LmdbStore
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.tools.build import build_lmdb
 from bip.errors import UserError
 from tests.data.test_layouts import (
     CLASSES,
@@ -40,7 +40,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -
     code = """
         import os, sys
         from pathlib import Path
-        from bip.data import build
+        from bip.data.tools import build
 
         make_ready, calls = build.make_ready, []
 
@@ -114,7 +114,7 @@ def test_a_build_that_fails_at_its_last_step_goes_on_there(
         replace(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bip.data.writer.LmdbWriter._BATCH", 5)
+        patch.setattr("bip.data.stores.writer.LmdbWriter._BATCH", 5)
         patch.setattr(os, "replace", fail)
         with pytest.raises(UserError, match=r"train\.lmdb: cannot be written .*; build it again"):
             build_lmdb(src, out)

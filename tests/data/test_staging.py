@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from bip.data import staging
-from bip.data.staging import network_filesystem, stage
-from bip.data.stores import LmdbStore
+from bip.data.stores import staging
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.staging import network_filesystem, stage
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_stores import images, write
 
 MOUNTS = """\
@@ -96,8 +96,8 @@ def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
 CODE = """
     import sys
     from pathlib import Path
-    from bip.data import staging
-    from bip.data.stores import LmdbStore
+    from bip.data.stores import staging
+    from bip.data.stores.lmdb import LmdbStore
 
     print("ready", flush=True)
     sys.stdin.readline()
@@ -248,7 +248,7 @@ def test_folders_of_images_are_not_staged(imagenet: Path, tmp_path: Path) -> Non
 def test_a_network_filesystem_is_pointed_out(
     small_cifar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bip.data.loaders.network_filesystem", lambda _: "nfs4")
+    monkeypatch.setattr("bip.data.splits.network_filesystem", lambda _: "nfs4")
     case: dict[str, Any] = {"dataset": "CIFAR10", "data_dir": small_cifar, "loader": "lmdb"}
     opened(**case)
     assert "lies on nfs4; give --stage-to DIR" in capsys.readouterr().out

@@ -20,9 +20,10 @@ import lmdb
 import numpy as np
 import pytest
 
-from bip.data.inspect import verify
-from bip.data.stores import FolderStore, LmdbStore, image_tree, pack_record
-from bip.data.writer import LmdbWriter
+from bip.data.stores.folder import FolderStore, image_tree
+from bip.data.stores.lmdb import LmdbStore, pack_record
+from bip.data.stores.writer import LmdbWriter
+from bip.data.tools.check import verify
 from bip.errors import UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -281,7 +282,7 @@ def test_a_killed_build_is_no_store_and_does_not_stop_the_next(tmp_path: Path) -
     code = """
         import os, sys
         from pathlib import Path
-        from bip.data.writer import LmdbWriter
+        from bip.data.stores.writer import LmdbWriter
         with LmdbWriter(Path(sys.argv[1]), ["cat"]) as writer:
             for _ in range(2500):
                 writer.add(b"x" * 100, 0, 1, 1)
