@@ -42,7 +42,8 @@ class Loader(ABC):
 
     Attributes:
         layout: which layout on disk it reads.
-        in_memory: all images are read before training begins; it takes decoded splits, too.
+        in_memory: it reads all images before training begins, so only small sets; and takes splits
+            that come decoded.
     """
 
     layout: ClassVar[Layout] = "any"
@@ -50,10 +51,6 @@ class Loader(ABC):
 
     @abstractmethod
     def __init__(self, split: Split, options: DataOptions, device: torch.device) -> None: ...
-
-    @classmethod
-    def check(cls, options: DataOptions) -> None:
-        """Raises UserError if it does not suit the data set, before that is looked for."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -87,15 +87,18 @@ def open_splits(options: DataOptions) -> tuple[Split, Split]:
     Raises UserError and OSError as `open_split`.
     """
     loader = None if options.loader == "auto" else loader_class(options.loader)
-    if loader is not None:
-        loader.check(options)
+    spec = options.spec
+    if loader is not None and loader.in_memory and not spec.small:
+        raise UserError(
+            f"loader: {options.loader} is for small sets, not {spec.name}; use lmdb or folder"
+        )
     layout = _layout(options)
     train, test = (
         open_split(options.dataset, options.data_dir, part, layout) for part in (True, False)
     )
     if loader is not None and not loader.in_memory and isinstance(train, ArraySplit):
         raise UserError(
-            f"loader: {options.loader} does not apply to {options.spec.name}, whose images come "
+            f"loader: {options.loader} does not apply to {spec.name}, whose images come "
             "decoded; use auto or memory"
         )
     _check_classes(options, train.classes, test.classes)

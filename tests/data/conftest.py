@@ -74,8 +74,6 @@ def options(**changes: Any) -> DataOptions:
     return DataOptions(**{**defaults, **changes})
 
 
-def opened(
-    rank: int = 0, world: int = 1, device: torch.device = torch.device("cpu"), **changes: Any
-) -> Data:
+def opened(rank: int = 0, world: int = 1, device: str = "cpu", **changes: Any) -> Data:
     """`open_data` with what a test does not care about filled in."""
-    return open_data(options(**changes), rank, world, device)
+    return open_data(options(**changes), rank, world, torch.device(device))

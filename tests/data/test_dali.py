@@ -17,7 +17,7 @@ from PIL import Image
 from bip.data.loaders import dali
 from bip.data.reader import Batch, Request
 from bip.errors import UserError
-from tests.data.conftest import opened
+from tests.data.conftest import opened, options
 from tests.data.test_loaders import same, take
 
 pytestmark = pytest.mark.skipif(
@@ -272,8 +272,8 @@ def test_a_dali_that_does_not_start_is_told(
     case = {**CASE, "data_dir": imagenet, "loader": "dali"}
     if not torch.cuda.is_available():
         source = opened(**case)._train
-        assert isinstance(source, dali.DaliSource)
-        on_gpu = dali.DaliSource(source.reader, 1, torch.device("cuda:0"))
+        assert isinstance(source, dali.DaliLoader)
+        on_gpu = dali.DaliLoader(source.reader.store, options(**case), torch.device("cuda:0"))
         with pytest.raises(UserError, match=told) as error:
             next(on_gpu.fetch([Request(np.arange(2))]))
         assert "\n" not in str(error.value)
@@ -307,7 +307,7 @@ def test_want_of_memory_while_images_are_tried_alone_is_told(
         error = MemoryError() if batch_size == 1 else RuntimeError("Error: what")
         return Failing(inputs, error)
 
-    monkeypatch.setattr(dali.DaliSource, "_start", start)
+    monkeypatch.setattr(dali.DaliLoader, "_start", start)
     with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
         take(opened(**CASE, data_dir=imagenet, loader="dali").train(), 1)
 
@@ -323,5 +323,5 @@ def test_without_dali_the_error_names_the_extra(
 def test_dali_is_not_imported_before_it_is_used() -> None:
     import subprocess
 
-    code = "import sys, bip.data.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    code = "import sys, bip.run; sys.exit('nvidia.dali' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bip.data import decode, loaders
+from bip.data import decode
 from bip.data.augment import pad_crop_params
+from bip.data.loaders import choose
 from bip.data.order import Order, holdout_split
 from bip.data.reader import Batch
 from bip.data.sets import dataset_spec
@@ -378,14 +379,17 @@ def test_a_folder_and_its_lmdb_are_the_same_images(imagenet: Path, tmp_path: Pat
     assert lmdb.keys() - folder.keys() == {"stores"}
 
 
-def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_dali_where_a_gpu_can_decode(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     small, large = dataset_spec("CIFAR10"), dataset_spec("ImageNet")
-    for there, on_gpu in ((True, "dali"), (False, "auto")):
-        monkeypatch.setattr(loaders, "is_installed", lambda there=there: there)
-        assert loaders.choose_loader(large, cuda) == on_gpu
-        assert loaders.choose_loader(large, cpu) == "auto"
-        assert loaders.choose_loader(small, cuda) == "memory"
+    store = LmdbStore(imagenet / "val.lmdb")
+    for there, on_gpu in ((True, "dali"), (False, "lmdb")):
+        monkeypatch.setattr("bip.data.loaders.dali.is_installed", lambda there=there: there)
+        assert choose(large, store, cuda) == on_gpu
+        assert choose(large, store, cpu) == "lmdb"
+        assert choose(small, store, cuda) == "memory"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -393,7 +397,7 @@ def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch)
 def test_batches_on_cuda_are_those_on_the_cpu(small_cifar: Path, loader: str) -> None:
     case = {**CIFAR, "data_dir": small_cifar, "loader": loader, "num_workers": 1}
     expected = take(opened(**case).train(), 6)
-    data = opened(**case, device=torch.device("cuda"))
+    data = opened(**case, device="cuda")
     for (images, labels), (x, y) in zip(take(data.train(), 6), expected, strict=True):
         assert images.is_cuda
         assert labels.is_cuda

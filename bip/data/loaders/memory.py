@@ -12,7 +12,6 @@ from bip.data.options import DataOptions
 from bip.data.reader import Batch, Loader, Request, Split
 from bip.data.stores.base import ArraySplit, ImageStore
 from bip.data.workers import WorkerLoader
-from bip.errors import UserError
 
 _CHUNK = 500  # images per work item of the decoding
 _MOST_PROCESSES = 8
@@ -22,13 +21,6 @@ class MemoryLoader(Loader):
     """A split as one uint8 tensor on the training device."""
 
     in_memory = True
-
-    @classmethod
-    def check(cls, options: DataOptions) -> None:
-        if not options.spec.small:
-            raise UserError(
-                f"loader: memory is for small sets, not {options.spec.name}; use lmdb or folder"
-            )
 
     def __init__(self, split: Split, options: DataOptions, device: torch.device) -> None:
         if isinstance(split, ArraySplit):

@@ -52,8 +52,8 @@ def load_plain(
 
     The opcodes are looked at before anything is loaded. pickle would believe a length or a memo
     index that asks for gigabytes; pickletools checks the lengths against the data, and indices are
-    limited here. As each opcode makes at most one object of some 90 bytes, memory stays below
-    3 times the data and 100 bytes for each of `max_opcodes`.
+    limited here. As each opcode makes at most one small object, memory stays below 3 times the
+    data and 200 bytes for each of `max_opcodes`.
 
     Raises:
         ValueError: anything else in it, damage, or more than the limits.
