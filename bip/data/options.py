@@ -35,17 +35,17 @@ class DataOptions:
 
     dataset: str
     data_dir: Path
-    batch_size: int = 128
-    test_batch_size: int = 128
+    batch_size: int
+    test_batch_size: int
+    num_workers: int
+    seed: int
     image_dim: int | None = None
     normalize: bool = False
     num_classes: int | None = None
     holdout: int = 0
     loader: str = "auto"
-    num_workers: int = 2
     stage_to: Path | None = None
     skip_bad: bool = False
-    seed: int = 1234
 
     @classmethod
     def of(cls, config: "RunConfig") -> Self:

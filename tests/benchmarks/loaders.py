@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import sys
 import tempfile
 import time
 import zipfile
@@ -38,6 +39,7 @@ from torchvision import datasets, transforms
 
 from bip.data.batches import Data, open_data
 from bip.data.loaders import dali
+from bip.data.options import DataOptions
 from bip.data.sets import dataset_spec
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.tools.build import build_lmdb
@@ -65,11 +67,11 @@ class Seconds:
         for _ in itertools.islice(batches, WARM_UP):
             pass
         synchronize()
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in itertools.islice(batches, self.count):
             pass
         synchronize()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         close = getattr(batches, "close", None)
         if close is not None:
             close()
@@ -144,22 +146,19 @@ def ours(
     device: torch.device | None = None,
 ) -> Data:
     """On the GPU if there is one, unless told."""
-    return open_data(
+    options = DataOptions(
         dataset=dataset,
         data_dir=root,
         batch_size=batch,
         test_batch_size=batch,
-        image_dim=None,
         normalize=True,
         num_classes=classes,
-        holdout=0,
-        loader=loader,  # type: ignore[arg-type]
+        loader=loader,
         num_workers=workers,
         seed=0,
-        rank=0,
-        world=1,
-        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return open_data(options, 0, 1, device)
 
 
 def in_turns(data: Data) -> Iterator[Any]:
@@ -200,12 +199,12 @@ def bare_loop(root: Path, batch: int, processes: int, count: int) -> Callable[[]
             children.append(child)
         for pipe in pipes:
             pipe.recv()
-        began = time.perf_counter()
+        started = time.perf_counter()
         for pipe in pipes:
             pipe.send(None)
         for pipe in pipes:
             pipe.recv()
-        passed = time.perf_counter() - began
+        passed = time.perf_counter() - started
         for child in children:
             child.join()
         return passed
@@ -259,13 +258,13 @@ def build_speed(folder: Path) -> dict[str, float]:
     """Seconds of build-lmdb over those of copying the files, the data in the page cache."""
     for path in folder.rglob("*.JPEG"):
         path.read_bytes()
-    began = time.perf_counter()
+    started = time.perf_counter()
     shutil.copytree(folder / "train", folder / "copy")
-    copied = time.perf_counter() - began
+    copied = time.perf_counter() - started
     shutil.rmtree(folder / "copy")
-    began = time.perf_counter()
+    started = time.perf_counter()
     build_lmdb(folder, folder)
-    return {"build_over_copy": (time.perf_counter() - began) / copied}
+    return {"build_over_copy": (time.perf_counter() - started) / copied}
 
 
 def cold_reads(path: Path, rounds: int) -> dict[str, float]:
@@ -277,14 +276,14 @@ def cold_reads(path: Path, rounds: int) -> dict[str, float]:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         store = LmdbStore(path)  # and its map is gone with it: mapped pages would stay
         indices = random.Random(0).sample(range(len(store)), min(256, len(store)))
-        began = time.perf_counter()
+        started = time.perf_counter()
         for at in range(0, len(indices), 64):
             part = indices[at : at + 64]
             if hint:
                 store.prefetch(part)
             for index in part:
                 store.read(index)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     seconds = in_turn({"plain": lambda: read(False), "hinted": lambda: read(True)}, rounds)
     return {"cold_over_hinted": ratio(seconds["plain"], seconds["hinted"])}
@@ -307,9 +306,9 @@ def many_records(folder: Path, count: int) -> dict[str, float]:
                 writer.add(stream.getvalue(), number % 1000, 16, 16)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        started = time.perf_counter()
         data = ours(folder, "lmdb", 128, 1, classes=1000)
-        times.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (time.perf_counter() - started))
         del data
     data = ours(folder, "lmdb", 128, 1, classes=1000)
     batches = data.train()
@@ -385,6 +384,9 @@ def main() -> None:
     options = arguments(
         __doc__ or "", rounds=5, batch=64, batches=24, workers=2, records=5000, many=1_280_000
     )
+    for name in ("imagenet-jpeg-sample.zip", "cifar10-jpeg.zip"):
+        if not (SHARED / name).exists():
+            sys.exit(f"{SHARED / name} is missing; set BIP_SHARED_DATA to the folder that has it")
     print(machine())
     torch.set_num_threads(1)
     figures: dict[str, float] = {}

@@ -70,20 +70,6 @@ def test_digits_without_scikit_learn(
         open_split("Digits", Path("unused"), True)
 
 
-def test_aliases() -> None:
-    assert (
-        dataset_spec("ImageNetOrigin") is dataset_spec("ImageNetLMDB") is dataset_spec("ImageNet")
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "hint"), [("cifar10", "CIFAR10"), ("TinyImagenet", "TinyImageNet"), ("zzz", "known: ")]
-)
-def test_an_unknown_set_gets_the_nearest_name(name: str, hint: str) -> None:
-    with pytest.raises(UserError, match=f"dataset: unknown '{name}'.*{hint}"):
-        dataset_spec(name)
-
-
 def test_lmdb_comes_before_folder_and_val_counts_as_test(imagenet: Path, tmp_path: Path) -> None:
     train, test = (open_split("ImageNet", imagenet, part) for part in (True, False))
     assert isinstance(train, LmdbStore)

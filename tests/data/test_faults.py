@@ -22,7 +22,8 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from bip.data.loaders import dali, decode
+from bip.data import decode
+from bip.data.loaders import dali
 from bip.data.stores.base import DamagedImage
 from bip.data.stores.folder import FolderStore
 from bip.data.stores.lmdb import LmdbStore, record_key
