@@ -161,11 +161,6 @@ def test_a_store_that_changes_under_the_run_is_told(
     data.close()
 
 
-def test_a_wrong_class_count_is_told(cifar: Path) -> None:
-    with pytest.raises(UserError, match=r"num_classes: 100, but CIFAR10 in .* has 10 classes"):
-        opened(**{**CIFAR, "num_classes": 100}, data_dir=cifar)
-
-
 def test_a_label_beyond_the_classes_is_told(cifar: Path) -> None:
     path = cifar / "train.lmdb"
     with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:

@@ -239,13 +239,20 @@ def test_links_in_a_tar_are_files(tmp_path: Path) -> None:
     assert len(content(tmp_path / "tar" / "train.lmdb")) == 15
 
 
-@pytest.mark.parametrize("target", ["nowhere.JPEG", "/etc/passwd", "../../..", "link.JPEG", "."])
-def test_a_link_out_of_a_tar_is_told(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        *(("link.JPEG", target) for target in ("nowhere.JPEG", "/etc/passwd", "../../..", ".")),
+        ("link.JPEG", "link.JPEG"),
+        *((name, "nowhere") for name in ("val_annotations.txt", "LOC_val_solution.csv", "n01.tar")),
+    ],
+)
+def test_a_link_out_of_a_tar_is_named(tmp_path: Path, name: str, target: str) -> None:
     src = as_folder(tmp_path / "src", train_files(""))
-    (src / "train" / CLASSES[0] / "link.JPEG").symlink_to(target)
+    (src / "train" / CLASSES[0] / name).symlink_to(target)
     with tarfile.open(tmp_path / "src.tar", "w") as archive:
         archive.add(src, ".")
-    with pytest.raises(UserError, match=r"/link\.JPEG: links to .*, which is no file in the arch"):
+    with pytest.raises(UserError, match=f"/{name}: links to .*no file in the archive"):
         build_lmdb(tmp_path / "src.tar", tmp_path / "out")
 
 
@@ -271,16 +278,6 @@ def test_links_and_sparse_members_that_are_no_images_are_left_out(tmp_path: Path
     assert len(content(tmp_path / "out" / "train.lmdb")) == 12
 
 
-@pytest.mark.parametrize("name", ["val_annotations.txt", "LOC_val_solution.csv", "n01.tar"])
-def test_a_list_that_links_out_of_a_tar_is_told(tmp_path: Path, name: str) -> None:
-    src = as_folder(tmp_path / "src", train_files(""))
-    (src / name).symlink_to("nowhere")
-    with tarfile.open(tmp_path / "src.tar", "w") as archive:
-        archive.add(src, ".")
-    with pytest.raises(UserError, match=f"{name}: links to nowhere, which is no file"):
-        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
-
-
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_member_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "src.zip", "w") as archive:
@@ -300,11 +297,11 @@ def test_huge_files_are_told_and_not_read(
     monkeypatch.setattr(zipfile.ZipFile, "read", refuse_huge(zipfile.ZipFile.read))
     for number, packed in enumerate((as_folder, as_zip, as_tar)):
         src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"
-        with pytest.raises(UserError, match=f"{huge} cannot be stored .is no image, as it has 3 M"):
+        with pytest.raises(UserError, match=f"{huge} cannot be stored .is too large"):
             build_lmdb(src, out)
         build_lmdb(src, out, skip_bad=True)
         assert "1 skipped" in capsys.readouterr().err
-    with pytest.raises(DamagedImage, match=r"0_huge\.JPEG .image 0, class n01440764.: is no image"):
+    with pytest.raises(DamagedImage, match=r"0_huge.* .image 0, class n01440764.: is too large"):
         FolderStore(tmp_path / "src0" / "train").read(0)
     lists = caffe() | {"val.txt": bytes(3_000_000)}
     with pytest.raises(UserError, match=r"val\.txt: has 3 MB, too many for a list"):
@@ -453,17 +450,6 @@ def test_the_estimate_holds(imagenet: Path, small_cifar: Path) -> None:
         assert 0.8 < estimate / path.stat().st_size < 1.1
 
 
-def test_too_little_disk_is_told_before_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = type("usage", (), {"free": 100})()
-    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    src = as_folder(tmp_path / "src", imagefolder())
-    with pytest.raises(UserError, match="GB are free; make room"):
-        build_lmdb(src, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_room_for_one_of_two_stores_is_too_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -536,7 +522,7 @@ def test_verify_recounts_the_classes(small_cifar: Path, tmp_path: Path) -> None:
         header = json.loads(txn.get(b"header"))
         header["class_counts"][:2] = [6, 8]
         txn.put(b"header", json.dumps(header).encode())
-    with pytest.raises(UserError, match=r"header tells of 6 images of class airplane, .* are 7"):
+    with pytest.raises(UserError, match=r"header counts 6 images of class airplane, .* are 7"):
         verify(path)
 
 

@@ -1,9 +1,11 @@
-"""A build that ended early goes on where it was, or starts anew; never is it taken for whole."""
+"""A build that ended early goes on where it was, or starts again; it is never taken for whole."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -31,46 +33,33 @@ def test_repaired_files_are_tried_again(tmp_path: Path) -> None:
     assert len(LmdbStore(out / "train.lmdb")) == 14
 
 
-@pytest.mark.parametrize("number", [9, 15])  # SIGKILL; SIGTERM ends Python likewise at once
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
     files = {
         f"train/{CLASSES[i % 3]}/{i:05}.ppm": b"P6 1 1 255 %03d" % (i % 999) for i in range(3000)
     }
-    src = as_folder(tmp_path / "src", files)
-    code = """
-        import os, sys
-        from pathlib import Path
-        from bip.data.tools import build
-
-        make_ready, calls = build.make_ready, []
-
-        def counting(*arguments):
-            calls.append(0)
-            if len(calls) > 2500:
-                os.kill(os.getpid(), int(sys.argv[3]))
-            return make_ready(*arguments)
-
-        build.make_ready = counting
-        build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), src, tmp_path / "out", str(number)]
-    killed = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert killed.returncode == -number
-    out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {
-        ".train.lmdb.partial",
-        ".train.lmdb.progress",
-    }
-    told = subprocess.run(
-        [sys.executable, "-m", "bip", "data", "build-lmdb", src, out],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stderr
-    assert "going on after 2000 images" in told
-    build_lmdb(src, tmp_path / "whole")
-    assert content(out / "train.lmdb") == content(tmp_path / "whole" / "train.lmdb")
-    assert LmdbStore(out / "train.lmdb").header == LmdbStore(tmp_path / "whole/train.lmdb").header
+    src, out = as_folder(tmp_path / "src", files), tmp_path / "out"
+    whole = tmp_path / "whole"
+    build_lmdb(src, whole)
+    blocked = src / sorted(files)[2500]
+    data = blocked.read_bytes()
+    blocked.unlink()
+    os.mkfifo(blocked)  # the build waits there for its bytes
+    command = [sys.executable, "-m", "bip", "data", "build-lmdb", src, out, "--workers", "1"]
+    build = subprocess.Popen(command)
+    note, deadline = out / ".train.lmdb.progress", time.monotonic() + 60
+    while not note.exists() or json.loads(note.read_text())["count"] < 2000:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    build.send_signal(number)
+    assert build.wait(timeout=60) == -number
+    assert {path.name for path in out.iterdir()} == {".train.lmdb.partial", note.name}
+    blocked.unlink()
+    blocked.write_bytes(data)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "going on after 2000 images" in again.stderr
+    assert content(out / "train.lmdb") == content(whole / "train.lmdb")
+    assert LmdbStore(out / "train.lmdb").header == LmdbStore(whole / "train.lmdb").header
     assert [path.name for path in out.iterdir()] == ["train.lmdb"]
 
 
