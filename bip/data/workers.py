@@ -141,8 +141,8 @@ class WorkerLoader(Loader):
         where = f" over the batch {_some(due[0].indices.tolist())}" if due else ""
         died = f"{path}: a loader process died{where} ({how}); "
         if -signal.SIGBUS in codes:  # what a mapped file has for an I/O error
-            died += "its file system failed or was unreachable, or /dev/shm is full: fewer"
-            return OSError(errno.EIO, f"{died} --num-workers need less of it")
+            died += "its file system failed, or /dev/shm is full: use fewer --num-workers"
+            return OSError(errno.EIO, died)
         return LostWorker(
             f"{died}mostly for lack of memory: use fewer --num-workers, or ask for more"
         )

@@ -145,7 +145,7 @@ def ours(
     classes: int = 171,
     device: torch.device | None = None,
 ) -> Data:
-    """On the GPU if there is one, unless told."""
+    """On the GPU if there is one, unless printed."""
     options = DataOptions(
         dataset=dataset,
         data_dir=root,

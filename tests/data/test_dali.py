@@ -51,9 +51,9 @@ def test_training_is_that_of_lmdb(imagenet: Path) -> None:
     equal = 0
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels, y)
-        away = (255 * (images - x)).abs().mean((1, 2, 3))
-        assert away.max() < 5
-        equal += int((away == 0).sum())
+        distance = (255 * (images - x)).abs().mean((1, 2, 3))
+        assert distance.max() < 5
+        equal += int((distance == 0).sum())
     assert 72 - 8 <= equal <= 72
 
 
@@ -129,14 +129,14 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, damage: str) -> 
     }[damage]
     root = tree(tmp_path, {"a/1.jpg": good, "a/2.jpg": bad})
     data = opened(**{**CASE, "num_classes": 1, "batch_size": 2}, data_dir=root, loader="dali")
-    told = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
-    with pytest.raises(UserError, match=told) as error:
+    printed = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
+    with pytest.raises(UserError, match=printed) as error:
         next(data.train())
     assert "\n" not in str(error.value)
 
 
 def harmed(data: bytes, way: str) -> bytes:
-    """A JPEG damaged within its scan, or where DALI alone can tell: in its Huffman tables."""
+    """A JPEG damaged within its scan, or where DALI alone notices it: in its Huffman tables."""
     scan, middle = data.rindex(b"\xff\xda"), (data.rindex(b"\xff\xda") + len(data)) // 2
     if way == "table":
         at = data.index(b"\xff\xc4") + 5
@@ -175,9 +175,9 @@ def test_damaged_photos_are_skipped_as_by_the_folder_loader(
     case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
     mine, others = (take(opened(**case, loader=loader).train(), 8) for loader in ("dali", "folder"))
     assert same(mine, others)
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 12
-    assert told[:6] == told[6:]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 12
+    assert printed[:6] == printed[6:]
     for start in (1, 5):
         assert same(
             take(opened(**case, loader="dali").train("lower", start), 8 - start), mine[start:]
@@ -225,25 +225,25 @@ def test_what_dali_alone_refuses_gets_the_other_loaders_pixels(
     assert "\n" not in str(error.value)
 
 
-def test_a_dali_that_does_not_start_is_told(
+def test_a_dali_that_does_not_start_is_reported(
     imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
+    printed = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
     case = {**CASE, "data_dir": imagenet, "loader": "dali"}
     if not torch.cuda.is_available():
         source = opened(**case)._train
         assert isinstance(source, dali.DaliLoader)
         on_gpu = dali.DaliLoader(source.reader.store, options(**case), torch.device("cuda:0"))
-        with pytest.raises(UserError, match=told) as error:
+        with pytest.raises(UserError, match=printed) as error:
             next(on_gpu.fetch([Request(np.arange(2))]))
         assert "\n" not in str(error.value)
     monkeypatch.setattr(dali, "is_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # a broken import
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=printed):
         take(opened(**case).train(), 1)
 
 
-def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -252,7 +252,7 @@ def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.Monk
         take(opened(**CASE, data_dir=imagenet, loader="dali", skip_bad=True).train(), 1)
 
 
-def test_want_of_memory_while_images_are_tried_alone_is_told(
+def test_lack_of_memory_while_images_are_tried_alone_is_reported(
     imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing:

@@ -82,7 +82,7 @@ def test_lmdb_comes_before_folder_and_val_counts_as_test(imagenet: Path, tmp_pat
     assert isinstance(below, LmdbStore)
 
 
-def test_images_that_lie_flat_are_told_how_to_be_stored(tmp_path: Path) -> None:
+def test_images_that_lie_flat_get_the_build_command(tmp_path: Path) -> None:
     """As TinyImageNet and ImageNet are unpacked."""
     from tests.data.test_layouts import as_folder, kaggle_xml, tiny  # which imports this module
 

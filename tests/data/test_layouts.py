@@ -256,7 +256,7 @@ def test_a_link_out_of_a_tar_is_named(tmp_path: Path, name: str, target: str) ->
         build_lmdb(tmp_path / "src.tar", tmp_path / "out")
 
 
-def test_a_sparse_member_of_a_tar_is_told(tmp_path: Path) -> None:
+def test_a_sparse_member_of_a_tar_is_reported(tmp_path: Path) -> None:
     member = tarfile.TarInfo(f"train/{CLASSES[0]}/sparse.JPEG")
     member.type = tarfile.GNUTYPE_SPARSE
     with tarfile.open(tmp_path / "src.tar", "w", format=tarfile.GNU_FORMAT) as archive:
@@ -287,7 +287,7 @@ def test_a_zip_member_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
     assert content(tmp_path / "out" / "train.lmdb") == [(jpeg(2), "a")]
 
 
-def test_huge_files_are_told_and_not_read(
+def test_huge_files_are_reported_and_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huge = f"train/{CLASSES[0]}/0_huge.JPEG"
@@ -379,8 +379,8 @@ def test_cmyk_and_misnamed_images_are_repaired_and_counted(
 ) -> None:
     files = odd_files()
     build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out", check=True)
-    told = capsys.readouterr().err
-    assert "1 x CMYK JPEG repaired, 1 x PNG named as JPEG repaired" in told
+    printed = capsys.readouterr().err
+    assert "1 x CMYK JPEG repaired, 1 x PNG named as JPEG repaired" in printed
     store = LmdbStore(tmp_path / "out" / "train.lmdb")
     assert len(store) == len(files)
     stored = {store.read(index)[0] for index in range(len(store))}
@@ -396,11 +396,11 @@ def test_shrinking(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "val").symlink_to(imagenet / "val")
     build_lmdb(tmp_path / "src", tmp_path / "out", short_side=120, quality=80, check=True)
-    told = capsys.readouterr().err
-    assert "at most 18 MB" in told
+    printed = capsys.readouterr().err
+    assert "at most 18 MB" in printed
     small, whole = (LmdbStore(p / "val.lmdb") for p in (tmp_path / "out", imagenet))
     saved = 1 - small.header["image_bytes"] / whole.header["image_bytes"]
-    assert f"({100 * saved:.0f}%) saved by shrinking" in told
+    assert f"({100 * saved:.0f}%) saved by shrinking" in printed
     assert saved > 0.8
     with small._env().begin() as transaction:
         for index in range(0, 171, 9):
@@ -428,15 +428,15 @@ def test_undecodable_files_are_listed_and_an_error_unless_skipped(
     with pytest.raises(UserError, match=r"0_html\.JPEG and 1 others cannot.*--skip-bad") as error:
         build_lmdb(src, out, check=True)
     assert "\n" not in str(error.value)
-    told = capsys.readouterr().err
-    assert f"train/{CLASSES[0]}/0_html.JPEG: no known image format" in told
-    assert f"train/{CLASSES[1]}/0_cut.JPEG: " in told
+    printed = capsys.readouterr().err
+    assert f"train/{CLASSES[0]}/0_html.JPEG: no known image format" in printed
+    assert f"train/{CLASSES[1]}/0_cut.JPEG: " in printed
     assert not (out / "train.lmdb").exists()
     build_lmdb(src, out, check=True, skip_bad=True)
-    told = capsys.readouterr().err
-    assert "going on after 14 images" in told
-    assert "12 images" in told
-    assert "2 skipped" in told
+    printed = capsys.readouterr().err
+    assert "going on after 14 images" in printed
+    assert "12 images" in printed
+    assert "2 skipped" in printed
     assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]
     assert [path.name for path in out.iterdir()] == ["train.lmdb"]
     build_lmdb(src, out, check=True, skip_bad=True)
@@ -466,8 +466,8 @@ def test_room_for_one_of_two_stores_is_too_little(
         assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_page_that_ends_its_reader_is_told(tmp_path: Path) -> None:
-    """A value of 1 GB, says its node: a bus error in LMDB's own get."""
+def test_a_page_that_ends_its_reader_is_reported(tmp_path: Path) -> None:
+    """A value of 1 GB, so its node has it: a bus error in LMDB's own get."""
     path = tmp_path / "train.lmdb"
     with LmdbWriter(path, ["a"]) as writer:
         data = jpeg(0, (150, 100)) + bytes(9000)  # on pages of its own
@@ -487,13 +487,13 @@ def test_a_page_that_ends_its_reader_is_told(tmp_path: Path) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_verify_does_not_blame_a_store_that_is_away(
+def test_verify_does_not_blame_a_store_that_is_unreachable(
     small_cifar: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: object, **__: object) -> None:
+    def unreachable(*_: object, **__: object) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(small_cifar))
 
-    monkeypatch.setattr("bip.data.tools.check.open_store", away)
+    monkeypatch.setattr("bip.data.tools.check.open_store", unreachable)
     assert main(["data", "verify", str(small_cifar)]) == os.EX_IOERR
 
 
@@ -509,9 +509,9 @@ def test_verify_finds_every_damaged_record(
     (tmp_path / "test.lmdb").write_bytes(content)
     with pytest.raises(UserError, match="2 damaged records"):
         verify(tmp_path)
-    told = capsys.readouterr().err
-    assert "record 3 (class" in told
-    assert "record 50 (class" in told
+    printed = capsys.readouterr().err
+    assert "record 3 (class" in printed
+    assert "record 50 (class" in printed
     assert main(["data", "verify", str(tmp_path)]) == 2
 
 

@@ -73,7 +73,7 @@ def test_another_source_does_not_go_on_with_a_killed_build(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep", [0, 2, 0.5, None])
-def test_a_half_built_store_that_is_damaged_is_built_anew(
+def test_a_half_built_store_that_is_damaged_is_built_again(
     tmp_path: Path, keep: float | None
 ) -> None:
     """Cut short, or (None) with junk for pages."""

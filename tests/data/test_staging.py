@@ -185,7 +185,7 @@ class ToldToStop(Exception):
     pass
 
 
-def test_copying_and_waiting_end_when_told(store: Path, tmp_path: Path) -> None:
+def test_copying_and_waiting_end_on_request(store: Path, tmp_path: Path) -> None:
     def give_up() -> None:
         raise ToldToStop
 
@@ -209,7 +209,7 @@ def test_a_copy_that_differs_is_refused(
     assert not list((tmp_path / "local").glob("*lmdb"))
 
 
-def test_a_full_or_missing_disk_is_told(
+def test_a_full_or_missing_disk_is_reported(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"")

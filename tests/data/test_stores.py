@@ -105,16 +105,16 @@ def test_verify_outlives_40_damaged_pages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [(b"P5 %d 1 255 " % n + bytes(n), 0, n, 1) for n in range(1, 8000, 400)]
-    told = []
+    printed = []
     for path in damaged_pages(write(tmp_path / "train.lmdb", records), 40):
         try:
             verify(path, workers=1)
-            told.append(capsys.readouterr().out)
+            printed.append(capsys.readouterr().out)
         except UserError as error:
-            told.append(str(error))
-        assert str(path) in told[-1]
-    assert any("20 images, 0 damaged" in text for text in told)
-    assert any("reading it ended by SIG" in text for text in told)
+            printed.append(str(error))
+        assert str(path) in printed[-1]
+    assert any("20 images, 0 damaged" in text for text in printed)
+    assert any("reading it ended by SIG" in text for text in printed)
 
 
 def test_the_map_grows(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_two_builds_of_one_store_exclude_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_filesystem_without_locks_is_told(
+def test_a_filesystem_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(*_: object) -> None:
@@ -258,7 +258,7 @@ def test_stores_of_one_file_live_side_by_side(store: Path) -> None:
     assert second.read(2) == images()[2][:2]
 
 
-def test_a_store_built_anew_under_an_old_name_is_read_anew(store: Path) -> None:
+def test_a_store_built_again_under_an_old_name_is_read_again(store: Path) -> None:
     old = LmdbStore(store)
     store.unlink()
     write(store, images(3))

@@ -55,12 +55,12 @@ def test_training_crops_are_lmdbs(imagenet: Path) -> None:  # noqa: F811
         )
         for loader, device in (("dali", "cuda"), ("lmdb", "cpu"))
     )
-    away = []
+    distance = []
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels.cpu(), y)
-        away.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
-    assert torch.cat(away).mean() < 1.5
-    assert torch.cat(away).max() < 6
+        distance.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
+    assert torch.cat(distance).mean() < 1.5
+    assert torch.cat(distance).max() < 6
 
 
 def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
@@ -94,15 +94,15 @@ def test_damaged_photos_are_skipped_as_by_the_folder_loader(
     case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
     cuda = "cuda"
     mine = take(opened(**case, loader="dali", device=cuda).train(), 8)
-    told = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
+    printed = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
     others = take(opened(**case, loader="folder").train(), 8)
     expected = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
-    assert told == expected
+    assert printed == expected
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels.cpu(), y)
         # But for the photo with zeros in its scan, which each decoder makes its own grey of.
-        away = (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).sort().values
-        assert away[-2] < 6
+        distance = (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).sort().values
+        assert distance[-2] < 6
     again = opened(**case, loader="dali", device=cuda).train("lower", 5)
     for (images, labels), (x, y) in zip(take(again, 3), mine[5:], strict=True):
         assert torch.equal(images, x)
@@ -118,7 +118,7 @@ def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:  # noqa: F811
     assert any(name in str(error.value) for name in bad)
 
 
-def test_a_gpu_that_is_not_there_is_told(imagenet: Path) -> None:  # noqa: F811
+def test_a_gpu_that_is_not_there_is_reported(imagenet: Path) -> None:  # noqa: F811
     case = {**CASE, "data_dir": imagenet, "loader": "dali"}
     source = opened(**case)._train
     assert isinstance(source, DaliLoader)

@@ -102,7 +102,7 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
     if (kind := network_filesystem(target.parent)) is not None:
         print(f"warning: stage_to: {target.parent} lies on {kind}, not on the node's own disk")
     print(f"staging {source} to {target.parent}: {status.st_size / 1e6:.0f} MB", flush=True)
-    began = time.monotonic()
+    started = time.monotonic()
     digest = hashlib.sha256()
     try:
         with open(source, "rb") as reader, open(partial, "wb") as writer:
@@ -128,7 +128,7 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     print(
         f"staged {source} to {target}: {status.st_size / 1e6:.0f} MB in {seconds:.1f} s, "
         "SHA-256 confirmed",
