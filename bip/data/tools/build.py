@@ -66,7 +66,7 @@ def build_lmdb(
 
     SRC is a folder, .zip or uncompressed .tar that holds train/CLASS/IMAGE and test/ or val/
     likewise (at least one), perhaps below other folders; a flat val/ with annotations, as
-    ImageNet and TinyImageNet come; or CIFAR's python archive. Classes are numbered, and images
+    ImageNet and TinyImageNet come; or a set's own archive, as CIFAR's. Classes are numbered, and images
     stored, in sorted order; bytes are kept as they are, except CMYK JPEGs and other formats
     named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
     that was killed or interrupted goes on from there when it is called again; it notices files
