@@ -66,11 +66,11 @@ def build_lmdb(
 
     SRC is a folder, .zip or uncompressed .tar that holds train/CLASS/IMAGE and test/ or val/
     likewise (at least one), perhaps below other folders; a flat val/ with annotations, as
-    ImageNet and TinyImageNet come; or a set's own archive, as CIFAR's. Classes are numbered, and images
-    stored, in sorted order; bytes are kept as they are, except CMYK JPEGs and other formats
+    ImageNet and TinyImageNet come; or a set's own archive, as CIFAR's. Classes are numbered, and
+    images stored, in sorted order; bytes are kept as they are, except CMYK JPEGs and other formats
     named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
-    that was killed or interrupted goes on from there when it is called again; it notices files
-    that were added or removed meanwhile, not those that changed.
+    that was killed or interrupted goes on from there when it is called again; it notices files that
+    were added or removed meanwhile, not those that changed.
 
     Args:
         short_side: shrink images to this short side, pixels, and re-encode them; 0: never.

@@ -190,7 +190,7 @@ def _find_archive(src: Path) -> tuple[str, Path] | None:
 
 @contextmanager
 def open_tree(src: Path) -> Iterator[Tree]:
-    """The files of a folder, a .zip, an uncompressed .tar or a set's own archive. Raises UserError."""
+    """The files of a folder, a .zip, a .tar or a set's own archive. Raises UserError."""
     if not src.exists():
         raise UserError(f"{src}: does not exist")
     own = _find_archive(src)
