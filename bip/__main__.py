@@ -43,13 +43,13 @@ def _compare(argv: list[str]) -> None:
 
 def _data(argv: list[str]) -> None:
     from bip.cli import call
-    from bip.data import build, inspect, prepare
+    from bip.data.tools import build, check, prepare
 
     commands: dict[str, Callable[..., None]] = {
         "build-lmdb": build.build_lmdb,
         "convert": build.convert,
-        "info": inspect.info,
-        "verify": inspect.verify,
+        "info": check.info,
+        "verify": check.verify,
         "prepare-imagenet": prepare.prepare_imagenet,
     }
     call(commands, argv, "python -m bip data")

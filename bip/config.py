@@ -21,11 +21,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from bip.cli import nearest, one_line, parse_flags
+from bip.data import loaders, sets
 from bip.errors import UserError
 from bip.files import may_pass
 from bip.methods import find, spellings
@@ -34,9 +36,6 @@ from bip.pruning.choices import LayerType, Scope, ScoreInit
 from bip.shipped import given_or_shipped
 
 Schedule = Literal["cosine", "step"]
-DatasetName = Literal[
-    "CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet", "ImageNetOrigin", "ImageNetLMDB", "Digits"
-]
 
 Idle = Callable[["RunConfig"], str | None]
 
@@ -197,14 +196,12 @@ class RunConfig(BaseModel):
         BILEVEL, None, "weight decay of BiP's scores (default wd)", of_method=True
     )
 
-    dataset: DatasetName = setting(DATA, ..., "data set")
+    dataset: str = setting(DATA, ..., "data set", choices=sets.names)
     data_dir: Path = setting(DATA, Path("data"), "folder of the data set", numbers=False)
     batch_size: Positive = setting(DATA, 128, "global batch, divided among the ranks")
     test_batch_size: Positive = setting(DATA, 128, "global batch of evaluation", numbers=False)
     num_workers: int = setting(DATA, 2, "data workers per rank", numbers=False, ge=0)
-    loader: Literal["auto", "memory", "lmdb", "folder", "dali"] = setting(
-        DATA, "auto", "data loader", numbers=False
-    )
+    loader: str = setting(DATA, "auto", "data loader", numbers=False, choices=loaders.names)
     stage_to: Path | None = setting(
         DATA, None, "local folder that LMDB stores are copied to, once per node", numbers=False
     )
@@ -279,6 +276,14 @@ class RunConfig(BaseModel):
         except ValueError as error:
             raise ValueError(f"trainer: {error}") from None
 
+    @field_validator("dataset", "loader")
+    @classmethod
+    def _is_known(cls, value: str, info: ValidationInfo) -> str:
+        choices = about(str(info.field_name)).choices
+        if choices and value not in (known := list(choices())):
+            raise ValueError(f"must be one of {', '.join(known)}{nearest(value, known)}")
+        return value
+
     @field_validator("k")
     @classmethod
     def _k_is_a_ratio(cls, k: Decimal) -> Decimal:
@@ -343,7 +348,7 @@ class RunConfig(BaseModel):
     @property
     def dataset_name(self) -> str:
         """The data set without the published aliases of ImageNet, which named its layout."""
-        return "ImageNet" if self.dataset.startswith("ImageNet") else self.dataset
+        return sets.canonical(self.dataset)
 
     @property
     def k_text(self) -> str:

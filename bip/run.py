@@ -10,8 +10,9 @@ from torch import nn
 
 from bip import models
 from bip.config import RunConfig, check_inputs
-from bip.data.datasets import dataset_spec
-from bip.data.loaders import Data, open_data, stage_data
+from bip.data.batches import Data, open_data
+from bip.data.options import DataOptions
+from bip.data.splits import stage_data
 from bip.distributed.control import Control
 from bip.distributed.group import Group, wrap
 from bip.distributed.heartbeat import Heartbeat
@@ -46,10 +47,8 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     config = with_source_of_resume(config)
     stop = stop or StopRequest()
     done = (config.run_folder / "result.json").exists() and not config.evaluate
-    if config.stage_to is not None and not done:
-        stage_data(
-            config.dataset, config.data_dir, config.stage_to, config.loader, stop.raise_if_set
-        )
+    if not done:
+        stage_data(DataOptions.of(config), stop.raise_if_set)
     patience = STAGING if config.stage_to is not None else MEETING
     group = join(config.result_dir / ".rendezvous", patience=patience, stop=stop)
     heartbeat = Heartbeat(group, config.rank_timeout)
@@ -96,34 +95,13 @@ class Run:
         self.control = Control(group)
 
     def _open_data(self) -> Data:
-        config = self.config
-        return open_data(
-            dataset=config.dataset,
-            data_dir=config.data_dir,
-            batch_size=config.batch_size,
-            test_batch_size=config.test_batch_size,
-            image_dim=config.image_dim,
-            normalize=config.normalize,
-            num_classes=self._num_classes,
-            holdout=config.holdout,
-            loader=config.loader,
-            num_workers=config.num_workers,
-            stage_to=config.stage_to,
-            skip_bad=config.skip_bad,
-            seed=config.seed,
-            rank=self.group.rank,
-            world=self.group.world,
-            device=self.group.device,
-        )
-
-    @property
-    def _num_classes(self) -> int:
-        return self.config.num_classes or dataset_spec(self.config.dataset).classes
+        group = self.group
+        return open_data(DataOptions.of(self.config), group.rank, group.world, group.device)
 
     def _build_network(self) -> nn.Module:
         config = self.config
         torch.manual_seed(config.seed)
-        network = models.build(config.arch, self._num_classes, self.data.channels)
+        network = models.build(config.arch, DataOptions.of(config).classes, self.data.channels)
         models.check_image_size(network, config.arch, self.data.channels, self.data.image_dim)
         if config.scale_rand_init and "scale_rand_init" not in config.idle():
             models.scale_initial_weights(network, float(config.k))

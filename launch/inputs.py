@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from bip.config import RunConfig
+from bip.data.options import DataOptions
 
 
 def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
@@ -12,12 +13,10 @@ def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
     Networks are built without memory, and a source that the sweep itself will make is not looked
     for. Raises UserError for what would make a run fail at its start.
     """
-    from bip.data.datasets import dataset_spec  # with torch, seconds to import
-
     networks: dict[object, tuple[RunConfig, int]] = {}
     images: dict[object, list[RunConfig]] = {}
     for config in configs:
-        classes = config.num_classes or dataset_spec(config.dataset).classes
+        classes = DataOptions.of(config).classes
         shape = (config.dataset, classes, config.image_dim)
         networks.setdefault((config.arch, *shape, config.layer_type), (config, classes))
         images.setdefault((config.dataset, config.data_dir, config.loader, classes), []).append(
@@ -34,18 +33,17 @@ def _check_network(config: RunConfig, classes: int) -> int:
     import torch
 
     from bip import models
-    from bip.data.datasets import dataset_spec
     from bip.pruning.layout import find_prunable
 
-    spec = dataset_spec(config.dataset)
+    options = DataOptions.of(config)
+    spec = options.spec
     with torch.device("meta"):
         network = models.build(config.arch, classes, spec.channels)
     if "torchvision" not in sys.modules:
         # A forward on the meta device would import for a second what torchvision imports too.
         # Weights that were never written take no memory when they are read.
         network.to_empty(device="cpu")
-    dim = config.image_dim or spec.image_dim
-    models.check_image_size(network, config.arch, spec.channels, dim)
+    models.check_image_size(network, config.arch, spec.channels, options.side)
     if config.layer_type != "dense":
         find_prunable(network, config.layer_type)
     return sum(weights.numel() for weights in network.parameters())
@@ -53,13 +51,11 @@ def _check_network(config: RunConfig, classes: int) -> int:
 
 def _check_images(configs: Sequence[RunConfig]) -> None:
     """One set of images, opened once: a folder may hold a million."""
-    from bip.data.datasets import dataset_spec
-    from bip.data.loaders import open_splits
     from bip.data.order import Order, holdout_split
+    from bip.data.splits import open_splits  # with torch, seconds to import
 
     one = configs[0]
-    classes = one.num_classes or dataset_spec(one.dataset).classes
-    train, _ = open_splits(one.dataset, one.data_dir, one.loader, classes)
+    train, _ = open_splits(DataOptions.of(one))
     for holdout, batch_size in {(config.holdout, config.batch_size) for config in configs}:
         kept, _ = holdout_split(len(train), holdout)
         Order(len(kept), batch_size, one.seed)

@@ -1,8 +1,8 @@
-"""Image sets: what they are, how they are stored, in which order and in which view they are drawn.
+"""Image sets: what they are, how they are stored, in which order and view they are drawn.
 
-`order` says which image stands at which position, `augment` which crop and flip it gets there;
-both are pure functions. `stores`, `published` and `datasets` find the bytes, `staging` brings them
-to a node's disk, `decode` turns them into pixels. `sources` and `dali` fetch images for requests,
-`loaders` makes batches of them. `layouts`, `build` and `writer` make stores, `inspect` checks them,
-`prepare` explains how to get ImageNet.
+`order` gives the image at each position, `augment` its crop and flip; both are pure functions.
+`sets` describes the data sets, one file each. `stores` reads and writes what lies on disk, `splits`
+finds it, `decode` turns bytes into pixels. `loaders` fetch the images of requests (`reader`), one
+loader per file, and `batches` makes training batches of them. `options` carries the settings.
+`tools` are the commands of `python -m bip data`.
 """

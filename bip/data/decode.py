@@ -54,13 +54,13 @@ def open_image(data: bytes) -> Image.Image:
     """Read an image's header with Pillow; pixels are decoded on first use.
 
     Raises:
-        DECODE_ERRORS: not an image of the six formats in `bip.data.stores.IMAGE_SUFFIXES`.
+        DECODE_ERRORS: not an image of the six formats in `bip.data.stores.folder.IMAGE_SUFFIXES`.
     """
     return Image.open(BytesIO(data), formats=_FORMATS)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a grayscale or colour JPEG; None for what needs Pillow's care.
+    """(height, width) of a grayscale or colour JPEG; None for what Pillow must decode.
 
     That is: other formats, CMYK, damaged headers, and more pixels than Pillow takes without a
     warning.
@@ -138,7 +138,7 @@ def decode(data: bytes, channels: int, scale: int = 1) -> NDArray[np.uint8]:
                 )
             )
         except ValueError:
-            pass  # any oddity; Pillow forgives the harmless ones and tells the others
+            pass  # any oddity; Pillow accepts the harmless ones and raises on the others
     with open_image(data) as image:
         pixels = np.array(image.convert(_MODES[channels]))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels

@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from bip.data.loaders import Data
+from bip.data.batches import Data
 from bip.distributed.compare import check_finite, compare_ranks, run_state
 from bip.distributed.control import Control
 from bip.distributed.group import Group

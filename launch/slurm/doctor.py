@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from bip.config import RunConfig
-from bip.data.staging import network_filesystem
+from bip.data.stores.staging import network_filesystem
 from bip.errors import UserError
 from launch.profile import SlurmProfile
 from launch.slurm import client as slurm

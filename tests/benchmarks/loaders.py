@@ -36,11 +36,12 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from bip.data import dali
-from bip.data.build import build_lmdb
-from bip.data.datasets import dataset_spec
-from bip.data.loaders import Data, open_data
-from bip.data.stores import LmdbStore
+from bip.data.batches import Data, open_data
+from bip.data.loaders import dali
+from bip.data.options import DataOptions
+from bip.data.sets import dataset_spec
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.tools.build import build_lmdb
 from tests.benchmarks.common import arguments, finish, machine, ratio, shared_data, synchronize
 
 WARM_UP = 4  # batches before the clock starts, so that all queues are full
@@ -64,11 +65,11 @@ class Seconds:
         for _ in itertools.islice(batches, WARM_UP):
             pass
         synchronize()
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in itertools.islice(batches, self.count):
             pass
         synchronize()
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         close = getattr(batches, "close", None)
         if close is not None:
             close()
@@ -142,23 +143,20 @@ def ours(
     classes: int = 171,
     device: torch.device | None = None,
 ) -> Data:
-    """On the GPU if there is one, unless told."""
-    return open_data(
+    """On the GPU if there is one, unless printed."""
+    options = DataOptions(
         dataset=dataset,
         data_dir=root,
         batch_size=batch,
         test_batch_size=batch,
-        image_dim=None,
         normalize=True,
         num_classes=classes,
-        holdout=0,
-        loader=loader,  # type: ignore[arg-type]
+        loader=loader,
         num_workers=workers,
         seed=0,
-        rank=0,
-        world=1,
-        device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return open_data(options, 0, 1, device)
 
 
 def in_turns(data: Data) -> Iterator[Any]:
@@ -199,12 +197,12 @@ def bare_loop(root: Path, batch: int, processes: int, count: int) -> Callable[[]
             children.append(child)
         for pipe in pipes:
             pipe.recv()
-        began = time.perf_counter()
+        started = time.perf_counter()
         for pipe in pipes:
             pipe.send(None)
         for pipe in pipes:
             pipe.recv()
-        passed = time.perf_counter() - began
+        passed = time.perf_counter() - started
         for child in children:
             child.join()
         return passed
@@ -258,13 +256,13 @@ def build_speed(folder: Path) -> dict[str, float]:
     """Seconds of build-lmdb over those of copying the files, the data in the page cache."""
     for path in folder.rglob("*.JPEG"):
         path.read_bytes()
-    began = time.perf_counter()
+    started = time.perf_counter()
     shutil.copytree(folder / "train", folder / "copy")
-    copied = time.perf_counter() - began
+    copied = time.perf_counter() - started
     shutil.rmtree(folder / "copy")
-    began = time.perf_counter()
+    started = time.perf_counter()
     build_lmdb(folder, folder)
-    return {"build_over_copy": (time.perf_counter() - began) / copied}
+    return {"build_over_copy": (time.perf_counter() - started) / copied}
 
 
 def cold_reads(path: Path, rounds: int) -> dict[str, float]:
@@ -276,14 +274,14 @@ def cold_reads(path: Path, rounds: int) -> dict[str, float]:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         store = LmdbStore(path)  # and its map is gone with it: mapped pages would stay
         indices = random.Random(0).sample(range(len(store)), min(256, len(store)))
-        began = time.perf_counter()
+        started = time.perf_counter()
         for at in range(0, len(indices), 64):
             part = indices[at : at + 64]
             if hint:
                 store.prefetch(part)
             for index in part:
                 store.read(index)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     seconds = in_turn({"plain": lambda: read(False), "hinted": lambda: read(True)}, rounds)
     return {"cold_over_hinted": ratio(seconds["plain"], seconds["hinted"])}
@@ -295,7 +293,7 @@ def many_records(folder: Path, count: int) -> dict[str, float]:
 
     from PIL import Image
 
-    from bip.data.writer import LmdbWriter
+    from bip.data.stores.writer import LmdbWriter
 
     stream = BytesIO()
     Image.new("RGB", (16, 16), (120, 60, 30)).save(stream, "JPEG")
@@ -306,9 +304,9 @@ def many_records(folder: Path, count: int) -> dict[str, float]:
                 writer.add(stream.getvalue(), number % 1000, 16, 16)
     times = []
     for _ in range(5):
-        began = time.perf_counter()
+        started = time.perf_counter()
         data = ours(folder, "lmdb", 128, 1, classes=1000)
-        times.append(1e3 * (time.perf_counter() - began))
+        times.append(1e3 * (time.perf_counter() - started))
         del data
     data = ours(folder, "lmdb", 128, 1, classes=1000)
     batches = data.train()

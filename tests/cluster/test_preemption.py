@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bip.config import RunConfig, load_config
-from bip.data.dali import is_installed
+from bip.data.loaders.dali import is_installed
 from bip.files import read_jsonl
 from launch.__main__ import main
 from tests.cluster.conftest import Cluster

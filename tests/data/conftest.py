@@ -3,12 +3,14 @@
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bip.data.build import build_lmdb
-from bip.data.loaders import Data, open_data
+from bip.data.batches import Data, open_data
+from bip.data.options import DataOptions
+from bip.data.tools.build import build_lmdb
 
 SHARED = Path(os.environ.get("BIP_SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -57,22 +59,21 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def open_with_defaults(**changes: object) -> Data:
-    """`open_data` with the arguments a test does not care about filled in."""
-    arguments: dict[str, object] = {
+def options(**changes: Any) -> DataOptions:
+    """`DataOptions` with what a test does not care about filled in."""
+    defaults = {
         "dataset": "Digits",
         "data_dir": Path("nowhere"),
         "batch_size": 64,
         "test_batch_size": 50,
-        "image_dim": None,
         "normalize": True,
         "num_classes": 10,
-        "holdout": 0,
-        "loader": "auto",
         "num_workers": 0,
         "seed": 5,
-        "rank": 0,
-        "world": 1,
-        "device": torch.device("cpu"),
     }
-    return open_data(**{**arguments, **changes})  # type: ignore[arg-type]
+    return DataOptions(**{**defaults, **changes})
+
+
+def opened(rank: int = 0, world: int = 1, device: str = "cpu", **changes: Any) -> Data:
+    """`open_data` with what a test does not care about filled in."""
+    return open_data(options(**changes), rank, world, torch.device(device))

@@ -142,8 +142,8 @@ def test_resized_crop_pixels_are_torchvisions(photos: list[bytes], dim: int) -> 
         expected = tv.resized_crop(image.reduce(scale), *box, [dim, dim])
         if draws[22] < 0.5:
             expected, flips = tv.hflip(expected), flips + 1
-        away = difference(decode.resized_crop(photo, draws, 3, dim, flip=True), expected)
-        assert away.max() <= 2 if scale == 1 else away.mean() < 1.5
+        distance = difference(decode.resized_crop(photo, draws, 3, dim, flip=True), expected)
+        assert distance.max() <= 2 if scale == 1 else distance.mean() < 1.5
         scaled += scale > 1
     assert 0 < flips < len(photos)
     assert (scaled > 3) == (dim == 64)

@@ -10,15 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from bip.data import dali
-from bip.data.loaders import Batch
-from bip.data.sources import Request
+from bip.data.loaders import dali
+from bip.data.reader import Request
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened, options
 from tests.data.test_loaders import same, take
 
 pytestmark = pytest.mark.skipif(
@@ -45,17 +42,6 @@ def test_evaluation_is_that_of_lmdb_and_folder(imagenet: Path, test_batch_size: 
     assert same(results[0], results[2])
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_evaluation_shows_every_image_once(imagenet: Path, world: int) -> None:
-    case = {**CASE, "data_dir": imagenet, "image_dim": 32, "loader": "dali", "test_batch_size": 26}
-    labels = [
-        y
-        for rank in range(world)
-        for _, y in opened(**case, rank=rank, world=world).evaluate("test")
-    ]
-    assert torch.cat(labels).tolist() == list(range(171))
-
-
 def test_training_is_that_of_lmdb(imagenet: Path) -> None:
     """The same images, crops and flips; the other decodes a few large crops at half size."""
     mine, others = (
@@ -65,46 +51,19 @@ def test_training_is_that_of_lmdb(imagenet: Path) -> None:
     equal = 0
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels, y)
-        away = (255 * (images - x)).abs().mean((1, 2, 3))
-        assert away.max() < 5
-        equal += int((away == 0).sum())
+        distance = (255 * (images - x)).abs().mean((1, 2, 3))
+        assert distance.max() < 5
+        equal += int((distance == 0).sum())
     assert 72 - 8 <= equal <= 72
 
 
-def test_levels_draw_different_batches(imagenet: Path) -> None:
-    data = opened(**CASE, data_dir=imagenet, loader="dali")
-    pairs = zip(take(data.train("lower"), 4), take(data.train("upper"), 4), strict=True)
-    assert all(not torch.equal(y, v) for (_, y), (_, v) in pairs)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(imagenet: Path) -> dict[str, list[Batch]]:
-    data = opened(**CASE, data_dir=imagenet, loader="dali", image_dim=48, num_workers=2)
-    return {level: take(data.train(level), 16) for level in ("lower", "upper")}
-
-
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(stop=st.integers(0, 15), workers=st.sampled_from([0, 1, 3]), data=st.data())
-def test_a_resumed_run_draws_identical_bytes(
-    imagenet: Path, uninterrupted: dict[str, list[Batch]], stop: int, workers: int, data: Any
-) -> None:
-    level = data.draw(st.sampled_from(["lower", "upper"]))
-    case = {**CASE, "data_dir": imagenet, "loader": "dali", "image_dim": 48}
-    first = take(opened(**case, num_workers=workers).train(level), stop)
-    rest = take(opened(**case, num_workers=workers).train(level, stop), 16 - stop)
-    assert same(first + rest, uninterrupted[level])
-
-
-def test_two_levels_in_turn_through_two_pipelines(
-    imagenet: Path, uninterrupted: dict[str, list[Batch]]
-) -> None:
+def test_two_levels_in_turn_through_two_pipelines(imagenet: Path) -> None:
     data = opened(**CASE, data_dir=imagenet, loader="dali", image_dim=48)
-    streams = {level: data.train(level) for level in uninterrupted}
+    alone = {level: take(data.train(level), 9) for level in ("lower", "upper")}
+    streams = {level: data.train(level) for level in alone}
     for number in range(9):
         for level, stream in streams.items():
-            images, labels = next(stream)
-            assert torch.equal(images, uninterrupted[level][number][0])
-            assert torch.equal(labels, uninterrupted[level][number][1])
+            assert same(take(stream, 1), [alone[level][number]])
     data.close()
 
 
@@ -170,14 +129,14 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, damage: str) -> 
     }[damage]
     root = tree(tmp_path, {"a/1.jpg": good, "a/2.jpg": bad})
     data = opened(**{**CASE, "num_classes": 1, "batch_size": 2}, data_dir=root, loader="dali")
-    told = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
-    with pytest.raises(UserError, match=told) as error:
+    printed = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
+    with pytest.raises(UserError, match=printed) as error:
         next(data.train())
     assert "\n" not in str(error.value)
 
 
 def harmed(data: bytes, way: str) -> bytes:
-    """A JPEG damaged within its scan, or where DALI alone can tell: in its Huffman tables."""
+    """A JPEG damaged within its scan, or where DALI alone notices it: in its Huffman tables."""
     scan, middle = data.rindex(b"\xff\xda"), (data.rindex(b"\xff\xda") + len(data)) // 2
     if way == "table":
         at = data.index(b"\xff\xc4") + 5
@@ -216,9 +175,9 @@ def test_damaged_photos_are_skipped_as_by_the_folder_loader(
     case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
     mine, others = (take(opened(**case, loader=loader).train(), 8) for loader in ("dali", "folder"))
     assert same(mine, others)
-    told = capsys.readouterr().out.splitlines()
-    assert len(told) == 12
-    assert told[:6] == told[6:]
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 12
+    assert printed[:6] == printed[6:]
     for start in (1, 5):
         assert same(
             take(opened(**case, loader="dali").train("lower", start), 8 - start), mine[start:]
@@ -266,25 +225,25 @@ def test_what_dali_alone_refuses_gets_the_other_loaders_pixels(
     assert "\n" not in str(error.value)
 
 
-def test_a_dali_that_does_not_start_is_told(
+def test_a_dali_that_does_not_start_is_reported(
     imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
+    printed = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
     case = {**CASE, "data_dir": imagenet, "loader": "dali"}
     if not torch.cuda.is_available():
         source = opened(**case)._train
-        assert isinstance(source, dali.DaliSource)
-        on_gpu = dali.DaliSource(source.reader, 1, torch.device("cuda:0"))
-        with pytest.raises(UserError, match=told) as error:
+        assert isinstance(source, dali.DaliLoader)
+        on_gpu = dali.DaliLoader(source.reader.store, options(**case), torch.device("cuda:0"))
+        with pytest.raises(UserError, match=printed) as error:
             next(on_gpu.fetch([Request(np.arange(2))]))
         assert "\n" not in str(error.value)
     monkeypatch.setattr(dali, "is_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # a broken import
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=printed):
         take(opened(**case).train(), 1)
 
 
-def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lack_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -293,7 +252,7 @@ def test_want_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.Monk
         take(opened(**CASE, data_dir=imagenet, loader="dali", skip_bad=True).train(), 1)
 
 
-def test_want_of_memory_while_images_are_tried_alone_is_told(
+def test_lack_of_memory_while_images_are_tried_alone_is_reported(
     imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Failing:
@@ -308,7 +267,7 @@ def test_want_of_memory_while_images_are_tried_alone_is_told(
         error = MemoryError() if batch_size == 1 else RuntimeError("Error: what")
         return Failing(inputs, error)
 
-    monkeypatch.setattr(dali.DaliSource, "_start", start)
+    monkeypatch.setattr(dali.DaliLoader, "_start", start)
     with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
         take(opened(**CASE, data_dir=imagenet, loader="dali").train(), 1)
 
@@ -324,5 +283,5 @@ def test_without_dali_the_error_names_the_extra(
 def test_dali_is_not_imported_before_it_is_used() -> None:
     import subprocess
 
-    code = "import sys, bip.data.loaders; sys.exit('nvidia.dali' in sys.modules)"
+    code = "import sys, bip.run; sys.exit('nvidia.dali' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,14 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bip.data import decode, loaders
+from bip.data import decode
 from bip.data.augment import pad_crop_params
-from bip.data.datasets import ArraySplit, dataset_spec, open_split
-from bip.data.loaders import Batch
+from bip.data.loaders import choose
 from bip.data.order import Order, holdout_split
-from bip.data.stores import FolderStore, LmdbStore
+from bip.data.reader import Batch
+from bip.data.sets import dataset_spec
+from bip.data.splits import open_split
+from bip.data.stores.base import ArraySplit
+from bip.data.stores.lmdb import LmdbStore
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_augment import naive_pad_crop
 
 CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10}
@@ -134,30 +137,50 @@ def test_resumed_training_draws_the_remaining_batches(
         assert all(same(rest[level], whole[level][start:]) for level in whole)
 
 
-def test_resumed_training_on_imagenet(imagenet: Path) -> None:
-    case = {**IMAGENET, "data_dir": imagenet}
-    whole = take(opened(**case).train(), 9)  # epochs have 7 batches
-    data = opened(**case, num_workers=2)
-    assert same(take(data.train("lower", 5), 4), whole[5:])
-    data.close()
-
-
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
-def test_lmdb_folder_and_worker_counts_give_identical_batches(imagenet: Path) -> None:
-    batches = []
-    for loader, workers in (("lmdb", 0), ("folder", 0), ("lmdb", 1), ("folder", 3)):
-        data = opened(**IMAGENET, data_dir=imagenet, loader=loader, num_workers=workers, holdout=9)
-        batches.append(take(data.train(), 8) + take(data.evaluate("test")))
-        data.close()
-    assert all(same(batches[0], other) for other in batches[1:])
+def test_loaders_and_worker_counts_give_identical_batches(
+    imagenet: Path, small_cifar: Path
+) -> None:
+    for case, ways in (
+        (
+            IMAGENET | {"data_dir": imagenet},
+            [("lmdb", 0), ("folder", 0), ("lmdb", 1), ("folder", 3)],
+        ),
+        (CIFAR | {"data_dir": small_cifar}, [("memory", 0), ("lmdb", 0)]),
+    ):
+        batches = []
+        for loader, workers in ways:
+            data = opened(**case, loader=loader, num_workers=workers, holdout=9)
+            batches.append(take(data.train(), 8) + take(data.evaluate("test")))
+            data.close()
+        assert all(same(batches[0], other) for other in batches[1:])
 
 
-def test_memory_and_lmdb_give_identical_batches(small_cifar: Path) -> None:
-    memory, lmdb = (
-        opened(**CIFAR, data_dir=small_cifar, loader=loader) for loader in ("memory", "lmdb")
-    )
-    assert same(take(memory.train(), 6), take(lmdb.train(), 6))
-    assert same(take(memory.evaluate("test")), take(lmdb.evaluate("test")))
+@pytest.mark.parametrize("loader", ["memory", "folder"])
+@pytest.mark.parametrize("size", [-1, 60])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, loader: str, size: int) -> None:
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "1.png")
+    bad = tmp_path / "test" / "b" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:size] if size > 0 else b"<html>404</html>")
+    case = CIFAR | {"num_classes": 2, "data_dir": tmp_path, "batch_size": 2, "loader": loader}
+    with pytest.raises(UserError) as error:
+        take(opened(**case, num_workers=1).evaluate("test"))
+    assert f"{bad} (image 1, class b) does not decode" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_auto_takes_the_lmdb_and_else_the_folder_of_the_same_images(
+    imagenet: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(imagenet / split)
+    lmdb, folder = (opened(**IMAGENET, data_dir=place) for place in (imagenet, tmp_path))
+    assert (lmdb.loader, folder.loader) == ("lmdb", "folder")
+    assert lmdb.identity["images"] == folder.identity["images"]
+    assert lmdb.identity.keys() - folder.identity.keys() == {"stores"}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -210,17 +233,6 @@ def test_the_holdout_is_never_trained_on() -> None:
     assert np.bincount(labels).tolist() == np.bincount(train.labels[rest]).tolist()
 
 
-def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
-    for split in ("train", "val"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        (tmp_path / split / "a" / "1.jpg").write_bytes(b"<html>404</html>")
-    data = opened(dataset="ImageNet", num_classes=1, data_dir=tmp_path, batch_size=1, num_workers=1)
-    with pytest.raises(
-        UserError, match=r"train/a/1\.jpg .image 0, class a. does not decode .no known image"
-    ):
-        next(data.train())
-
-
 def test_image_dim_resizes(small_cifar: Path) -> None:
     cases: list[dict[str, Any]] = [
         {"image_dim": 12},
@@ -267,9 +279,9 @@ def test_no_way_of_ending_hangs_on_the_workers(small_cifar: Path) -> None:
     code = """
         import multiprocessing, os, sys
         from pathlib import Path
-        from tests.data.conftest import open_with_defaults
+        from tests.data.conftest import opened
 
-        data = open_with_defaults(
+        data = opened(
             dataset="CIFAR10", data_dir=Path(sys.argv[2]), loader="lmdb", num_workers=2
         )
         batches = data.train()
@@ -317,20 +329,6 @@ def test_a_damaged_record_stops_training_with_one_line(
         opened(**case, loader="memory")
 
 
-def test_an_image_that_does_not_decode_is_named(tmp_path: Path) -> None:
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            (tmp_path / split / name).mkdir(parents=True)
-            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "1.png")
-    bad = tmp_path / "test" / "b" / "1.png"
-    bad.write_bytes(bad.read_bytes()[:60])
-    case = {"dataset": "CIFAR10", "num_classes": 2, "data_dir": tmp_path, "batch_size": 2}
-    with pytest.raises(UserError) as error:
-        opened(**case)
-    assert f"{bad} (image 1, class b) does not decode" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
 def test_splits_with_different_classes_are_an_error(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/a", "test/c"):
         (tmp_path / name).mkdir(parents=True)
@@ -357,32 +355,17 @@ def test_arguments_that_do_not_fit(changes: dict[str, object], message: str) -> 
     assert "\n" not in str(error.value)
 
 
-def test_auto_takes_the_lmdb_and_else_the_folder(imagenet: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").symlink_to(imagenet / "train")
-    (tmp_path / "val").symlink_to(imagenet / "val")
-    kinds = []
-    for folder in (imagenet, tmp_path):
-        data = opened(**IMAGENET, data_dir=folder)
-        kinds.append((data.loader, type(data._train.reader.store)))  # type: ignore[attr-defined]
-    assert kinds == [("lmdb", LmdbStore), ("folder", FolderStore)]
-
-
-def test_a_folder_and_its_lmdb_are_the_same_images(imagenet: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").symlink_to(imagenet / "train")
-    (tmp_path / "val").symlink_to(imagenet / "val")
-    lmdb, folder = (opened(**IMAGENET, data_dir=place).identity for place in (imagenet, tmp_path))
-    assert lmdb["images"] == folder["images"]
-    assert lmdb.keys() - folder.keys() == {"stores"}
-
-
-def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_dali_where_a_gpu_can_decode(
+    imagenet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     small, large = dataset_spec("CIFAR10"), dataset_spec("ImageNet")
-    for there, on_gpu in ((True, "dali"), (False, "auto")):
-        monkeypatch.setattr(loaders, "is_installed", lambda there=there: there)
-        assert loaders.choose_loader(large, cuda) == on_gpu
-        assert loaders.choose_loader(large, cpu) == "auto"
-        assert loaders.choose_loader(small, cuda) == "memory"
+    store = LmdbStore(imagenet / "val.lmdb")
+    for there, on_gpu in ((True, "dali"), (False, "lmdb")):
+        monkeypatch.setattr("bip.data.loaders.dali.is_installed", lambda there=there: there)
+        assert choose(large, store, cuda) == on_gpu
+        assert choose(large, store, cpu) == "lmdb"
+        assert choose(small, store, cuda) == "memory"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -390,7 +373,7 @@ def test_auto_takes_dali_where_a_gpu_can_decode(monkeypatch: pytest.MonkeyPatch)
 def test_batches_on_cuda_are_those_on_the_cpu(small_cifar: Path, loader: str) -> None:
     case = {**CIFAR, "data_dir": small_cifar, "loader": loader, "num_workers": 1}
     expected = take(opened(**case).train(), 6)
-    data = opened(**case, device=torch.device("cuda"))
+    data = opened(**case, device="cuda")
     for (images, labels), (x, y) in zip(take(data.train(), 6), expected, strict=True):
         assert images.is_cuda
         assert labels.is_cuda

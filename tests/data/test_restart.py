@@ -1,15 +1,17 @@
-"""A build that ended early goes on where it was, or starts anew; never is it taken for whole."""
+"""A build that ended early goes on where it was, or starts again; it is never taken for whole."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
-import textwrap
+import time
 from pathlib import Path
 
 import pytest
 
-from bip.data.build import build_lmdb
-from bip.data.stores import LmdbStore
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.tools.build import build_lmdb
 from bip.errors import UserError
 from tests.data.test_layouts import (
     CLASSES,
@@ -31,46 +33,33 @@ def test_repaired_files_are_tried_again(tmp_path: Path) -> None:
     assert len(LmdbStore(out / "train.lmdb")) == 14
 
 
-@pytest.mark.parametrize("number", [9, 15])  # SIGKILL; SIGTERM ends Python likewise at once
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -> None:
     files = {
         f"train/{CLASSES[i % 3]}/{i:05}.ppm": b"P6 1 1 255 %03d" % (i % 999) for i in range(3000)
     }
-    src = as_folder(tmp_path / "src", files)
-    code = """
-        import os, sys
-        from pathlib import Path
-        from bip.data import build
-
-        make_ready, calls = build.make_ready, []
-
-        def counting(*arguments):
-            calls.append(0)
-            if len(calls) > 2500:
-                os.kill(os.getpid(), int(sys.argv[3]))
-            return make_ready(*arguments)
-
-        build.make_ready = counting
-        build.build_lmdb(Path(sys.argv[1]), Path(sys.argv[2]), workers=1)
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code), src, tmp_path / "out", str(number)]
-    killed = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert killed.returncode == -number
-    out = tmp_path / "out"
-    assert {path.name for path in out.iterdir()} == {
-        ".train.lmdb.partial",
-        ".train.lmdb.progress",
-    }
-    told = subprocess.run(
-        [sys.executable, "-m", "bip", "data", "build-lmdb", src, out],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stderr
-    assert "going on after 2000 images" in told
-    build_lmdb(src, tmp_path / "whole")
-    assert content(out / "train.lmdb") == content(tmp_path / "whole" / "train.lmdb")
-    assert LmdbStore(out / "train.lmdb").header == LmdbStore(tmp_path / "whole/train.lmdb").header
+    src, out = as_folder(tmp_path / "src", files), tmp_path / "out"
+    whole = tmp_path / "whole"
+    build_lmdb(src, whole)
+    blocked = src / sorted(files)[2500]
+    data = blocked.read_bytes()
+    blocked.unlink()
+    os.mkfifo(blocked)  # the build waits there for its bytes
+    command = [sys.executable, "-m", "bip", "data", "build-lmdb", src, out, "--workers", "1"]
+    build = subprocess.Popen(command)
+    note, deadline = out / ".train.lmdb.progress", time.monotonic() + 60
+    while not note.exists() or json.loads(note.read_text())["count"] < 2000:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    build.send_signal(number)
+    assert build.wait(timeout=60) == -number
+    assert {path.name for path in out.iterdir()} == {".train.lmdb.partial", note.name}
+    blocked.unlink()
+    blocked.write_bytes(data)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "going on after 2000 images" in again.stderr
+    assert content(out / "train.lmdb") == content(whole / "train.lmdb")
+    assert LmdbStore(out / "train.lmdb").header == LmdbStore(whole / "train.lmdb").header
     assert [path.name for path in out.iterdir()] == ["train.lmdb"]
 
 
@@ -84,7 +73,7 @@ def test_another_source_does_not_go_on_with_a_killed_build(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("keep", [0, 2, 0.5, None])
-def test_a_half_built_store_that_is_damaged_is_built_anew(
+def test_a_half_built_store_that_is_damaged_is_built_again(
     tmp_path: Path, keep: float | None
 ) -> None:
     """Cut short, or (None) with junk for pages."""
@@ -114,7 +103,7 @@ def test_a_build_that_fails_at_its_last_step_goes_on_there(
         replace(old, new)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bip.data.writer.LmdbWriter._BATCH", 5)
+        patch.setattr("bip.data.stores.writer.LmdbWriter._BATCH", 5)
         patch.setattr(os, "replace", fail)
         with pytest.raises(UserError, match=r"train\.lmdb: cannot be written .*; build it again"):
             build_lmdb(src, out)

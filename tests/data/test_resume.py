@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bip.data import dali
-from tests.data.conftest import open_with_defaults as opened
+from bip.data.loaders import dali
+from tests.data.conftest import opened
 from tests.data.test_loaders import same, take
 
 STEPS = 11  # epochs have 4 batches of CIFAR and 7 of ImageNet

@@ -2,11 +2,9 @@
 
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from bip.data import staging
-from bip.data.staging import network_filesystem, stage
-from bip.data.stores import LmdbStore
+from bip.data.stores import staging
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.staging import network_filesystem, stage
 from bip.errors import UserError
-from tests.data.conftest import open_with_defaults as opened
+from tests.data.conftest import opened
 from tests.data.test_stores import images, write
 
 MOUNTS = """\
@@ -84,7 +82,7 @@ def test_a_store_that_is_a_folder(store: Path, tmp_path: Path) -> None:
     assert LmdbStore(stage(folder, tmp_path / "local")).read(7) == images()[7][:2]
 
 
-def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
+def test_a_store_that_was_built_again_is_copied_again(store: Path, tmp_path: Path) -> None:
     old = stage(store, tmp_path / "local")
     store.unlink()
     write(store, images(3))
@@ -96,12 +94,12 @@ def test_a_store_built_anew_is_copied_anew(store: Path, tmp_path: Path) -> None:
 CODE = """
     import sys
     from pathlib import Path
-    from bip.data import staging
-    from bip.data.stores import LmdbStore
+    from bip.data.stores.lmdb import LmdbStore
+    from bip.data.stores.staging import stage
 
     print("ready", flush=True)
     sys.stdin.readline()
-    copy = staging.stage(Path(sys.argv[1]), Path(sys.argv[2]))
+    copy = stage(Path(sys.argv[1]), Path(sys.argv[2]))
     print(copy, len(LmdbStore(copy)), flush=True)
 """
 
@@ -126,8 +124,8 @@ def test_four_processes_stage_one_copy(tmp_path: Path) -> None:
         assert task.returncode == 0
     (copy,) = (tmp_path / "local").glob("*.lmdb")
     assert [lines[-1] for lines in outputs] == [f"{copy} 60"] * 4
-    told = [line for lines in outputs for line in lines]
-    assert sum("SHA-256 confirmed" in line for line in told) == 1, "one of them copied"
+    printed = [line for lines in outputs for line in lines]
+    assert sum("SHA-256 confirmed" in line for line in printed) == 1, "one of them copied"
     assert copy.read_bytes() == store.read_bytes()
     assert not list((tmp_path / "local").glob(".*.partial"))
 
@@ -152,24 +150,19 @@ def test_a_lock_file_that_is_removed_locks_nobody_out_nor_in(
         raise FileNotFoundError
 
 
-def test_a_killed_copy_is_begun_again(store: Path, tmp_path: Path) -> None:
-    code = textwrap.dedent(CODE).replace(
-        'print("ready"',
-        'staging.sha256_file = lambda _: __import__("time").sleep(60)\nprint("ready"',
-    )
-    command = [sys.executable, "-c", code, store, tmp_path / "local"]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert first.stdin is not None
-    first.stdin.write("go\n")
-    first.stdin.flush()
-    deadline = time.monotonic() + 30
-    while not list((tmp_path / "local").glob(".*.partial")):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    assert not list((tmp_path / "local").glob("*.lmdb"))
-    assert LmdbStore(stage(store, tmp_path / "local")).read(7) == images()[7][:2]
+def test_a_killed_copy_is_made_again(store: Path, tmp_path: Path) -> None:
+    code = """
+import os, pathlib, sys
+from bip.data.stores.staging import stage
+store, folder = map(pathlib.Path, sys.argv[1:])
+stage(store, folder, lambda: os.kill(os.getpid(), 9) if list(folder.glob(".*.partial")) else None)
+"""
+    local = tmp_path / "local"
+    killed = subprocess.run([sys.executable, "-c", code, store, local], check=False)
+    assert killed.returncode == -9
+    assert list(local.glob(".*.partial"))
+    assert not list(local.glob("*.lmdb"))
+    assert LmdbStore(stage(store, local)).read(7) == images()[7][:2]
 
 
 def test_a_killed_copy_s_bytes_are_free_again(
@@ -192,7 +185,7 @@ class ToldToStop(Exception):
     pass
 
 
-def test_copying_and_waiting_end_when_told(store: Path, tmp_path: Path) -> None:
+def test_copying_and_waiting_end_on_request(store: Path, tmp_path: Path) -> None:
     def give_up() -> None:
         raise ToldToStop
 
@@ -216,7 +209,7 @@ def test_a_copy_that_differs_is_refused(
     assert not list((tmp_path / "local").glob("*lmdb"))
 
 
-def test_a_full_or_missing_disk_is_told(
+def test_a_full_or_missing_disk_is_reported(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -248,7 +241,7 @@ def test_folders_of_images_are_not_staged(imagenet: Path, tmp_path: Path) -> Non
 def test_a_network_filesystem_is_pointed_out(
     small_cifar: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("bip.data.loaders.network_filesystem", lambda _: "nfs4")
+    monkeypatch.setattr("bip.data.splits.network_filesystem", lambda _: "nfs4")
     case: dict[str, Any] = {"dataset": "CIFAR10", "data_dir": small_cifar, "loader": "lmdb"}
     opened(**case)
     assert "lies on nfs4; give --stage-to DIR" in capsys.readouterr().out

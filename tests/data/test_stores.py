@@ -1,8 +1,6 @@
 """LMDB and folder stores: round trips, damage, processes."""
 
 import errno
-import faulthandler
-import hashlib
 import json
 import multiprocessing
 import os
@@ -20,9 +18,10 @@ import lmdb
 import numpy as np
 import pytest
 
-from bip.data.inspect import verify
-from bip.data.stores import FolderStore, LmdbStore, image_tree, pack_record
-from bip.data.writer import LmdbWriter
+from bip.data.stores.folder import FolderStore, image_tree
+from bip.data.stores.lmdb import LmdbStore, pack_record
+from bip.data.stores.writer import LmdbWriter
+from bip.data.tools.check import verify
 from bip.errors import UserError
 
 CLASSES = ["cat", "dog", "eel"]
@@ -79,56 +78,6 @@ def test_the_layout_is_the_documented_one(store: Path) -> None:
     assert (header["format"], header["version"], header["count"]) == ("bip-lmdb", 1, 20)
 
 
-def test_prefetch_asks_for_the_bytes_of_the_records(
-    store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """LMDB's own format is read here, so this is against its own reader."""
-    asked = []
-    monkeypatch.setattr("os.posix_fadvise", lambda fd, *where: asked.append(where))
-    opened, content = LmdbStore(store), store.read_bytes()
-    for index, record in enumerate(images()):
-        asked.clear()
-        opened.prefetch([index])
-        value = pack_record(*record)
-        if len(value) < 2020:  # on the leaf page itself, which is read by now
-            assert asked == []
-            continue
-        ((start, length, advice),) = asked
-        assert content[start + 16 : start + length] == value
-        assert advice == os.POSIX_FADV_WILLNEED
-    opened.prefetch([99, 7])  # no such record: `read` tells
-    assert _read_all(opened) == [record[:2] for record in images()]
-
-
-def _outcome(path: Path, hint: bool) -> tuple[int, bytes]:
-    """The child's wait status, and a digest of all that it read, errors too."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            faulthandler.disable()
-            told = hashlib.sha256()
-            try:
-                opened = LmdbStore(path)
-                if hint:
-                    opened.prefetch(range(len(opened)))
-                for index in range(len(opened)):
-                    try:
-                        told.update(repr(opened.read(index)).encode())
-                    except UserError as error:
-                        told.update(str(error).encode())
-            except UserError as error:
-                told.update(str(error).encode())
-            os.write(writer, told.digest())
-            os._exit(0)
-        finally:  # anything else that was raised
-            os._exit(9)
-    os.close(writer)
-    with open(reader, "rb") as stream:
-        digest = stream.read()
-    return os.waitpid(child, 0)[1], digest
-
-
 def damaged_pages(path: Path, count: int) -> Iterator[Path]:
     """`path`'s copies with damage in a page of LMDB's tree."""
     rng, content = random.Random(0), path.read_bytes()
@@ -152,41 +101,20 @@ def damaged_pages(path: Path, count: int) -> Iterator[Path]:
         copy.unlink()
 
 
-def test_prefetch_changes_nothing_on_80_damaged_pages(store: Path) -> None:
-    """Nor does it end the process where reading would not."""
-    outcomes = set()
-    for path in damaged_pages(store, 80):
-        plain, hinted = (_outcome(path, hint) for hint in (False, True))
-        assert plain == hinted
-        outcomes.add(plain)
-    statuses = {status for status, _ in outcomes}
-    assert 0 in statuses
-    assert any(os.WIFSIGNALED(status) for status in statuses)
-    assert all(os.WIFSIGNALED(status) for status in statuses - {0})
-    assert len(outcomes) > 20
-
-
 def test_verify_outlives_40_damaged_pages(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     records = [(b"P5 %d 1 255 " % n + bytes(n), 0, n, 1) for n in range(1, 8000, 400)]
-    told = []
+    printed = []
     for path in damaged_pages(write(tmp_path / "train.lmdb", records), 40):
         try:
             verify(path, workers=1)
-            told.append(capsys.readouterr().out)
+            printed.append(capsys.readouterr().out)
         except UserError as error:
-            told.append(str(error))
-        assert str(path) in told[-1]
-    assert any("20 images, 0 damaged" in text for text in told)
-    assert any("reading it ended by SIG" in text for text in told)
-
-
-def test_a_store_in_a_folder_reads_the_same(store: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "folder.lmdb"
-    folder.mkdir()
-    store.rename(folder / "data.mdb")
-    assert LmdbStore(folder).read(3) == images()[3][:2]
+            printed.append(str(error))
+        assert str(path) in printed[-1]
+    assert any("20 images, 0 damaged" in text for text in printed)
+    assert any("reading it ended by SIG" in text for text in printed)
 
 
 def test_the_map_grows(tmp_path: Path) -> None:
@@ -242,8 +170,8 @@ def test_a_file_that_is_no_store_is_refused(tmp_path: Path, content: bytes) -> N
         ({"class_counts": [20]}, "totals"),
         ({"class_counts": [-7, 21, 6]}, "totals"),
         ({"classes": [], "class_counts": []}, "lacks count, classes"),
-        ({"count": 12}, "tells of 12 records, 20 by class, but there are 20"),
-        ({"count": -3}, "tells of -3 records"),
+        ({"count": 12}, "counts 12 records, 20 by class, but there are 20"),
+        ({"count": -3}, "counts -3 records"),
         ({"class_counts": [7, 7, 7]}, "20 records, 21 by class"),
         ({"count": 21, "class_counts": [7, 7, 7]}, "21 records, 21 by class, but there are 20"),
     ],
@@ -256,13 +184,6 @@ def test_a_header_that_does_not_fit_is_refused(
         txn.put(b"header", json.dumps(header).encode())
     with pytest.raises(UserError, match=message):
         LmdbStore(store)
-
-
-def test_a_missing_record_is_named(store: Path) -> None:
-    with lmdb.open(str(store), subdir=False, lock=False) as env, env.begin(write=True) as txn:
-        txn.put(struct.pack(">Q", 99), txn.pop(struct.pack(">Q", 4)))
-    with pytest.raises(UserError, match="record 4 is missing"):
-        LmdbStore(store).read(4)
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
@@ -281,7 +202,7 @@ def test_a_killed_build_is_no_store_and_does_not_stop_the_next(tmp_path: Path) -
     code = """
         import os, sys
         from pathlib import Path
-        from bip.data.writer import LmdbWriter
+        from bip.data.stores.writer import LmdbWriter
         with LmdbWriter(Path(sys.argv[1]), ["cat"]) as writer:
             for _ in range(2500):
                 writer.add(b"x" * 100, 0, 1, 1)
@@ -318,7 +239,7 @@ def test_two_builds_of_one_store_exclude_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_filesystem_without_locks_is_told(
+def test_a_filesystem_without_locks_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def flock(*_: object) -> None:
@@ -337,7 +258,7 @@ def test_stores_of_one_file_live_side_by_side(store: Path) -> None:
     assert second.read(2) == images()[2][:2]
 
 
-def test_a_store_built_anew_under_an_old_name_is_read_anew(store: Path) -> None:
+def test_a_store_built_again_under_an_old_name_is_read_again(store: Path) -> None:
     old = LmdbStore(store)
     store.unlink()
     write(store, images(3))
@@ -353,7 +274,7 @@ def test_a_pickled_store_is_small_and_reads(store: Path) -> None:
     assert pickle.loads(text).read(5) == images()[5][:2]
 
 
-def _read_all(store: LmdbStore) -> list[tuple[bytes, int]]:
+def read_all(store: LmdbStore) -> list[tuple[bytes, int]]:
     return [store.read(index) for index in range(len(store))]
 
 
@@ -363,8 +284,8 @@ def test_an_open_store_works_in_child_processes(store: Path, method: str) -> Non
     opened.read(0)
     expected = [record[:2] for record in images()]
     with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(_read_all, [opened] * 4) == [expected] * 4
-        assert _read_all(opened) == expected
+        assert pool.map(read_all, [opened] * 4) == [expected] * 4
+        assert read_all(opened) == expected
 
 
 def test_a_child_does_not_use_its_parents_environment(store: Path) -> None:
@@ -391,7 +312,7 @@ def test_folder_store(tmp_path: Path) -> None:
     (tmp_path / "stray.jpg").write_bytes(b"")
     opened = pickle.loads(pickle.dumps(FolderStore(tmp_path)))
     assert opened.classes == ["a", "b"]
-    assert _read_all(opened) == [
+    assert read_all(opened) == [
         (b"a/y.jpg", 0),
         (b"a/z/1.jpeg", 0),
         (b"b/10.PNG", 1),

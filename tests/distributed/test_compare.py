@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from bip.config import load_config
-from bip.data.writer import LmdbWriter
+from bip.data.stores.writer import LmdbWriter
 from bip.distributed import control as control_module
 from bip.distributed.compare import (
     CHUNK,

@@ -337,7 +337,7 @@ bip.run.Run._open_data = hang
 def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
     """Its main thread hangs where it waits for a batch, and it beats all the same."""
     change = """
-from bip.data.loaders import Data
+from bip.data.batches import Data
 from bip.distributed.heartbeat import Heartbeat
 init = Heartbeat.__init__
 Heartbeat.__init__ = lambda self, group, timeout: init(self, group, timeout, stall=10)
@@ -426,7 +426,7 @@ CheckpointFolder.save = save
 def test_a_finished_rank_may_leave_at_any_time(tmp_path: Path) -> None:
     """Rank 1 still closes its data when rank 0 has left with the store."""
     change = f"""
-from bip.data.loaders import Data
+from bip.data.batches import Data
 def close(self):
     time.sleep(3 * {LIMIT} * rank)
 Data.close = close

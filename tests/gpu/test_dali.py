@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from bip.data.dali import DaliSource
-from bip.data.sources import Request
+from bip.data.loaders.dali import DaliLoader
+from bip.data.reader import Request
 from bip.errors import UserError
-from tests.data.conftest import imagenet, open_with_defaults  # noqa: F401
+from tests.data.conftest import imagenet, opened, options  # noqa: F401
 from tests.data.test_dali import HARMED, encoded, harmed_photos, tree  # noqa: F401
 from tests.data.test_loaders import take
 
@@ -29,10 +29,8 @@ CASE: dict[str, Any] = {
 
 def test_evaluation_is_close_to_lmdbs(imagenet: Path) -> None:  # noqa: F811
     """nvJPEG has another inverse DCT and upsampling than libjpeg: a mean of one level at most."""
-    mine = open_with_defaults(
-        **CASE, data_dir=imagenet, loader="dali", num_workers=2, device=torch.device("cuda")
-    )
-    others = open_with_defaults(**CASE, data_dir=imagenet, loader="lmdb")
+    mine = opened(**CASE, data_dir=imagenet, loader="dali", num_workers=2, device="cuda")
+    others = opened(**CASE, data_dir=imagenet, loader="lmdb")
     count = 0
     for (images, labels), (x, y) in zip(
         mine.evaluate("test"), others.evaluate("test"), strict=True
@@ -52,19 +50,17 @@ def test_training_crops_are_lmdbs(imagenet: Path) -> None:  # noqa: F811
     case = {**CASE, "data_dir": imagenet, "image_dim": 420, "num_workers": 2}
     mine, others = (
         take(
-            open_with_defaults(**case, loader=loader, device=torch.device(device)).train(
-                "upper", 3
-            ),
+            opened(**case, loader=loader, device=device).train("upper", 3),
             7,
         )
         for loader, device in (("dali", "cuda"), ("lmdb", "cpu"))
     )
-    away = []
+    distance = []
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels.cpu(), y)
-        away.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
-    assert torch.cat(away).mean() < 1.5
-    assert torch.cat(away).max() < 6
+        distance.append((255 * (images.cpu() - x)).abs().mean((1, 2, 3)))
+    assert torch.cat(distance).mean() < 1.5
+    assert torch.cat(distance).max() < 6
 
 
 def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
@@ -85,10 +81,8 @@ def test_every_kind_of_image_is_close_to_lmdbs(tmp_path: Path) -> None:
     }
     case = {**CASE, "num_classes": 2, "data_dir": tree(tmp_path, files), "batch_size": 11}
     case |= {"image_dim": 48, "test_batch_size": 11}
-    ((x, y),) = open_with_defaults(**case, loader="folder").evaluate("test")
-    ((images, labels),) = open_with_defaults(
-        **case, loader="dali", device=torch.device("cuda")
-    ).evaluate("test")
+    ((x, y),) = opened(**case, loader="folder").evaluate("test")
+    ((images, labels),) = opened(**case, loader="dali", device="cuda").evaluate("test")
     assert torch.equal(labels.cpu(), y)
     assert (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).max() < 2
 
@@ -98,18 +92,18 @@ def test_damaged_photos_are_skipped_as_by_the_folder_loader(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     case = {**CASE, "data_dir": harmed_photos, "image_dim": 420, "skip_bad": True}
-    cuda = torch.device("cuda")
-    mine = take(open_with_defaults(**case, loader="dali", device=cuda).train(), 8)
-    told = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
-    others = take(open_with_defaults(**case, loader="folder").train(), 8)
+    cuda = "cuda"
+    mine = take(opened(**case, loader="dali", device=cuda).train(), 8)
+    printed = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
+    others = take(opened(**case, loader="folder").train(), 8)
     expected = {line.split(": ", 2)[2] for line in capsys.readouterr().out.splitlines()}
-    assert told == expected
+    assert printed == expected
     for (images, labels), (x, y) in zip(mine, others, strict=True):
         assert torch.equal(labels.cpu(), y)
         # But for the photo with zeros in its scan, which each decoder makes its own grey of.
-        away = (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).sort().values
-        assert away[-2] < 6
-    again = open_with_defaults(**case, loader="dali", device=cuda).train("lower", 5)
+        distance = (255 * (images.cpu() - x)).abs().mean((1, 2, 3)).sort().values
+        assert distance[-2] < 6
+    again = opened(**case, loader="dali", device=cuda).train("lower", 5)
     for (images, labels), (x, y) in zip(take(again, 3), mine[5:], strict=True):
         assert torch.equal(images, x)
         assert torch.equal(labels, y)
@@ -120,27 +114,30 @@ def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:  # noqa: F811
     bad = {images[index].name for index, way in HARMED.items() if way != "zeros"}
     case = {**CASE, "data_dir": harmed_photos, "image_dim": 64, "loader": "dali"}
     with pytest.raises(UserError, match="does not decode") as error:
-        take(open_with_defaults(**case, device=torch.device("cuda")).train(), 8)
+        take(opened(**case, device="cuda").train(), 8)
     assert any(name in str(error.value) for name in bad)
 
 
-def test_a_gpu_that_is_not_there_is_told(imagenet: Path) -> None:  # noqa: F811
-    source = open_with_defaults(**CASE, data_dir=imagenet, loader="dali")._train
-    assert isinstance(source, DaliSource)
+def test_a_gpu_that_is_not_there_is_reported(imagenet: Path) -> None:  # noqa: F811
+    case = {**CASE, "data_dir": imagenet, "loader": "dali"}
+    source = opened(**case)._train
+    assert isinstance(source, DaliLoader)
     beyond = torch.device("cuda", torch.cuda.device_count())
     with pytest.raises(UserError, match="loader: DALI does not start here"):
-        next(DaliSource(source.reader, 1, beyond).fetch([Request(np.arange(2))]))
+        next(
+            DaliLoader(source.reader.store, options(**case), beyond).fetch([Request(np.arange(2))])
+        )
 
 
 @pytest.mark.parametrize("start", [1, 5, 8])
 def test_a_resumed_run_draws_identical_bytes(imagenet: Path, start: int) -> None:  # noqa: F811
-    case = {**CASE, "data_dir": imagenet, "loader": "dali", "device": torch.device("cuda")}
+    case = {**CASE, "data_dir": imagenet, "loader": "dali", "device": "cuda"}
     for level in ("lower", "upper"):
         whole, rest = (
             [
                 (x.clone(), y.clone())
                 for x, y in itertools.islice(
-                    open_with_defaults(**case, num_workers=threads).train(level, first), 10 - first
+                    opened(**case, num_workers=threads).train(level, first), 10 - first
                 )
             ]
             for first, threads in ((0, 3), (start, 1))
@@ -152,15 +149,12 @@ def test_a_resumed_run_draws_identical_bytes(imagenet: Path, start: int) -> None
 
 def test_batches_stay_right_while_a_slow_step_uses_them(imagenet: Path) -> None:  # noqa: F811
     """The pipeline may not write into a batch that kernels still read."""
-    case = {**CASE, "data_dir": imagenet, "loader": "dali", "device": torch.device("cuda")}
-    quick = [
-        x.sum(dtype=torch.float64)
-        for x, _ in itertools.islice(open_with_defaults(**case).train(), 8)
-    ]
+    case = {**CASE, "data_dir": imagenet, "loader": "dali", "device": "cuda"}
+    quick = [x.sum(dtype=torch.float64) for x, _ in itertools.islice(opened(**case).train(), 8)]
     torch.cuda.synchronize()
     slow = []
     weights = torch.randn(4096, 4096, device="cuda")
-    for images, _ in itertools.islice(open_with_defaults(**case).train(), 8):
+    for images, _ in itertools.islice(opened(**case).train(), 8):
         for _ in range(20):
             weights = torch.tanh(weights @ weights)
         slow.append(images.sum(dtype=torch.float64))

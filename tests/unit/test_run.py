@@ -18,7 +18,7 @@ from safetensors import safe_open
 from bip import models, run_folder
 from bip.__main__ import main
 from bip.config import load_config
-from bip.data.loaders import Data
+from bip.data.batches import Data
 from bip.distributed.group import Group, Ranks
 from bip.errors import UserError
 from bip.pruning.layout import keep_count

@@ -13,7 +13,8 @@ from typing import Any, Self
 
 import lmdb
 
-from bip.data.stores import FORMAT, HEADER_KEY, VERSION, pack_record, record_key, size_of
+from bip.data.stores.environment import size_of
+from bip.data.stores.lmdb import FORMAT, HEADER_KEY, VERSION, pack_record, record_key
 from bip.errors import UserError
 from bip.files import atomic_write_json, fsync_folder, read_json
 
@@ -23,14 +24,15 @@ class LmdbWriter:
 
     Records go to a hidden file beside `path`, which is renamed to it when the block ends without
     an exception. With a `plan`, a build that ends early, for whatever reason, leaves that file
-    and a note of how far it came; the next writer with the same plan goes on there, after `done`
-    source images. Without one an error removes it, and what a killed build left is overwritten.
+    and a note of how far it came; the next writer with the same plan goes on from there,
+    after `done` source images. Without one an error removes it, and a killed build's file is
+    overwritten.
 
     Args:
         classes: names by label; None: named by their numbers, as many as there are labels.
         options: how the images were changed and checked, for the header.
-        plan: names all that the records follow from; None for a build that cannot go on.
-        retry_skipped: start afresh where the earlier build skipped images.
+        plan: identifies all that the records depend on; None for a build that cannot go on.
+        retry_skipped: start again if the earlier build skipped images.
 
     Attributes:
         skipped: (name, reason) of source images left out.
@@ -75,7 +77,7 @@ class LmdbWriter:
 
     @property
     def done(self) -> int:
-        """Source images dealt with: stored or skipped."""
+        """Source images that were stored or skipped."""
         return self._count + len(self.skipped)
 
     @property
@@ -117,7 +119,7 @@ class LmdbWriter:
             self._claim()
             note = self._earlier_note()
             if note is None or not self._go_on(note):
-                self._note.unlink(missing_ok=True)  # of records that are no more
+                self._note.unlink(missing_ok=True)  # its records are gone
                 os.ftruncate(self._lock, 0)
                 self._start()
                 self._open()
@@ -132,7 +134,7 @@ class LmdbWriter:
             subdir=False,
             map_size=max(64 << 20, 2 * os.fstat(self._lock).st_size),
             lock=False,  # the flock is the lock
-            # Synced at every transaction only if the file must outlive a crash; at the end anyhow.
+            # Synced at every transaction only if the file must outlive a crash; always at the end.
             sync=self._plan is not None,
             metasync=self._plan is not None,
         )
@@ -147,7 +149,7 @@ class LmdbWriter:
         return None if note["skipped"] and self._retry_skipped else note
 
     def _go_on(self, note: dict[str, Any]) -> bool:
-        """Open what an earlier build left, as of its note. False if it is not all there."""
+        """Open what an earlier build left, as its note has it. False if it is incomplete."""
         try:
             self._open()
         except lmdb.Error:
@@ -157,7 +159,7 @@ class LmdbWriter:
             return False
         try:
             with self._env.begin(write=True) as transaction, transaction.cursor() as cursor:
-                # A transaction may be ahead of the note by a crash.
+                # After a crash the records may be one transaction ahead of the note.
                 while cursor.last() and cursor.key() >= record_key(note["count"]):
                     cursor.delete()
                 whole = bool(transaction.stat()["entries"] == note["count"])
@@ -201,7 +203,7 @@ class LmdbWriter:
                 self._finish()
                 whole = True
             elif self._plan is not None:
-                # As far as it goes: the note tells of whole transactions alone.
+                # As far as possible: the note counts whole transactions only.
                 with contextlib.suppress(OSError, lmdb.Error):
                     self._flush()
         finally:

@@ -17,21 +17,16 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from bip.data.datasets import CIFAR_ARCHIVES, ArraySplit, open_split
-from bip.data.stores import (
-    IMAGE_SUFFIXES,
-    MOST_BYTES,
-    DamagedImage,
-    image_tree,
-    no_image_of,
-    walk_files,
-)
+from bip.data.sets import specs
+from bip.data.splits import open_split
+from bip.data.stores.base import MAX_BYTES, ArraySplit, DamagedImage, too_large
+from bip.data.stores.folder import IMAGE_SUFFIXES, image_tree, walk_files
 from bip.errors import UserError
 
 SPLITS = ("train", "test", "val")
 _SYNSET_TAR = re.compile(r"(\./)?n\d{8}\.tar")
-# What tells of the images: lists of labels and classes, archives of a class, annotations.
-_TELLS = re.compile(
+# What describes the images: lists of labels and classes, archives of a class, annotations.
+_ANNOTATIONS = re.compile(
     r"((train|test|val)(_annotations)?\.txt|LOC_\w+_solution\.csv|LOC_synset_mapping\.txt|"
     r"synsets\.txt|.*\.(tar|xml))$"
 )
@@ -88,8 +83,8 @@ class TarTree:
     train/ of them. Links are files of their own. Read by position, so threads share the file.
 
     Raises:
-        UserError: an image, or what tells of images, whose bytes are not all in one place, or that
-            is a link to no file in the archive. Other such members are left out.
+        UserError: an image, or a description of images, whose bytes are not all in one place, or
+            that is a link to no file in the archive. Other such members are left out.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
@@ -149,13 +144,13 @@ class TarTree:
 
 
 def _matters(name: str) -> bool:
-    """Whether a file of this name may be an image, or tell of images."""
+    """Whether a file of this name may be an image, or describe images."""
     path = PurePosixPath(name)
-    return path.suffix.lower() in IMAGE_SUFFIXES or _TELLS.match(path.name) is not None
+    return path.suffix.lower() in IMAGE_SUFFIXES or _ANNOTATIONS.match(path.name) is not None
 
 
 class ArrayTree:
-    """torchvision's CIFAR arrays as train/CLASS/NUMBER.png and test/CLASS/NUMBER.png."""
+    """A set's own archive (`bip.data.sets`) as train/CLASS/NUMBER.png and test/CLASS/NUMBER.png."""
 
     def __init__(self, name: str, root: Path) -> None:
         self._places: dict[str, tuple[ArraySplit, int]] = {}
@@ -172,32 +167,35 @@ class ArrayTree:
     def read(self, name: str) -> bytes:
         arrays, number = self._places[name]
         stream = io.BytesIO()
-        image = np.ascontiguousarray(arrays.images[number].transpose(1, 2, 0))
-        Image.fromarray(image).save(stream, "PNG")
+        image = arrays.images[number].transpose(1, 2, 0)
+        if image.shape[2] == 1:
+            image = image[:, :, 0]
+        Image.fromarray(np.ascontiguousarray(image)).save(stream, "PNG")
         return stream.getvalue()
 
     def size(self, name: str) -> int:
         return int(self._places[name][0].images[0].size)
 
 
-def _find_cifar(src: Path) -> tuple[str, Path] | None:
-    """(data set, folder of the archive) if `src` is CIFAR's, or the folder that holds it."""
-    for name, places in CIFAR_ARCHIVES.items():
+def _find_archive(src: Path) -> tuple[str, Path] | None:
+    """(data set, folder of its archive) if `src` is a set's own archive, or holds it extracted."""
+    for name, spec in specs().items():
+        places = spec.archive.places if spec.archive is not None else ()
         if src.name in places:
             return name, src.parent
-        if src.is_dir() and any((src / place).exists() for place in places[:1]):
+        if any((src / place).is_dir() for place in places):
             return name, src
     return None
 
 
 @contextmanager
 def open_tree(src: Path) -> Iterator[Tree]:
-    """The files of a folder, a .zip, an uncompressed .tar or CIFAR's archive. Raises UserError."""
+    """The files of a folder, a .zip, a .tar or a set's own archive. Raises UserError."""
     if not src.exists():
         raise UserError(f"{src}: does not exist")
-    cifar = _find_cifar(src)
-    if cifar is not None:
-        yield ArrayTree(*cifar)
+    own = _find_archive(src)
+    if own is not None:
+        yield ArrayTree(*own)
     elif src.is_dir():
         yield FolderTree(src)
     elif src.suffix.lower() == ".zip":
@@ -317,7 +315,7 @@ def _flat_labels(tree: Tree, names: list[str], prefix: str, split: str) -> dict[
     if not labels:
         raise UserError(
             f"{prefix}: its images lie in no class folders, and there is none of "
-            f"{', '.join(wanted)} or XML annotations to tell their classes"
+            f"{', '.join(wanted)} or XML annotations that name their classes"
         )
     return labels
 
@@ -334,15 +332,15 @@ def read_image(tree: Tree, name: str) -> bytes:
     number. Raises DamagedImage if so.
     """
     size = tree.size(name)
-    if size > MOST_BYTES:
-        raise DamagedImage(no_image_of(size))
+    if size > MAX_BYTES:
+        raise DamagedImage(too_large(size))
     return tree.read(name)
 
 
 def _read(tree: Tree, name: str) -> bytes:
-    """A file that tells of the images. Raises UserError if it cannot be read."""
+    """A file that describes the images. Raises UserError if it cannot be read."""
     try:
-        if tree.size(name) > MOST_BYTES:
+        if tree.size(name) > MAX_BYTES:
             raise UserError(f"{name}: has {tree.size(name) / 1e6:.0f} MB, too many for a list")
         return tree.read(name)
     except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -379,13 +377,13 @@ def _flat_split(
 
 
 def _named_classes(classes: set[str], prefix: str) -> list[str]:
-    """Class names that only annotations tell, sorted; they may become names of folders."""
+    """Class names that only annotations have, sorted; they may become names of folders."""
     for name in sorted(classes):
         if "/" in name or "\0" in name or name in (".", ".."):
             raise UserError(f"{prefix}: its annotations name a class {name!r}, which is no name")
         if name.isdecimal():
             raise UserError(
-                f"{prefix}: its annotations tell of class number {name}, and neither a train/ nor "
+                f"{prefix}: its annotations have class number {name}, and neither a train/ nor "
                 "LOC_synset_mapping.txt beside them names it; put one there"
             )
     return sorted(classes)

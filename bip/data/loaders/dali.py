@@ -20,7 +20,9 @@ from torch import Tensor
 
 from bip.data import decode
 from bip.data.augment import resized_crop_params
-from bip.data.sources import Batch, Reader, Request, Skips
+from bip.data.options import DataOptions
+from bip.data.reader import Batch, Loader, Reader, Request, Skips, Split
+from bip.data.stores.base import ArraySplit
 from bip.errors import UserError
 
 _T = TypeVar("_T")
@@ -34,24 +36,22 @@ def is_installed() -> bool:
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
-class DaliSource:
+class DaliLoader(Loader):
     """A split decoded by DALI; every `fetch` has a pipeline of its own.
 
-    On the CPU images are bit for bit the other sources', except training crops so large that those
-    decode them at a JPEG scale. On a GPU decoding and resizing are other arithmetic.
-
-    Args:
-        num_threads: of one pipeline; at least one is used.
+    On the CPU images equal the other loaders' bit for bit, except training crops so large that
+    those decode them at a JPEG scale. On a GPU decoding and resizing are other arithmetic.
 
     Raises:
         UserError: DALI is not installed.
     """
 
-    def __init__(self, reader: Reader, num_threads: int, device: torch.device) -> None:
+    def __init__(self, split: Split, options: DataOptions, device: torch.device) -> None:
         if not is_installed():
             raise UserError("loader: dali is not installed; pip install 'bip-hpc[dali]'")
-        self.reader = reader
-        self.num_threads = max(1, num_threads)
+        assert not isinstance(split, ArraySplit)
+        self.reader = Reader(split, options)
+        self.num_threads = max(1, options.num_workers)
         self.device = device
         self.on_gpu = device.type == "cuda"
 
@@ -59,10 +59,10 @@ class DaliSource:
         return len(self.reader.store)
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """As `Source.fetch`; no batch may be larger than the first.
+        """As `Loader.fetch`; no batch may be larger than the first.
 
         A batch that DALI fails on is read again, the images that it refuses decoded as the other
-        loaders do. That follows from the request alone, so a resumed run draws the same.
+        loaders do. It depends on the request alone, so a resumed run draws the same.
         """
         skips = Skips()
         batch_size = 0
@@ -90,13 +90,13 @@ class DaliSource:
                         return
                     except MemoryError as error:
                         raise self._no_memory() from error
-                    except Exception as error:  # DALI raises whatever its C++ side maps to
+                    except Exception as error:  # DALI raises whatever its C++ errors map to
                         if error is inputs.error:
                             raise
                         failure = error.with_traceback(None)  # which holds the pipeline
                         break
                     batch = inputs.in_flight.popleft()
-                    skips.tell(batch.skipped)
+                    skips.report(batch.skipped)
                     labels = torch.from_numpy(batch.labels)
                     finish = (
                         self._from_gpu if self.on_gpu else partial(self._view, pool, batch.samples)
@@ -112,12 +112,12 @@ class DaliSource:
         )
 
     def _again(self, inputs: "_Inputs", error: Exception) -> "list[_Task]":
-        """What is in flight, to be read again without the images that DALI refuses.
+        """The batches in flight, to be read again without the images that DALI refuses.
 
         Its exceptions come in order, so the first batch in flight is at fault.
 
         Raises:
-            UserError: no further image is, or all of several are: then DALI itself is at fault.
+            UserError: it refuses no further image, or all of several: then DALI itself is at fault.
         """
         tasks = [batch.task for batch in inputs.in_flight]
         refused: set[int] = set()
@@ -151,7 +151,7 @@ class DaliSource:
                 yield batch.indices[rows.popleft()]
 
     def _start(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:
-        """A pipeline. Raises UserError if DALI, or the driver that it needs, is not in order."""
+        """A pipeline. Raises UserError if DALI, or the driver that it needs, does not work."""
         try:
             return self._build(batch_size, inputs)
         except Exception as error:
@@ -162,7 +162,7 @@ class DaliSource:
     def _build(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:
         from nvidia.dali import Pipeline, fn, types
 
-        spec, dim = self.reader.spec, self.reader.image_dim
+        spec, dim = self.reader.spec, self.reader.side
         pipeline = Pipeline(
             batch_size=batch_size,
             num_threads=self.num_threads,
@@ -206,7 +206,7 @@ class DaliSource:
 
     def _view(self, pool: ThreadPoolExecutor, samples: "_Samples", images: Any) -> Tensor:
         """Resize, cut and flip the decoded crops of different sizes."""
-        dim, channels = self.reader.image_dim, self.reader.spec.channels
+        dim, channels = self.reader.side, self.reader.spec.channels
         out = torch.empty((len(images), channels, dim, dim), dtype=torch.uint8)
 
         def view(row: int) -> None:
@@ -269,7 +269,7 @@ class _Batch(NamedTuple):
 
 
 class _Inputs:
-    """What DALI asks for its next batch; a thread reads one batch ahead, others its images.
+    """The iterator that gives DALI its batches; one thread reads a batch ahead, others its images.
 
     Attributes:
         in_flight: the batches that DALI has taken and not yet returned.
@@ -277,7 +277,7 @@ class _Inputs:
         error: what reading raised, through DALI.
     """
 
-    def __init__(self, source: DaliSource, draw: Callable[[], _Task | None]) -> None:
+    def __init__(self, source: DaliLoader, draw: Callable[[], _Task | None]) -> None:
         self.reader = source.reader
         self._whole_view = source.on_gpu
         self.in_flight: deque[_Batch] = deque()
@@ -325,7 +325,7 @@ class _Inputs:
 
     def _read(self, task: _Task) -> _Batch:
         request = task.request
-        spec, dim = self.reader.spec, self.reader.image_dim
+        spec, dim = self.reader.spec, self.reader.side
 
         def read_one(row: int) -> tuple[NDArray[np.uint8], tuple[int, int], int, int]:
             index = int(request.indices[row])
@@ -370,7 +370,7 @@ def _for_dali(data: bytes, channels: int, refused: bool) -> tuple[bytes, tuple[i
     """Bytes that DALI decodes to the pixels of `decode.decode`, and their (height, width).
 
     Sound JPEGs as they are. The rest (PNG, CMYK, cut short, refused by DALI ...) is decoded here,
-    or found damaged, and handed on as an uncompressed PPM or PGM.
+    or found damaged, and passed on as an uncompressed PPM or PGM.
     """
     size = None if refused else decode.plain_jpeg_size(data)
     if size is not None and decode.is_sound_jpeg(data):

@@ -14,9 +14,9 @@ from pathlib import Path
 from rich.console import Console
 
 from bip.data import decode
-from bip.data.build import in_order, progress_bar
-from bip.data.published import PublishedStore, open_store
-from bip.data.stores import LmdbStore
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.published import PublishedStore, open_store
+from bip.data.tools.build import in_order, progress_bar
 from bip.errors import UserError
 from bip.files import raise_passing
 
@@ -63,7 +63,7 @@ def verify(path: Path, workers: int = 0) -> None:
         workers: threads; 0: one per core.
 
     Raises:
-        UserError: a damaged record; the first ones are listed before. Or whole ones that do not
+        UserError: a damaged record; the first ones are printed before. Or sound ones that do not
             fit the header.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -87,7 +87,7 @@ def verify(path: Path, workers: int = 0) -> None:
         raise UserError(f"{path}: {damaged} damaged records; copy or build the store again")
 
 
-# Of the number of records, then what is wrong with each, then the error that ended it.
+# First the number of records, then what is wrong with each, then the error that ended it.
 _Result = int | str | None
 
 
@@ -132,10 +132,10 @@ def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
 
 
 def _read_all(file: Path, workers: int, pipe: Connection) -> None:
-    """Send the number of records, what is wrong with each (None: nothing), and what with all."""
+    """Send the number of records, what is wrong with each (None: nothing), and with the whole."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    faulthandler.disable()  # the parent tells
-    gc.freeze()  # what it inherited may not bear to be collected here (DALI's pipelines)
+    faulthandler.disable()  # the parent reports it
+    gc.freeze()  # what it inherited must not be collected here (DALI's pipelines)
     try:
         store = open_store(file, in_order=True)
         pipe.send(len(store))
@@ -147,11 +147,11 @@ def _read_all(file: Path, workers: int, pipe: Connection) -> None:
             whole = whole and problem is None
             pipe.send(problem)
         if isinstance(store, LmdbStore) and whole:
-            told = store.header["class_counts"]
-            wrong = [label for label, count in enumerate(told) if counts[label] != count]
+            counted = store.header["class_counts"]
+            wrong = [label for label, count in enumerate(counted) if counts[label] != count]
             if wrong:
                 raise UserError(
-                    f"{file}: header tells of {told[wrong[0]]} images of class "
+                    f"{file}: header counts {counted[wrong[0]]} images of class "
                     f"{store.classes[wrong[0]]}, but there are {counts[wrong[0]]}; build it again"
                 )
     except UserError as error:

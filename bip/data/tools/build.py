@@ -18,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
-from bip.data.layouts import Split, Tree, find_splits, open_tree, read_image
-from bip.data.published import PublishedStore
-from bip.data.stores import DamagedImage, LmdbStore, open_environment, size_of
-from bip.data.writer import LmdbWriter
+from bip.data.stores.base import DamagedImage
+from bip.data.stores.environment import open_environment, size_of
+from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.published import PublishedStore
+from bip.data.stores.writer import LmdbWriter
+from bip.data.tools.layouts import Split, Tree, find_splits, open_tree, read_image
 from bip.errors import UserError
 
 _T = TypeVar("_T")
@@ -43,7 +45,7 @@ class Options:
 
 
 class Ready(NamedTuple):
-    """An image as it is stored, and as what it was repaired, if it was."""
+    """An image as it is stored, and the fault that was repaired, if any."""
 
     data: bytes
     width: int
@@ -63,12 +65,12 @@ def build_lmdb(
     """Make OUT/train.lmdb, and OUT/test.lmdb or OUT/val.lmdb, from the images of SRC.
 
     SRC is a folder, .zip or uncompressed .tar that holds train/CLASS/IMAGE and test/ or val/
-    likewise (any one will do), perhaps below other folders; a flat val/ with annotations, as
-    ImageNet and TinyImageNet come; or CIFAR's python archive. Classes are numbered, and images
-    stored, in sorted order; bytes are kept as they are, but for CMYK JPEGs and other formats
+    likewise (at least one), perhaps below other folders; a flat val/ with annotations, as
+    ImageNet and TinyImageNet come; or a set's own archive, as CIFAR's. Classes are numbered, and
+    images stored, in sorted order; bytes are kept as they are, except CMYK JPEGs and other formats
     named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
-    that was killed or interrupted goes on where it was when it is called again; it notices files
-    that came or went meanwhile, not those that changed.
+    that was killed or interrupted goes on from there when it is called again; it notices files that
+    were added or removed meanwhile, not those that changed.
 
     Args:
         short_side: shrink images to this short side, pixels, and re-encode them; 0: never.
@@ -106,7 +108,7 @@ def build_lmdb(
                 continue
             missing[path] = split
             estimates[path] = len(split.members), _stored_size(tree, split)
-        _tell_sizes(estimates, short_side, console)
+        _report_sizes(estimates, short_side, console)
         for path, split in missing.items():
             source = _TreeImages(tree, split, options)
             plan = _plan(src, split, options)
@@ -133,7 +135,7 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
     source = _StoreImages(PublishedStore(src), Options(check=check))
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     _make_folder(out.parent)
-    _tell_sizes({out: (len(source), size_of(environment.env))}, 0, console)
+    _report_sizes({out: (len(source), size_of(environment.env))}, 0, console)
     _write(out, None, source, None, skip_bad, 0, console)
 
 
@@ -245,8 +247,8 @@ def _stored_size(tree: Tree, split: Split) -> float:
     return sum(sizes) / len(sizes) * len(split.members)
 
 
-def _tell_sizes(stores: dict[Path, tuple[int, float]], short_side: int, console: Console) -> None:
-    """Say how much disk the stores of one folder, of (images, bytes), will take.
+def _report_sizes(stores: dict[Path, tuple[int, float]], short_side: int, console: Console) -> None:
+    """Print how much disk the stores of one folder, of (images, bytes), will take.
 
     Raises UserError if there is less.
     """
@@ -327,9 +329,7 @@ def _write(
             progress_bar(path.name, console) as bar,
         ):
             if writer.done:
-                console.print(
-                    f"{path}: going on after {writer.done} images, taken to be as they were"
-                )
+                console.print(f"{path}: going on after {writer.done} images, assumed unchanged")
             task = bar.add_task("", total=len(source), completed=writer.done)
             for image in in_order(source.get, writer.done, len(source), workers):
                 try:

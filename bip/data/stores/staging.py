@@ -11,33 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from bip.data.stores import data_file
+from bip.data.stores.environment import data_file
 from bip.errors import UserError
 from bip.files import fsync_folder, raise_passing, sha256_file
 
-# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME", network filesystems
-# but for what containers are made of.
+# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME" and count as network
+# filesystems, except those that containers are made of.
 _NETWORK = frozenset(
     [
-        "nfs",
-        "nfs4",
-        "lustre",
-        "gpfs",
-        "beegfs",
-        "ceph",
-        "cifs",
-        "smb3",
-        "smbfs",
-        "glusterfs",
-        "afs",
-        "9p",
-        "panfs",
-        "wekafs",
-        "orangefs",
-        "pvfs2",
-        "virtiofs",
-        "ocfs2",
-        "gfs2",
+        *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "smbfs", "glusterfs"),
+        *("afs", "9p", "panfs", "wekafs", "orangefs", "pvfs2", "virtiofs", "ocfs2", "gfs2"),
         "fhgfs",
     ]
 )
@@ -49,7 +32,8 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
     """The kind of network filesystem that `path` lies on; None for a local one.
 
     Args:
-        mountinfo: Linux's table of mounts; None reads this process's. Other systems: None always.
+        mountinfo: Linux's table of mounts; None reads this process's. Without
+            one (other systems) the answer is None.
     """
     if mountinfo is None:
         try:
@@ -62,7 +46,7 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
         if not back:
             continue
         point = Path(front.split()[4].encode().decode("unicode_escape"))
-        # Of two mounts at one point the later one is seen.
+        # Of two mounts at one place the later one hides the other.
         if path.resolve().is_relative_to(point) and point.is_relative_to(place):
             place, kind = point, back.split()[0]
     remote = kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
@@ -72,18 +56,18 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
 def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None) -> Path:
     """A copy of an LMDB store in `folder`, made once, however many processes ask for it.
 
-    One process copies while the others wait; the lock goes with its holder, so a killed copy is
-    begun again. The copy gets its name when it is on disk and its SHA-256, read back, is that of
-    the bytes read from `store`. Its name tells the store's path, size and time of change: a store
-    built anew is copied anew. `give_up` is called often; what it raises ends the copying or the
-    waiting.
+    One process copies while the others wait; the lock ends with its holder, so a killed copy is
+    made again. The copy gets its name when it is on disk and its SHA-256, read back, is that of
+    the bytes read from `store`. The name contains a hash of the store's path, size and time of
+    change, so a store that was built again is copied again. `give_up` is called often; what it
+    raises ends the copying or the waiting.
 
     Returns:
         Path of the copy, a single file that ends in .lmdb.
 
     Raises:
         UserError: cannot be copied; not enough room; the store changed meanwhile.
-        OSError: a file system is away.
+        OSError: a file system is unreachable.
     """
     source = data_file(store)
     try:
@@ -118,7 +102,7 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
     if (kind := network_filesystem(target.parent)) is not None:
         print(f"warning: stage_to: {target.parent} lies on {kind}, not on the node's own disk")
     print(f"staging {source} to {target.parent}: {status.st_size / 1e6:.0f} MB", flush=True)
-    began = time.monotonic()
+    started = time.monotonic()
     digest = hashlib.sha256()
     try:
         with open(source, "rb") as reader, open(partial, "wb") as writer:
@@ -137,14 +121,14 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
         if sha256_file(partial) != digest.hexdigest():
             raise UserError(
                 f"stage_to: the copy of {source} in {target.parent} differs from it (SHA-256); "
-                "that disk is unsound, choose another folder"
+                "that disk is faulty, choose another folder"
             )
         os.replace(partial, target)
         fsync_folder(target.parent)
     finally:
         with contextlib.suppress(FileNotFoundError):
             partial.unlink()
-    seconds = time.monotonic() - began
+    seconds = time.monotonic() - started
     print(
         f"staged {source} to {target}: {status.st_size / 1e6:.0f} MB in {seconds:.1f} s, "
         "SHA-256 confirmed",
@@ -168,7 +152,7 @@ def _locked(path: Path, give_up: Callable[[], None], waiting: str) -> Iterator[N
 def _claims(stream: TextIO, path: Path) -> bool:
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # One who tidies up may have removed the file between open and lock.
+        # Another process may have removed the file between open and lock.
         return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         return False

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from bip.data.layouts import FolderTree, find_splits
+from bip.data.tools.layouts import FolderTree, find_splits
 from bip.errors import UserError
 
 _STEPS = """\
@@ -15,8 +15,8 @@ ImageNet (ILSVRC 2012) may not be passed on; everybody downloads it for research
 2. From image-net.org: ILSVRC2012_img_train.tar, whose members are a .tar for each class, is read
    as it is. Unpack the validation images into val/, and beside them their annotations (XML,
    ILSVRC2012_bbox_val_v3.tgz), or put a val.txt with "NAME CLASS" lines there, the class as
-   n01440764. The development kit's ILSVRC2012_validation_ground_truth.txt is of no use here: it
-   numbers the classes in an order of its own.
+   n01440764. The development kit's ILSVRC2012_validation_ground_truth.txt does not help: it numbers
+   the classes in an order of its own.
    Kaggle's archive unpacks to ILSVRC/Data/CLS-LOC/ and brings its annotations along.
 3. python -m bip data build-lmdb SRC OUT  reads a .tar, or these folders as they are, flat val/ and
    all; one after the other into the same OUT, too.
@@ -29,7 +29,7 @@ makes OUT/train and OUT/val/CLASS/NAME of links and leaves SRC untouched.
 
 
 def prepare_imagenet(src: Path | None = None, out: Path | None = None) -> None:
-    """Tell how to download ImageNet; with --src and --out, arrange its validation images.
+    """Print how to download ImageNet; with --src and --out, arrange its validation images.
 
     OUT gets train, a link to SRC's training folder, and val/CLASS/NAME, a link for each image.
     SRC is never written to. Links that are there already are kept.

@@ -1,0 +1,21 @@
+"""CIFAR-10 (Krizhevsky, 2009)."""
+
+from functools import partial
+
+from bip.data.sets import Archive, DatasetSpec
+from bip.data.stores.archives import read_torchvision
+
+SPEC = DatasetSpec(
+    name="CIFAR10",
+    classes=10,
+    channels=3,
+    image_dim=32,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+    augment="pad_crop",
+    padding=4,
+    archive=Archive(
+        partial(read_torchvision, "CIFAR10", "cifar-10-batches-py"),
+        ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    ),
+)

@@ -1,0 +1,207 @@
+"""The published LMDB layout, read without running code from it: `PublishedStore`, `open_store`.
+
+Keys b"__len__" and b"__keys__" hold a pickled count and a pickled list of keys, every other key a
+pickled (image bytes, label). Unpickling can run any code, so `load_plain` admits plain data alone.
+"""
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lmdb
+import numpy as np
+
+from bip.data.stores.base import MAX_BYTES, DamagedImage
+from bip.data.stores.environment import LmdbFile, open_environment
+from bip.data.stores.lmdb import HEADER_KEY, LmdbStore
+from bip.errors import UserError
+from bip.files import raise_passing
+
+Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
+
+_MAX_INT = 128  # bits
+_MAX_DEPTH = 32  # of lists and tuples in each other
+_MAX_KEY = 511  # bytes, LMDB's
+_FEW = 64  # opcodes; pickle writes about ten for (bytes, label), three for each of many keys
+_OPCODES = frozenset(
+    [
+        *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET"),
+        *("LONG_BINGET", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINUNICODE"),
+        *("BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "EMPTY_LIST"),
+        *("APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+    ]
+)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Looks up no name, so no code can be named."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise ValueError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid: object) -> NoReturn:
+        raise ValueError("it refers to another object")
+
+
+def load_plain(
+    data: bytes | memoryview, max_opcodes: int = _FEW, max_bytes: int = MAX_BYTES
+) -> Plain:
+    """The value of a pickle (protocol 3 to 5) that holds bytes, str, int, tuple and list alone.
+
+    The opcodes are looked at before anything is loaded. pickle would believe a length or a memo
+    index that asks for gigabytes; pickletools checks the lengths against the data, and indices are
+    limited here. As each opcode makes at most one small object, memory stays below 3 times the
+    data and 200 bytes for each of `max_opcodes`.
+
+    Raises:
+        ValueError: anything else in it, damage, or more than the limits.
+    """
+    try:
+        if len(data) > max_bytes:
+            raise ValueError(f"it is larger than {max_bytes} bytes")
+        data = bytes(data)
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if number >= max_opcodes:
+                raise ValueError(f"it has more than {max_opcodes} opcodes")
+            if opcode.name not in _OPCODES:
+                raise ValueError(f"opcode {opcode.name} is not plain data")
+            if isinstance(argument, int):
+                if opcode.name.endswith("BINPUT") and argument > max_opcodes:
+                    raise ValueError(f"memo index {argument}")
+                if argument.bit_length() > _MAX_INT:
+                    raise ValueError("it holds a huge integer")
+        value = _PlainUnpickler(io.BytesIO(data)).load()
+    except MemoryError:  # none is asked for that the data do not fill
+        raise
+    except Exception as error:  # pickle documents no full list for damaged data
+        raise ValueError(f"pickle not loaded: {error or type(error).__name__}") from error
+    _check_plain(value)
+    return value  # type: ignore[no-any-return]
+
+
+def _check_plain(value: object) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        # Each container once, though a memo may place it in many.
+        containers: dict[int, list[object] | tuple[object, ...]] = {}
+        for item in level:
+            if type(item) in (list, tuple):
+                containers[id(item)] = item  # type: ignore[assignment]
+            elif type(item) not in (bytes, str, int):
+                raise ValueError(f"pickle not loaded: it holds a {type(item).__name__}")
+        if not containers:
+            return
+        level = [item for container in containers.values() for item in container]
+    raise ValueError(f"pickle not loaded: more than {_MAX_DEPTH} lists and tuples in each other")
+
+
+class PublishedStore(LmdbFile):
+    """Read access to a store in the published layout.
+
+    Args:
+        classes: names by label; None: not known, any label is taken.
+
+    Raises:
+        UserError: not such a store.
+        OSError: its file system is unreachable.
+    """
+
+    def __init__(self, path: Path, classes: list[str] | None = None) -> None:
+        super().__init__(path)
+        self.classes = classes or []
+        self._any_label = classes is None
+        count = self._load(b"__len__", int)
+        keys = self._load(b"__keys__", list)
+        if count != len(keys) or not all(type(key) is bytes for key in keys):
+            raise UserError(f"{path}: __len__ is {count}, but there are {len(keys)} __keys__")
+        if max(map(len, keys), default=0) > _MAX_KEY or len(set(keys)) != count:
+            raise UserError(
+                f"{path}: __keys__ holds a key twice or one over {_MAX_KEY} bytes; "
+                "build the store again"
+            )
+        # One block of bytes, not a million objects, so that forked workers share it.
+        self._keys = b"".join(keys)
+        self._ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def label(self, index: int) -> int:
+        return self.read(index)[1]
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded bytes and the label.
+
+        Raises:
+            DamagedImage: not a plain (bytes, label), or there is no such class.
+            UserError: the record is missing.
+            OSError: the store's file system is unreachable.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        value = self._load(self._key(index), tuple, self.name(index))
+        match value:
+            case (bytes() as data, int() as label) if self._fits(label):
+                return data, label
+            case (bytes(), int() as label):
+                raise DamagedImage(
+                    f"{self.path}: record {index} has label {label}, but there are "
+                    f"{len(self.classes)} classes; give the right --num-classes"
+                )
+        raise DamagedImage(f"{self.path}: record {index} is no (image bytes, label)")
+
+    def _key(self, index: int) -> bytes:
+        start = int(self._ends[index - 1]) if index else 0
+        return self._keys[start : int(self._ends[index])]
+
+    def _fits(self, label: int) -> bool:
+        return self._any_label or 0 <= label < len(self.classes)
+
+    def _load(self, key: bytes, kind: type, what: str = "") -> Any:
+        what = what or f"{key.decode()} of {self.path}"
+        try:
+            with self._env().begin(buffers=True) as transaction:
+                found = transaction.get(key)
+                if found is None:
+                    raise UserError(f"{what}: missing; build the store again")
+                limits = (_FEW, MAX_BYTES)
+                if kind is list:  # of keys, of which there are no more than records
+                    entries = transaction.stat()["entries"]
+                    limits = (3 * entries + _FEW, (_MAX_KEY + 9) * entries + MAX_BYTES)
+                value = load_plain(found, *limits)
+        except lmdb.Error as error:
+            raise_passing(error, what)
+            raise UserError(f"{what}: cannot be read ({error}); build the store again") from error
+        except ValueError as error:
+            raise DamagedImage(
+                f"{what}: cannot be read ({error}); build the store again"
+            ) from error
+        if type(value) is not kind:
+            raise DamagedImage(f"{what}: no {kind.__name__}; build the store again")
+        return value
+
+
+def open_store(
+    path: Path, classes: list[str] | None = None, in_order: bool = False
+) -> LmdbStore | PublishedStore:
+    """The store at `path`, in this program's layout or the published one.
+
+    Args:
+        classes: of a store in the published layout, which names none.
+        in_order: it will be read from the first record to the last.
+
+    Raises:
+        UserError: neither.
+        OSError: its file system is unreachable.
+    """
+    environment = open_environment(path, in_order)
+    try:
+        with environment.env.begin() as transaction:
+            header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")
+    except lmdb.Error as error:
+        raise_passing(error, path)
+        raise UserError(f"{path}: unreadable ({error}); build it again") from error
+    published = header is None and length is not None
+    return PublishedStore(path, classes) if published else LmdbStore(path)
