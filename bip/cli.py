@@ -129,9 +129,9 @@ def _overview(commands: Mapping[str, Command], prog: str) -> str:
 
 
 def _parameters(command: Command, words: list[str]) -> Callable[..., dict[str, Any]]:
-    """A function of the command's signature, as tyro is to parse it: it returns what it is given."""
-
     """A function of the signature that tyro is to parse; it returns what it is given."""
+
+    def given(**values: Any) -> dict[str, Any]:
         return values
 
     flags = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}

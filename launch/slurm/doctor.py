@@ -13,10 +13,10 @@ from typing import Literal
 from bip.config import RunConfig
 from bip.data.staging import network_filesystem
 from bip.errors import UserError
-from launch.profile import SlurmProfile
+from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.chain import plan_arrays
-from launch.sweep import Record
+from launch.sweep import Run
 
 _PROBE = """
 import os, shutil, socket, sys
@@ -37,14 +37,6 @@ _SUBMIT_LIMITS = {
     "maxsubmitjobsperuser": "MaxSubmitJobsPerUser",
     "grpsubmitjobs": "GrpSubmitJobs",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact. An error would make every task fail; a warning may cost work."""
-
-    level: Literal["ok", "warning", "error"]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -249,7 +241,7 @@ def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once
     return f"disk: about {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
 
 
-def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
+def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     """Start the profile's python on compute nodes once and ask what it sees. Takes a turn in the
     queue."""
     words = [
@@ -284,12 +276,12 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
 
 
 def preflight(
-    profile: SlurmProfile, records: Sequence[Record], leaving: int = 0
+    profile: SlurmProfile, runs: Sequence[Run], leaving: int = 0
 ) -> tuple[Limits, int, list[str]]:
-    """Before submission of `records`: (limits, points per task, what to tell).
+    """Before submission of `runs`: (limits, runs per task, what to tell).
 
     `leaving` tasks in the queue are cancelled before.
-    More tasks than the user may submit are made fewer by running several points in each. Raises
+    More tasks than the user may submit are made fewer by running several runs in each. Raises
     UserError for what would make every task fail, and if they are too many nevertheless.
     """
     told = []
@@ -299,26 +291,26 @@ def preflight(
             raise UserError(finding.text)
         if finding.level == "warning":
             told.append(f"warning: {finding.text}")
-    per_task = profile.points_per_task
-    if found.max_submit is None or not records:
+    per_task = profile.runs_per_task
+    if found.max_submit is None or not runs:
         return found, per_task, told
     free = found.max_submit - found.in_queue + leaving
-    run_ids = {record.run_id for record in records}
-    elsewhere = {need for record in records for need in record.needs} - run_ids
+    run_ids = {run.run_id for run in runs}
+    elsewhere = {need for run in runs for need in run.needs} - run_ids
 
     def tasks(per_task: int) -> int:
         size = found.max_array_size
-        arrays = plan_arrays(records, run_ids, elsewhere, {}, 1, per_task, size)
+        arrays = plan_arrays(runs, run_ids, elsewhere, {}, 1, per_task, size)
         return sum(len(array.tasks) for array in arrays)
 
-    if (least := tasks(len(records))) > free:
+    if (least := tasks(len(runs))) > free:
         raise UserError(
             f"this user may submit {found.max_submit} jobs ({found.source}) and has "
             f"{found.in_queue} in the queue; "
             f"the sweep needs {least} at the least: wait, or give fewer stages or seeds at once"
         )
     if tasks(per_task) > free:
-        per_task = max(per_task, -(-len(records) // free))
+        per_task = max(per_task, -(-len(runs) // free))
         while tasks(per_task) > free:
             per_task += 1
         more = f"this user may submit {free} more jobs ({found.source})"

@@ -35,7 +35,7 @@ class Chain:
         cluster.file("sbatch", SBATCH.replace("#!/bin/bash", test_only))
         cluster.file("scancel", SCANCEL)
         profile = folder / "profile.yml"
-        profile.write_text(f"executor: slurm\nsignal_lead: 60\npoints_per_task: {per_task}\n")
+        profile.write_text(f"executor: slurm\nsignal_lead: 60\nruns_per_task: {per_task}\n")
         self.sweep = Sweep(folder / "out" / "hand")
         self.argv = ["--configs", str(DIGITS / "bip.yml"), "--profile", str(profile), "--no-wait"]
         self.argv += ["--result-dir", str(folder / "out"), "--exp-name", "hand", "--no-snapshot"]
@@ -54,7 +54,7 @@ class Chain:
         (self.bin / "queue").write_text("".join(lines))
 
     def ids(self, stage: str) -> list[str]:
-        return [record.run_id for record in self.sweep.records() if record.stage == stage]
+        return [record.run_id for record in self.sweep.runs() if record.stage == stage]
 
     @property
     def cancelled(self) -> list[str]:
