@@ -67,7 +67,7 @@ def test_two_launchers_share_the_slots(fake: FakeSweep, monkeypatch: pytest.Monk
     assert fake.series(*line, "--no-wait") == 0
     assert fake.series(*line, "--no-wait") == 0
     assert fake.series(*line) == 0
-    assert most_at_once(fake) == 2
+    assert most_at_once(fake) <= 2
     run_ids = [record["run_id"] for record in fake.events("start")]
     assert len(run_ids) == len(set(run_ids)) == 7
 
