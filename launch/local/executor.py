@@ -1,6 +1,7 @@
 """This machine as an executor: workers, started through submitit, that share the sweep's queue."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from launch.profile import Finding, LocalProfile
 from launch.sweep import FINAL, Place, Queue, Run, Sweep
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
+KILL_SECONDS = 15.0  # loader processes may outlive a killed run by some seconds
 
 
 class LocalExecutor:
@@ -79,30 +81,30 @@ class LocalExecutor:
         """Have those that run save and leave. Raises UserError for those on other machines."""
         deadline = time.monotonic() + save_seconds
         processes: dict[str, RunProcess] = {}
+        killed: set[str] = set()
         while running := [run for run in runs if self.sweep.is_running(run)]:
-            late = time.monotonic() > deadline
+            late = time.monotonic() - deadline
+            claims = {run.run_id: self.sweep.claim(run) for run in running}
             for run in running:
-                # The claim of a run that is just starting does not name its process yet.
-                claim, path = self.sweep.claim(run), self.sweep.claim_path(run.run_id)
-                if "run" not in claim:
+                name, claim = run.run_id, claims[run.run_id]
+                if "run" not in claim:  # it is just starting
                     continue
-                process = processes.get(run.run_id)
-                if process is None:
-                    process = RunProcess(claim["run"], claim["ranks"])
-                    processes[run.run_id] = process
-                    print(f"waiting for {run.run_id} to save (at most {save_seconds:.0f} s)")
-                if not process.has_open(path):
+                if name not in processes:
+                    processes[name] = RunProcess(claim["run"], claim["ranks"])
+                    print(f"waiting for {name} to save (at most {save_seconds:.0f} s)")
+                if not processes[name].has_open(self.sweep.claim_path(name)):
                     continue
-                if late:
-                    print(f"killed: {run.run_id}, which did not leave in time")
-                    process.kill()
-                else:
-                    process.ask_to_stop()
-            if time.monotonic() > deadline + 5:
-                hosts = sorted({str(self.sweep.claim(run).get("host", "?")) for run in running})
+                if late < 0:
+                    processes[name].ask_to_stop()
+                elif name not in killed:
+                    killed.add(name)
+                    print(f"killed {name}, which did not leave in time")
+                    processes[name].kill()
+            hosts = {str(claim.get("host", platform.node())) for claim in claims.values()}
+            if platform.node() not in hosts or late > KILL_SECONDS:
                 raise UserError(
-                    f"{len(running)} runs could not be ended from here; give the same command on "
-                    f"{', '.join(hosts)}"
+                    f"{len(running)} runs cannot be ended from here; give the same command on "
+                    f"{', '.join(sorted(hosts))}"
                 )
             time.sleep(POLL_SECONDS)
 

@@ -96,7 +96,7 @@ def test_a_run_on_another_machine_is_not_signalled_here(
     note = claim(going) | {"host": "far", "run": bystander.pid}
     path.write_text(json.dumps(note))
     try:
-        assert main(["cancel", str(going.folder), "--save-seconds", "0"]) == 2
+        assert main(["cancel", str(going.folder), "--save-seconds", "60"]) == 2
         assert "far" in capsys.readouterr().err
         assert bystander.poll() is None
     finally:
