@@ -51,6 +51,8 @@ def was_stopped(code: int, lines: list[str]) -> bool:
     """Whether a run's process that printed these lines has ended because it was asked to."""
     if code in (ExitCode.STOPPED, -signal.SIGTERM):
         return True
-    # torchrun exits with 1, after a report on the rank that ended first.
+    # torchrun exits with 1: after a signal of its own, or a report on the rank that ended first.
+    if lines and "SignalException" in lines[-1] and lines[-1].endswith("got signal: 15"):
+        return True
     report = [line.split()[2] for line in lines if line.startswith("exitcode  :")]
     return report[-1:] in (["75"], ["-15"])
