@@ -86,7 +86,7 @@ class Retries(BaseModel):
     """How often a run may be interrupted, by cause, before its task is left as failed.
 
     Counted since the task was submitted. A bug and running out of memory are never retried (but a
-    full /dev/shm is, which looks like a file system that is away).
+    full /dev/shm is, which looks like an unreachable file system).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -133,7 +133,7 @@ class SlurmProfile(Profile):
     )
     # How it is interrupted
     signal_lead: int = Field(
-        120, ge=0, le=65535, description="seconds before the time limit at which runs are told"
+        120, ge=0, le=65535, description="seconds before the time limit at which runs are signalled"
     )
     requeue_by: Literal["scontrol", "batch"] = Field(
         "scontrol", description="scontrol: rank 0 requeues; batch: the batch script does"

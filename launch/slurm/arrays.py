@@ -118,7 +118,7 @@ def submit_arrays(
     """Submit what of `run_ids` is neither done nor queued. Their old failures are forgotten.
 
     Tasks in the queue that wait for a failed one are cancelled first, and their runs submitted
-    anew, if what these need is done, in the queue or submitted now.
+    again, if what these need is done, in the queue or submitted now.
     Raises UserError, which names the arrays that SLURM took before, when it refuses one, when a
     file cannot be written, and on Ctrl-C. What was submitted stays, and is in the ledger.
     """
@@ -137,11 +137,11 @@ def submit_arrays(
                 slurm.ask("scancel", *renewed)
                 _wait_for_ending(sweep, run_ids, report, cancelled=renewed)
                 queued = {name: task for name, task in queued.items() if task not in renewed}
-                anew = [run_id for task in renewed for run_id in doomed[task]]
-                run_ids = list(dict.fromkeys([*run_ids, *anew]))
+                again = [run_id for task in renewed for run_id in doomed[task]]
+                run_ids = list(dict.fromkeys([*run_ids, *again]))
                 report(
-                    f"cancelled {len(renewed)} tasks ({len(anew)} runs) that waited for what "
-                    "failed; they are submitted anew"
+                    f"cancelled {len(renewed)} tasks ({len(again)} runs) that waited for what "
+                    "failed; they are submitted again"
                 )
             for reason, count in Counter(left[name] for name in run_ids if name in left).items():
                 report(f"left out ({count}): {reason}")
@@ -296,13 +296,13 @@ def submit_array(
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     finally:
         if not array.job:
-            with contextlib.suppress(OSError):  # the disk is full, say: that was told
+            with contextlib.suppress(OSError):  # such as a full disk, which is reported already
                 for path, note in notes.items():
                     atomic_write_bytes(path, note)
 
 
 def _withdraw(array: Array, problem: str) -> str:
-    """Cancel an array that could not be recorded; what to tell."""
+    """Cancel an array that could not be recorded; the message for the user."""
     job, array.job = array.job, ""
     try:
         slurm.ask("scancel", job)
@@ -314,7 +314,7 @@ def _withdraw(array: Array, problem: str) -> str:
 def sbatch_parameters(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:
-    """What submitit is told: its own names where it has them, SLURM's for the rest."""
+    """submitit's parameters: its own names where it has them, SLURM's for the rest."""
     count = len(array.tasks)
     further: dict[str, Any] = {
         "array": f"0-{count - 1}%{array.parallelism}",
@@ -363,7 +363,7 @@ def sbatch_parameters(
 def _executor(
     folder: Path, profile: SlurmProfile, sweep: Path, tasks: Path, taken: Callable[[str], None]
 ) -> Any:
-    """submitit's executor, with three edges taken off. `taken` hears the job's ID at once."""
+    """submitit's executor, with three edges taken off. `taken` gets the job's ID at once."""
     import submitit  # slow, and only needed here
     from submitit.core.utils import JobPaths
 

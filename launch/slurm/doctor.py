@@ -71,7 +71,7 @@ def limits(profile: SlurmProfile) -> Limits:
         qos = _qos_records(profile, found, partitions)
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
-    # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
+    # A group's limit counts the jobs of others too: only a submission shows how many.
     bounds = [
         (int(text), _source(name, record))
         for record in [*found, *qos]
@@ -115,7 +115,7 @@ def _qos_records(
 
 
 def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Finding]:
-    """What the controller tells about the profile; nothing is submitted. `found`: its `limits`."""
+    """What the controller answers about it; nothing is submitted. `found`: the `limits`."""
     try:
         found = found or limits(profile)
         settings = slurm.settings()
@@ -133,11 +133,11 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
         where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
         yield from _preemption(settings, partition, found, where)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
-    yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
+    yield Finding("ok", f"time limit: runs are signalled {lead}, save, and are requeued")
     if settings.get("JobRequeue") == "0":
         yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
     if "none" in settings.get("AccountingStorageType", "none"):
-        yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
+        yield Finding("warning", "no accounting: sacct does not show ended tasks; the ledger does")
     if found.unknown:
         yield Finding("warning", f"limits of the account and QOS are not known: {found.unknown}")
     most = "unknown limits on jobs" if found.unknown else "no limit on jobs"
@@ -191,7 +191,7 @@ def _preemption(
         )
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
-    told = "the user signal" if "send_user_signal" in options else "SIGTERM"
+    signal = "the user signal" if "send_user_signal" in options else "SIGTERM"
     kill_wait = slurm.number(settings.get("KillWait", ""), 30)
     seconds = grace or kill_wait
     kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
@@ -202,7 +202,7 @@ def _preemption(
             "not let requeue themselves are resubmitted by python -m launch resume FOLDER",
         )
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
-    then = f"{told}, then {seconds} s to finish a step and save ({kind})"
+    then = f"{signal}, then {seconds} s to finish a step and save ({kind})"
     yield Finding(level, f"preemption{where} ({mode}): {then}")
 
 
@@ -278,22 +278,22 @@ def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
 def preflight(
     profile: SlurmProfile, runs: Sequence[Run], leaving: int = 0
 ) -> tuple[Limits, int, list[str]]:
-    """Before submission of `runs`: (limits, runs per task, what to tell).
+    """Before submission of `runs`: (limits, runs per task, lines for the user).
 
     `leaving` tasks in the queue are cancelled before.
     More tasks than the user may submit are made fewer by running several runs in each. Raises
     UserError for what would make every task fail, and if they are too many nevertheless.
     """
-    told = []
+    lines = []
     found = limits(profile)
     for finding in examine(profile, found):
         if finding.level == "error":
             raise UserError(finding.text)
         if finding.level == "warning":
-            told.append(f"warning: {finding.text}")
+            lines.append(f"warning: {finding.text}")
     per_task = profile.runs_per_task
     if found.max_submit is None or not runs:
-        return found, per_task, told
+        return found, per_task, lines
     free = found.max_submit - found.in_queue + leaving
     run_ids = {run.run_id for run in runs}
     elsewhere = {need for run in runs for need in run.needs} - run_ids
@@ -314,5 +314,5 @@ def preflight(
         while tasks(per_task) > free:
             per_task += 1
         more = f"this user may submit {free} more jobs ({found.source})"
-        told.append(f"{per_task} runs per array task: {more}")
-    return found, per_task, told
+        lines.append(f"{per_task} runs per array task: {more}")
+    return found, per_task, lines

@@ -1,4 +1,4 @@
-"""Tasks that wait in SLURM's queue for one that failed: cancelled, and submitted anew."""
+"""Tasks that wait in SLURM's queue for one that failed: cancelled, and submitted again."""
 
 import os
 from pathlib import Path
@@ -96,7 +96,7 @@ def test_what_waits_for_a_failed_run_is_submitted_anew(
     blocked = ("blocked", "its task in the queue waits for one that failed")
     assert states == [("failed", "ValueError: bug"), *4 * [blocked]]
     assert getattr(chain, command)() == 0
-    told = "cancelled 4 tasks (4 runs) that waited for what failed; they are submitted anew"
+    told = "cancelled 4 tasks (4 runs) that waited for what failed; they are submitted again"
     assert told in capsys.readouterr().out.splitlines()
     assert chain.cancelled == ["102_0", "102_1", "103_0", "103_1"]
     assert chain.submitted() == [
