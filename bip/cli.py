@@ -1,19 +1,22 @@
-"""Command-line flags of a pydantic model: only what was given, and errors of one line."""
+"""The command line: flags of a pydantic model, commands as functions, errors of one line."""
 
 import contextlib
 import difflib
 import inspect
 import io
+import os
+import sys
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
-from typing import Annotated, Any, TypedDict, Union, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, TypedDict, Union, cast, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from bip.errors import UserError
+from bip.errors import ExitCode, RankError, UserError, outcome
 
 
 def _flag_type(field: FieldInfo) -> Any:
@@ -85,42 +88,92 @@ def parse_flags(
     return {name: value for group in given.values() for name, value in group.items()}
 
 
-def call(commands: dict[str, Callable[..., None]], argv: list[str], prog: str) -> None:
-    """Call the function that the first word of `argv` names, the other words its parameters.
+Command = Callable[..., int | None]
 
-    Parameters without default are given by position, the others as flags. Raises UserError like
-    `parse_flags`.
+
+def run(package: str, script: str, commands: Mapping[str, Command], argv: list[str]) -> int:
+    """Run one of a program's commands; its exit code, by the table in `bip.errors`.
+
+    Args:
+        package: of `python -m PACKAGE`.
+        script: the program's other name, its console script.
+        commands: by the name that is the first word of `argv`.
+        argv: the words of the command line.
     """
-    if argv[:1] not in [[name] for name in commands] and argv[:1] not in (["-h"], ["--help"]):
-        given = f"unknown command {argv[0]!r}{nearest(argv[0], commands)}" if argv else "no command"
-        raise UserError(f"{prog}: {given}; one of {', '.join(commands)}")
-    if argv[0] not in commands:
-        tyro.extras.subcommand_cli_from_dict(commands, args=argv, prog=prog)
-    command = commands[argv[0]]
+    try:
+        return call(commands, argv, program(package, script))
+    except (Exception, KeyboardInterrupt) as error:
+        found = outcome(error)
+        if found is None:
+            raise
+        code, message = found
+        if code == ExitCode.BROKEN_PIPE:  # and nothing to flush there at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        if isinstance(error, RankError):
+            os._exit(code)  # the process group may wait for a dead rank for ever
+        return code
+
+
+def program(package: str, script: str) -> str:
+    """The name that the program was called by."""
+    return script if Path(sys.argv[0]).name == script else f"python -m {package}"
+
+
+def call(commands: Mapping[str, Command], argv: list[str], prog: str) -> int:
+    """Call the function that the first word of `argv` names; its exit code.
+
+    The other words are its parameters: those without default by position or as flags, the others
+    as flags, unless marked as `tyro.conf.Positional`. Keyword-only parameters are not the user's.
+    A function of `*argv` takes the words as they are. Raises UserError like `parse_flags`.
+    """
+    name, *rest = argv or [""]
+    if name in ("", "-h", "--help"):
+        print(_overview(commands, prog))
+        return 0 if argv else ExitCode.USER
+    if name not in commands:
+        raise UserError(f"unknown command {name!r}{nearest(name, commands)}; see --help")
+    command = commands[name]
+    if any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(command).parameters.values()):
+        return command(*rest) or 0
     with _one_line_errors():
-        parameters: Any = tyro.cli(
-            _parameters(command), args=argv[1:], prog=f"{prog} {argv[0]}",
-            description=(inspect.getdoc(command) or "").split("\n\nRaises:")[0],
-            config=(tyro.conf.PositionalRequiredArgs,),
-        )  # fmt: skip
-    command(**parameters)
+        parameters: Any = tyro.cli(_parameters(command, rest), args=rest, prog=f"{prog} {name}")
+    return command(**parameters) or 0
 
 
-def _parameters(command: Callable[..., None]) -> Callable[..., dict[str, Any]]:
-    """A function of the same signature that only returns what it was given."""
+def _doc(command: Command) -> str:
+    return inspect.getdoc(getattr(command, "func", command)) or ""  # `func`: of a partial
+
+
+def _overview(commands: Mapping[str, Command], prog: str) -> str:
+    width = max(map(len, commands))
+    lines = [f"  {name:{width}}  {_doc(c).splitlines()[0]}" for name, c in commands.items()]
+    usage = f"usage: {prog} COMMAND ..."
+    return "\n".join([usage, "", *lines, "", f"{prog} COMMAND --help shows its options"])
+
+
+def _parameters(command: Command, words: list[str]) -> Callable[..., dict[str, Any]]:
+    """A function of the signature that tyro is to parse; it returns what it is given."""
 
     def given(**values: Any) -> dict[str, Any]:
         return values
 
-    shown: Any = given
-    signature = inspect.signature(command)
-    shown.__signature__ = signature
-    shown.__annotations__ = {
-        name: Annotated[parameter.annotation, tyro.conf.arg(metavar=name.upper())]
-        if parameter.default is parameter.empty
-        else parameter.annotation
-        for name, parameter in signature.parameters.items()
-    }
+    flags = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    signature, positional = inspect.signature(command), cast(Any, tyro.conf.Positional)
+    parameters = []
+    for p in signature.parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            continue
+        if p.default is p.empty:
+            kind = p.annotation if p.name in flags else positional[p.annotation]
+            name = tyro.conf.arg(metavar=p.name.upper())
+            p = p.replace(annotation=Annotated[kind, name])
+        parameters.append(p)
+    function: Any = given
+    function.__doc__ = _doc(command).split("\n\nRaises:")[0]
+    function.__signature__ = signature.replace(parameters=parameters, return_annotation=dict)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
     return given
 
 

@@ -1,10 +1,13 @@
-"""How a run ends when it does not finish."""
+"""How a command ends when it does not finish: the exceptions, and the one table of exit codes."""
+
+import errno
+from enum import IntEnum
 
 
 class UserError(Exception):
     """Bad input. The message is one line that names the key, file or record and what to do.
 
-    Commands print it as ``error: MESSAGE`` on stderr and exit with code 2.
+    Commands print it as ``error: MESSAGE`` on stderr and exit with `ExitCode.USER`.
     """
 
 
@@ -18,19 +21,54 @@ class LostWorker(UserError):
 class RankError(Exception):
     """Ranks disagree, or one is gone. The message names them.
 
-    Commands print it as ``error: MESSAGE`` on stderr and exit with code 1 at once, so that the
-    other processes of the step are ended too.
+    Commands print it as ``error: MESSAGE`` on stderr and exit with `ExitCode.FAILED` at once, so
+    that the other processes of the step are ended too.
     """
 
 
 class Stopped(Exception):
     """All ranks agreed to stop on a signal, and what could be saved is saved.
 
-    `cause` names the signal; `step` is the iteration saved. Commands exit with code 75
-    (EX_TEMPFAIL: try again); under SLURM the launcher requeues the task instead.
+    `cause` names the signal; `step` is the iteration saved. Commands exit with
+    `ExitCode.STOPPED`; under SLURM the launcher requeues the task instead.
     """
 
     def __init__(self, cause: str, step: int) -> None:
         super().__init__(f"stopped by {cause} at step {step}; the same command goes on from there")
         self.cause = cause
         self.step = step
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `bip` and `launch`. Numbers of 64 to 78 are those of sysexits.h."""
+
+    DONE = 0
+    FAILED = 1  # a bug, a lost rank; a sweep with runs that are not done
+    USER = 2  # bad input, which the user can fix
+    UNREACHABLE = 74  # EX_IOERR: a file system is unreachable; try again
+    STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, and saved; the same command goes on
+    INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
+    BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as in `| head`
+
+
+def outcome(error: BaseException) -> tuple[ExitCode, str] | None:
+    """The exit code of a command that raised `error`, and its message for stderr ("" for none).
+
+    None for a bug, which needs its traceback.
+    """
+    from bip.files import may_pass  # which imports this module
+
+    match error:
+        case UserError():
+            return ExitCode.USER, f"error: {error}"
+        case RankError():
+            return ExitCode.FAILED, f"error: {error}"
+        case Stopped():
+            return ExitCode.STOPPED, str(error)
+        case KeyboardInterrupt():
+            return ExitCode.INTERRUPTED, "interrupted"
+        case OSError(errno=errno.EPIPE):
+            return ExitCode.BROKEN_PIPE, ""
+        case OSError() if may_pass(error):
+            return ExitCode.UNREACHABLE, f"error: {error}; try again"
+    return None

@@ -3,11 +3,13 @@
 import re
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -49,6 +51,14 @@ def _minutes(value: object) -> object:
     return (int(days or 0) * 24 + hours) * 60 + minutes + -(-seconds // 60)
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What a profile's machines will do. An error makes every run fail; a warning may cost work."""
+
+    level: Literal["ok", "warning", "error"]
+    text: str
+
+
 class Profile(BaseModel):
     """What every profile holds. Names are SLURM's where SLURM has one."""
 
@@ -76,7 +86,7 @@ class Retries(BaseModel):
     """How often a run may be interrupted, by cause, before its task is left as failed.
 
     Counted since the task was submitted. A bug and running out of memory are never retried (but a
-    full /dev/shm is, which looks like a file system that is away).
+    full /dev/shm is, which looks like an unreachable file system).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -115,10 +125,15 @@ class SlurmProfile(Profile):
     )
     srun_args: list[str] = Field(default_factory=list, description="further srun arguments")
     python: str = Field(sys.executable, description="python of the ranks, on the compute nodes")
-    points_per_task: int = Field(1, ge=1, description="runs that one array task does in turn")
+    runs_per_task: int = Field(
+        1,
+        ge=1,
+        description="runs that one array task does in turn",
+        validation_alias=AliasChoices("runs_per_task", "points_per_task"),  # its first name
+    )
     # How it is interrupted
     signal_lead: int = Field(
-        120, ge=0, le=65535, description="seconds before the time limit at which runs are told"
+        120, ge=0, le=65535, description="seconds before the time limit at which runs are signalled"
     )
     requeue_by: Literal["scontrol", "batch"] = Field(
         "scontrol", description="scontrol: rank 0 requeues; batch: the batch script does"
@@ -183,10 +198,8 @@ class SlurmProfile(Profile):
         return self.nodes * self.ntasks_per_node
 
 
-PROFILES: dict[str, type[LocalProfile] | type[SlurmProfile]] = {
-    "local": LocalProfile,
-    "slurm": SlurmProfile,
-}
+AnyProfile = LocalProfile | SlurmProfile
+PROFILES: dict[str, type[AnyProfile]] = {"local": LocalProfile, "slurm": SlurmProfile}
 
 
 class _Loader(UniqueKeyLoader):
@@ -199,7 +212,7 @@ class _Loader(UniqueKeyLoader):
         return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
 
 
-def load_profile(path: Path | None, parallelism: int | None = None) -> LocalProfile | SlurmProfile:
+def load_profile(path: Path | None, parallelism: int | None = None) -> AnyProfile:
     """The profile in `path` (None: the local one); `parallelism` beats the file's.
 
     Raises UserError naming the file and the key.

@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,15 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from launch.slurm import client as slurm
-from launch.slurm.arrays import doomed_tasks, submitted_tasks
-from launch.sweep import FINAL, Record, State, StateName, Sweep
+from launch.executor import executors_of
+from launch.sweep import FINAL, Place, Run, State, StateName, Sweep
 
 _STYLES: dict[StateName, str] = {
     "waiting": "dim",
     "running": "cyan",
     "done": "green",
     "failed": "bold red",
+    "cancelled": "magenta",
     "blocked": "yellow",
 }
 _AXES = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed": "seed"}
@@ -31,7 +30,7 @@ _AXES = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one point. `top1` is in percent, `sparsity` a fraction, `seconds` wall."""
+    """What is known of one run. `top1` is in percent, `sparsity` a fraction, `seconds` wall."""
 
     run_id: str
     stage: str
@@ -54,50 +53,23 @@ class Row:
 
 
 def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
-    """One row per point of the sweep in `folder` (or of `run_ids` only).
+    """One row per run of the sweep in `folder` (or of `run_ids` only).
 
     Raises UserError if `folder` is no sweep folder.
     """
     sweep = Sweep(folder)
-    records = sweep.records()
-    tasks = submitted_tasks(sweep)
-    queue = _queue(tasks)  # asked before results are looked for: a task may end in between
-    queued = None if queue is None else {run_id: _queued_state(q) for run_id, q in queue.items()}
-    states = sweep.states(records, queued, tasks)
-    if queue and queued and not sweep.live_workers():
-        done = {run_id for run_id, state in states.items() if state.name == "done"}
-        failed = {run_id for run_id, state in states.items() if state.name == "failed"}
-        if doomed := doomed_tasks(sweep, done, failed, queue):
-            blocked = State("blocked", "its task in the queue waits for one that failed")
-            queued |= {run_id: blocked for run_ids in doomed.values() for run_id in run_ids}
-            states = sweep.states(records, queued, tasks)
-    rows = []
-    for record in records:
-        if run_ids is None or record.run_id in run_ids:
-            row = _row(sweep, record, states[record.run_id], (queue or {}).get(record.run_id))
-            rows.append(replace(row, task=tasks.get(record.run_id, "")))
-    return rows
+    runs = sweep.runs()
+    places: dict[str, Place] = {}
+    for executor in executors_of(sweep):  # before results are looked for
+        places |= executor.queue()
+    states = sweep.states(runs, places)
+    wanted = [run for run in runs if run_ids is None or run.run_id in run_ids]
+    return [_row(sweep, run, states[run.run_id], places.get(run.run_id)) for run in wanted]
 
 
-def _queue(tasks: dict[str, str]) -> dict[str, slurm.Queued] | None:
-    """RUN_ID -> its place in SLURM's queue; None if SLURM cannot be asked."""
-    try:
-        found = slurm.queue(task.split("_")[0] for task in tasks.values())
-    except slurm.SlurmError as error:
-        print(f"warning: {error}; states as of the files alone", file=sys.stderr)
-        return None
-    return {run_id: found[task] for run_id, task in tasks.items() if task in found}
-
-
-def _queued_state(queued: slurm.Queued) -> State:
-    if queued.state == "PENDING":
-        return State("waiting", f"in the queue ({queued.reason})")
-    return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
-
-
-def _row(sweep: Sweep, record: Record, state: State, queued: slurm.Queued | None) -> Row:
-    folder = sweep.folder / record.folder
-    values = {name: value for name, value in asdict(record).items() if name in Row.__annotations__}
+def _row(sweep: Sweep, run: Run, state: State, place: Place | None) -> Row:
+    folder = sweep.folder / run.folder
+    values = {name: value for name, value in asdict(run).items() if name in Row.__annotations__}
     values |= {"state": state.name, "reason": state.reason, "folder": str(folder)}
     if state.name == "done":
         result = _read_json(folder / "result.json")
@@ -109,10 +81,12 @@ def _row(sweep: Sweep, record: Record, state: State, queued: slurm.Queued | None
     else:
         last = _last_record(folder / "metrics.jsonl")
         values |= {name: last.get(name) for name in ("epoch", "epochs", "loss")}
-        started = sweep.started(record) if state.name == "running" and queued is None else None
-        values["seconds"] = None if started is None else max(0.0, time.time() - started)
-        if state.name == "running" and queued is not None:
-            values["seconds"] = queued.seconds
+        if state.name == "running":
+            values["seconds"] = place and place.seconds
+            if values["seconds"] is None and (started := sweep.claim(run).get("started")):
+                values["seconds"] = max(0.0, time.time() - started)
+    if place is not None:
+        values["task"] = place.task
     return Row(**values)
 
 
@@ -182,10 +156,10 @@ def table(rows: list[Row], folder: Path, width: int) -> Group:
         Text(f"{state} ({stage}{f', {count} runs' if count > 1 else ''}): {reason}", _STYLES[state])
         for (stage, state, reason), count in reasons.items()
     ]
-    places = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
+    where = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
     if any(row.state in FINAL[1:] for row in rows):
-        places.append(Text(f"what the runs printed: {folder}/jobs/RUN_ID.log"))
-    return Group(*lines, found, *trouble, *places)
+        where.append(Text(f"what they printed: python -m launch logs {folder}"))
+    return Group(*lines, found, *trouble, *where)
 
 
 def _cells(row: Row, axes: list[str], folder: Path) -> list[str]:

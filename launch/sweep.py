@@ -1,20 +1,22 @@
-"""The sweep folder: its ledger of points, the queue, the claims, and the state of every point.
+"""The sweep folder: its ledger of runs, the queue, the claims, and the state of every run.
 
-    series.json           the ledger: every point that ever belonged to the sweep
-    points/RUN_ID.yml     a point's configuration
-    jobs/queue.json       the points that workers are to run now, and how many at once
-    jobs/RUN_ID.lock      held (flock) while the point runs, by its worker and by the run itself
+    series.json           the ledger: every run that ever belonged to the sweep
+    points/RUN_ID.yml     a run's configuration
+    jobs/queue.json       the runs that local workers are to do now, and how many at once
+    jobs/profile.json     the profile of the last submission
+    jobs/arrays.jsonl     the SLURM arrays that were submitted
+    jobs/RUN_ID.lock      held (flock) by a local run's worker and by the run itself
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
-    jobs/RUN_ID.begun     the newest attempt of an array task of which a rank began
+    jobs/RUN_ID.begun     the newest attempt of an array task in which a rank started
     jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
-    jobs/RUN_ID.failed.before  what was said of attempts that were not final
+    jobs/RUN_ID.failed.before  the same of attempts that were not final
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
     MODE/RUN_ID/          the run folders; result.json in one means done
 
-A point's state is read from these files and nowhere else, so any number of launchers, workers and
-onlookers agree on it, and the kernel releases the locks of whatever dies.
+A run's state is read from these files and from SLURM's queue, so any number of launchers, workers
+and onlookers agree on it, and the kernel releases the locks of whatever dies.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bip.config import read_yaml
 from bip.errors import UserError
@@ -35,14 +37,15 @@ from bip.methods.base import Mode
 from launch.plan import STAGES, Point, check_same_source
 
 VERSION = 1
-StateName = Literal["waiting", "running", "done", "failed", "blocked"]
-FINAL: tuple[StateName, ...] = ("done", "failed", "blocked")
+StateName = Literal["waiting", "running", "done", "failed", "cancelled", "blocked"]
+FINAL: tuple[StateName, ...] = ("done", "failed", "cancelled", "blocked")
 LEFT_QUEUE = "its task left SLURM's queue"
+CANCELLED = "cancelled"  # how the reason of a cancelled run starts
 
 
 @dataclass(frozen=True)
-class Record:
-    """One line of the ledger. Paths are relative to the sweep folder, which may be moved."""
+class Run:
+    """One run, as the ledger has it. Paths are relative to the sweep folder, which may be moved."""
 
     run_id: str
     stage: Mode
@@ -56,19 +59,19 @@ class Record:
     needs: list[str]
 
     @classmethod
-    def of(cls, point: Point) -> "Record":
-        config = point.config
+    def of(cls, planned: Point) -> "Run":
+        config = planned.config
         return cls(
-            run_id=point.run_id,
-            stage=point.stage,
+            run_id=planned.run_id,
+            stage=planned.stage,
             k=config.k_text,
             seed=config.seed,
             arch=config.arch,
             layer_type=config.layer_type,
-            trainer=point.trainer,
-            folder=f"{point.stage}/{point.run_id}",
-            config=f"points/{point.run_id}.yml",
-            needs=list(point.needs),
+            trainer=planned.trainer,
+            folder=f"{planned.stage}/{planned.run_id}",
+            config=f"points/{planned.run_id}.yml",
+            needs=list(planned.needs),
         )
 
 
@@ -79,10 +82,19 @@ class State:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where an executor has a run: in its queue, running, or gone from it."""
+
+    state: State | None  # None: not known
+    task: str = ""  # the newest SLURM array task
+    seconds: float | None = None  # that it has been running
+
+
+@dataclass(frozen=True)
 class Queue:
     """What workers are to do now. `command` is run with `--configs FILE` appended."""
 
-    points: list[str]
+    run_ids: list[str]
     parallelism: int
     ntasks_per_node: int
     cpus_per_task: int
@@ -150,6 +162,7 @@ class Sweep:
         self.folder = folder
         self.ledger = folder / "series.json"
         self.jobs = folder / "jobs"
+        self.queue_path = self.jobs / "queue.json"
 
     def log(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.log"
@@ -169,10 +182,10 @@ class Sweep:
     def loss_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.lost"
 
-    def records(self) -> list[Record]:
-        """The ledger's points, in the order of stages.
+    def runs(self) -> list[Run]:
+        """The ledger's runs, in the order of stages.
 
-        Raises UserError if there is no ledger, OSError if its file system is away.
+        Raises UserError if there is no ledger, OSError if its file system is unreachable.
         """
         try:
             content = json.loads(self.ledger.read_text())
@@ -181,7 +194,7 @@ class Sweep:
                     f"{self.ledger}: format version {content['version']}, not {VERSION}; "
                     "it was made by another version of this program"
                 )
-            return [Record(**values) for values in content["points"]]
+            return [Run(**values) for values in content["points"]]
         except FileNotFoundError:
             raise UserError(
                 f"{self.folder}: not a sweep folder (no series.json); give RESULT_DIR/EXP_NAME "
@@ -193,126 +206,129 @@ class Sweep:
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
             ) from None
 
-    def add(self, points: Sequence[Point]) -> None:
-        """Merge the points into the ledger and write their configurations.
+    def add(self, planned: Sequence[Point]) -> None:
+        """Merge the runs into the ledger and write their configurations.
 
         Raises UserError, with nothing written, if one of them is there with another source_net,
-        and if the folder cannot be written; OSError if its file system is away.
+        and if the folder cannot be written; OSError if its file system is unreachable.
         """
         changed: dict[Path, bytes] = {}
-        records = [Record.of(point) for point in points]
-        for point, record in zip(points, records, strict=True):
-            path, text = self.folder / record.config, point.config.to_yaml().encode()
+        runs = [Run.of(one) for one in planned]
+        for one, run in zip(planned, runs, strict=True):
+            path, text = self.folder / run.config, one.config.to_yaml().encode()
             if path.is_file():
                 if path.read_bytes() == text:
                     continue
                 old = read_yaml(path).get("source_net")
-                check_same_source(point.run_id, old and Path(old), point.config.source_net)
+                check_same_source(run.run_id, old and Path(old), one.config.source_net)
             changed[path] = text
         try:
-            self._write(records, changed)
+            self._write(runs, changed)
         except OSError as error:
             raise_passing(error, self.folder)
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
 
-    def _write(self, records: list[Record], changed: dict[Path, bytes]) -> None:
+    def _write(self, runs: list[Run], changed: dict[Path, bytes]) -> None:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         with Lock.wait(self.jobs / "ledger.lock"):
             with ThreadPoolExecutor(16) as pool:  # fsync is waiting, and a disk takes many at once
                 list(pool.map(atomic_write_bytes, changed, changed.values()))
-            old = self.records() if self.ledger.exists() else []
-            merged = {record.run_id: record for record in [*old, *records]}
-            ordered = sorted(merged.values(), key=lambda record: STAGES.index(record.stage))
+            old = self.runs() if self.ledger.exists() else []
+            merged = {run.run_id: run for run in [*old, *runs]}
+            ordered = sorted(merged.values(), key=lambda run: STAGES.index(run.stage))
             if ordered != old:
-                content = {"version": VERSION, "points": [asdict(record) for record in ordered]}
+                content = {"version": VERSION, "points": [asdict(run) for run in ordered]}
                 atomic_write_json(self.ledger, content)
 
     def queue(self) -> Queue:
-        return Queue(**json.loads((self.jobs / "queue.json").read_text()))
+        values = json.loads(self.queue_path.read_text())
+        return Queue(run_ids=values.pop("points"), **values)
 
     def set_queue(self, queue: Queue) -> None:
-        """Queue points, their old failures forgotten. Points that live workers have stay queued."""
-        path = self.jobs / "queue.json"
+        """Queue runs, their old failures forgotten. Runs that live workers have stay queued."""
         with Lock.wait(self.jobs / "ledger.lock"):
-            points = queue.points
-            # Workers submitted just now have not begun yet.
+            run_ids = queue.run_ids
+            # Workers submitted just now have not started yet.
+            path = self.queue_path
             recent = path.exists() and time.time() - path.stat().st_mtime < 60
             if recent or self.live_workers():
-                points = list(dict.fromkeys([*self.queue().points, *points]))
-            for run_id in queue.points:
+                run_ids = list(dict.fromkeys([*self.queue().run_ids, *run_ids]))
+            for run_id in queue.run_ids:
                 self.failure_path(run_id).unlink(missing_ok=True)
-            atomic_write_json(path, asdict(queue) | {"points": points})
+            values = asdict(queue)
+            del values["run_ids"]
+            atomic_write_json(path, {"points": run_ids} | values)
 
     def unfinished(self) -> int:
-        """How many of the queued points may still change their state."""
-        states = self.states(self.records())
-        return sum(states[run_id].name not in FINAL for run_id in self.queue().points)
+        """How many of the queued runs may still change their state."""
+        states = self.states(self.runs())
+        return sum(states[run_id].name not in FINAL for run_id in self.queue().run_ids)
 
     def live_workers(self) -> int:
         return sum(map(Lock.is_held, self.jobs.glob("worker-*.lock")))
 
-    def is_done(self, record: Record) -> bool:
-        return (self.folder / record.folder / "result.json").exists()
+    def is_done(self, run: Run) -> bool:
+        return (self.folder / run.folder / "result.json").exists()
+
+    def is_running(self, run: Run) -> bool:
+        """Whether it runs locally."""
+        return Lock.is_held(self.claim_path(run.run_id))
 
     def fail(self, run_id: str, reason: str) -> None:
         self.note(self.failure_path(run_id), reason)
+
+    def mark_cancelled(self, run_id: str, why: str = "") -> None:
+        """No attempt of the run starts from now on, until it is submitted again."""
+        self.fail(run_id, f"{CANCELLED}{why}; python -m launch resume {self.folder} goes on")
 
     @staticmethod
     def note(path: Path, reason: str) -> None:
         atomic_write_json(path, {"reason": reason, "time": time.time()})
 
-    def failure(self, record: Record) -> str | None:
-        """Why the last attempt failed, or None."""
+    def failure(self, run: Run) -> str | None:
+        """Why the last attempt failed or was cancelled, or None."""
         try:
-            return str(json.loads(self.failure_path(record.run_id).read_text())["reason"])
+            return str(json.loads(self.failure_path(run.run_id).read_text())["reason"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
             return "failed (its record is unreadable)"
 
     def states(
-        self,
-        records: Collection[Record],
-        queued: Mapping[str, State] | None = None,
-        submitted: Mapping[str, str] | None = None,
+        self, runs: Collection[Run], places: Mapping[str, Place] | None = None
     ) -> dict[str, State]:
-        """The state of every point. A point is blocked when a point that it needs cannot finish.
+        """The state of every run. A run is blocked when a run that it needs cannot finish.
 
-        `queued` tells of points in SLURM's queue; those of `submitted` (RUN_ID -> array task) that
-        are not there have left it. With None that is not known.
+        `places`: of runs that an executor has in a queue, or has lost (RUN_ID -> place).
         """
-        submitted = submitted or {}
-        lost = {} if queued is None or self.live_workers() else submitted
         states: dict[str, State] = {}
-        # Stage order: what a point needs comes before it.
-        for record in records:
-            needed = [(name, states.get(name)) for name in record.needs]
-            stuck = [name for name, state in needed if state and state.name in FINAL[1:]]
-            if self.is_done(record):
+        # Stage order: what a run needs comes before it.
+        for run in runs:
+            needed = [(name, states.get(name)) for name in run.needs]
+            stuck = [(name, s.name) for name, s in needed if s and s.name in FINAL[1:]]
+            place = (places or {}).get(run.run_id)
+            if self.is_done(run):
                 state = State("done")
-            elif Lock.is_held(self.claim_path(record.run_id)):
+            elif self.is_running(run):
                 state = State("running")
-            elif (reason := self.failure(record)) is not None:
-                state = State("failed", reason)
-            elif queued and record.run_id in queued:
-                state = queued[record.run_id]
+            elif (reason := self.failure(run)) is not None:
+                state = State("cancelled" if reason.startswith(CANCELLED) else "failed", reason)
+            elif place and place.state and (place.state.name != "failed" or not stuck):
+                state = place.state
             elif stuck:
-                state = State("blocked", f"needs {stuck[0]}, which {states[stuck[0]].name}")
-            elif record.run_id in lost:
-                err = f"jobs/slurm/{submitted[record.run_id]}_0_log.err"
-                told = f"without a result; see {err}"
-                if not (self.folder / err).exists():
-                    told = f"and never started; python -m launch resume {self.folder} submits it"
-                state = State("failed", f"{LEFT_QUEUE} {told}")
+                name, end = stuck[0]
+                which = "which failed" if end == "failed" else f"which is {end}"
+                state = State("blocked", f"needs {name}, {which}")
             else:
                 state = State("waiting")
-            states[record.run_id] = state
+            states[run.run_id] = state
         return states
 
-    def started(self, record: Record) -> float | None:
-        """When (Unix seconds) the running attempt began."""
+    def claim(self, run: Run) -> dict[str, Any]:
+        """What the worker of a running local run noted: when it started, and its process."""
         try:
-            return float(json.loads(self.claim_path(record.run_id).read_text())["started"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+            found: dict[str, Any] = json.loads(self.claim_path(run.run_id).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found

@@ -12,43 +12,40 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from bip.files import may_pass
+from launch.executor import Executor
 from launch.status import Row, epochs, status, summary
 from launch.sweep import FINAL, LEFT_QUEUE, Sweep
 
-POLL_SECONDS = 0.5
-SLURM_POLL_SECONDS = 5.0
 # Workers need a moment to start; after this long without one, nothing more will happen.
 DEAD_SECONDS = 30.0
 # A task may be out of the queue for a moment (a controller that restarts, a result on its way).
 LEFT_SECONDS = 60.0
-AWAY_SECONDS = 3600.0  # how long the file system of the sweep may be away
+UNREACHABLE_SECONDS = 3600.0  # how long the file system of the sweep may be unreachable
 # Workers look around every quarter of a second.
 LEAVING_SECONDS = 5.0
 
 
-def wait(
-    sweep: Sweep, run_ids: Collection[str], console: Console, by_slurm: bool = False
-) -> list[Row]:
-    """Watch until every point is done, failed or blocked, or no (local) worker is left.
+def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor) -> list[Row]:
+    """Watch until every run is final, or nothing is left that might start one.
 
     Returns the final rows.
     """
-    rows = _look(sweep, run_ids)
-    told = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
-    if told:
-        console.print(f"{len(told)} of {len(rows)} runs were finished before")
+    rows = _look(sweep, run_ids, executor)
+    reported = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
+    if reported:
+        console.print(f"{len(reported)} of {len(rows)} runs were finished before")
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )
     overall = progress.add_task(sweep.folder.name, total=len(rows))
     with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
-        for rows in _polls(sweep, run_ids, by_slurm):
+        for rows in polls(sweep, run_ids, executor):
             for row in rows:
-                if row.state in FINAL and row.run_id not in told:
-                    told.add(row.run_id)
-                    console.print(_finished(row, len(told), len(rows)), soft_wrap=True)
+                if row.state in FINAL and row.run_id not in reported:
+                    reported.add(row.run_id)
+                    console.print(_finished(row, len(reported), len(rows)), soft_wrap=True)
             if console.is_terminal:
-                progress.update(overall, completed=len(told), description=summary(rows))
+                progress.update(overall, completed=len(reported), description=summary(rows))
                 running = [_running(row) for row in rows if row.state == "running"]
                 live.update(Group(progress, *running), refresh=True)
         live.update(Text(""))
@@ -56,27 +53,27 @@ def wait(
     return rows
 
 
-def _look(sweep: Sweep, run_ids: Collection[str]) -> list[Row]:
-    """`status`, asked again for an hour where the sweep's file system is away."""
-    began, told = time.monotonic(), False
+def _look(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> list[Row]:
+    """`status`, asked again for an hour where the sweep's file system is unreachable."""
+    began, warned = time.monotonic(), False
     while True:
         try:
             return status(sweep.folder, run_ids)
         except OSError as error:
-            if not may_pass(error) or time.monotonic() - began > AWAY_SECONDS:
+            if not may_pass(error) or time.monotonic() - began > UNREACHABLE_SECONDS:
                 raise
-            if not told:
+            if not warned:
                 print(
                     f"warning: {error}; the runs are left alone, and looked for again for an hour",
                     file=sys.stderr,
                 )
-            told = True
-            time.sleep(SLURM_POLL_SECONDS)
+            warned = True
+            time.sleep(executor.poll_seconds)
 
 
-def _has_workers(sweep: Sweep) -> bool:
+def _is_alive(executor: Executor) -> bool:
     try:
-        return sweep.live_workers() > 0
+        return executor.is_alive()
     except OSError as error:
         if not may_pass(error):
             raise
@@ -87,12 +84,12 @@ def _let_workers_leave(sweep: Sweep) -> None:
     """Wait a moment for workers that found nothing left to do.
 
     They have the environment of the command that started them; the next command, given right
-    after this one, would else find them alive and leave its points to them.
+    after this one, would else find them alive and leave its runs to them.
     """
     end = time.monotonic() + LEAVING_SECONDS
     with contextlib.suppress(OSError):
         while sweep.live_workers() and not sweep.unfinished() and time.monotonic() < end:
-            time.sleep(POLL_SECONDS / 10)
+            time.sleep(0.05)
 
 
 def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
@@ -113,19 +110,16 @@ def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
     ]
 
 
-def _polls(sweep: Sweep, run_ids: Collection[str], by_slurm: bool) -> Iterator[list[Row]]:
+def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterator[list[Row]]:
     """The rows, again and again until all are final."""
     alive = time.monotonic()
     since: dict[str, float] = {}
     while True:
-        rows = _without_hasty(_look(sweep, run_ids), since)
+        rows = _without_hasty(_look(sweep, run_ids, executor), since)
         yield rows
         if all(row.state in FINAL for row in rows):
             return
-        if by_slurm:
-            time.sleep(SLURM_POLL_SECONDS)  # every look is a call of squeue
-            continue
-        if _has_workers(sweep):
+        if _is_alive(executor):
             alive = time.monotonic()
         elif time.monotonic() - alive > DEAD_SECONDS:
             print(
@@ -134,7 +128,7 @@ def _polls(sweep: Sweep, run_ids: Collection[str], by_slurm: bool) -> Iterator[l
                 file=sys.stderr,
             )
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(executor.poll_seconds)
 
 
 def _name(row: Row) -> str:

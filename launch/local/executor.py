@@ -1,36 +1,126 @@
-"""Submission through submitit: queue a sweep's points and start the jobs that run them."""
+"""This machine as an executor: workers, started through submitit, that share the sweep's queue."""
 
 import os
+import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import atomic_write_json
-from launch.local.worker import TRAIN, VISIBLE_GPUS, without_job, work
-from launch.profile import Profile
-from launch.sweep import Queue, Sweep
+from launch.inputs import check_inputs
+from launch.local.processes import RunProcess
+from launch.local.worker import POLL_SECONDS, TRAIN, VISIBLE_GPUS, without_job, work
+from launch.profile import Finding, LocalProfile
+from launch.sweep import FINAL, Place, Queue, Run, Sweep
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
+KILL_SECONDS = 15.0  # loader processes may outlive a killed run by some seconds
 
 
-def submit(sweep: Sweep, profile: Profile, run_ids: list[str], command: list[str] = TRAIN) -> int:
-    """Queue the points and start as many workers as are missing. Returns how many were started.
+class LocalExecutor:
+    """Does runs of one sweep on this machine. Only `submit` needs a profile."""
 
-    Calling it again while workers are alive adds to their queue; there are never more than
-    `profile.parallelism` runs at once.
-    """
-    atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))  # for `resume`
-    profile_values = profile.model_dump(exclude={"executor"})
-    sweep.set_queue(Queue(points=run_ids, command=command, **profile_values))
-    count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()
-    if count > 0:
-        _start_apart(sweep, count)
-    return max(count, 0)
+    poll_seconds = 0.5
+
+    def __init__(
+        self, sweep: Sweep, profile: LocalProfile | None = None, command: list[str] = TRAIN
+    ) -> None:
+        self.sweep, self.command = sweep, command
+        self.profile = profile or LocalProfile.model_validate({"executor": "local"})
+
+    @staticmethod
+    def was_used(sweep: Sweep) -> bool:
+        return sweep.queue_path.exists()
+
+    @property
+    def limit(self) -> str:
+        return f"at most {self.profile.parallelism} at once"
+
+    def prepare(self, configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[str]:
+        check_inputs(configs)
+        return []
+
+    def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
+        """Queue the runs and start as many workers as are missing.
+
+        Calling it again while workers are alive adds to their queue; there are never more than
+        `parallelism` runs at once.
+        """
+        sweep, profile = self.sweep, self.profile
+        atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))
+        facts = profile.model_dump(exclude={"executor"})
+        sweep.set_queue(Queue(run_ids=run_ids, command=self.command, **facts))
+        count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()
+        if count > 0:
+            _start_apart(sweep, count)
+
+    def queue(self) -> dict[str, Place]:
+        return {}  # locks and notes in the sweep's folder show everything
+
+    def is_alive(self) -> bool:
+        return self.sweep.live_workers() > 0
+
+    def cancel(self, save_seconds: float) -> str:
+        sweep = self.sweep
+        runs = {run.run_id: run for run in sweep.runs()}
+        states = sweep.states(runs.values())
+        queued = {*sweep.queue().run_ids}
+        waiting = [n for n in runs if n in queued and states[n].name not in (*FINAL, "running")]
+        running = [n for n in runs if states[n].name == "running"]
+        # A worker looks for this mark before it starts a run, so no further run starts.
+        for run_id in [*waiting, *running]:
+            sweep.mark_cancelled(run_id)
+        self._stop([runs[name] for name in running + waiting], save_seconds)
+        return f"{len(waiting) + len(running)} runs, of which {len(running)} were running"
+
+    def _stop(self, runs: list[Run], save_seconds: float) -> None:
+        """Have those that run save and leave. Raises UserError for those on other machines."""
+        deadline = time.monotonic() + save_seconds
+        processes: dict[str, RunProcess] = {}
+        killed: set[str] = set()
+        while running := [run for run in runs if self.sweep.is_running(run)]:
+            late = time.monotonic() - deadline
+            claims = {run.run_id: self.sweep.claim(run) for run in running}
+            for run in running:
+                name, claim = run.run_id, claims[run.run_id]
+                if "run" not in claim:  # it is just starting
+                    continue
+                if name not in processes:
+                    processes[name] = RunProcess(claim["run"], claim["ranks"])
+                    print(f"waiting for {name} to save (at most {save_seconds:.0f} s)")
+                if not processes[name].has_open(self.sweep.claim_path(name)):
+                    continue
+                if late < 0:
+                    processes[name].ask_to_stop()
+                elif name not in killed:
+                    killed.add(name)
+                    print(f"killed {name}, which did not leave in time")
+                    processes[name].kill()
+            hosts = {str(claim.get("host", platform.node())) for claim in claims.values()}
+            if platform.node() not in hosts or late > KILL_SECONDS:
+                raise UserError(
+                    f"{len(running)} runs cannot be ended from here; give the same command on "
+                    f"{', '.join(sorted(hosts))}"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def logs(self, run_id: str) -> list[Path]:
+        return [self.sweep.log(run_id)]
+
+    def examine(self, probe: bool) -> Iterator[Finding]:
+        profile, cpus = self.profile, len(os.sched_getaffinity(0))
+        threads = profile.parallelism * profile.ntasks_per_node * profile.cpus_per_task
+        sizes = f"{profile.parallelism} runs x {profile.ntasks_per_node} ranks x "
+        sizes += f"{profile.cpus_per_task} threads on {cpus} CPUs of this machine"
+        yield Finding("warning" if threads > cpus else "ok", sizes)
 
 
 def _start_apart(sweep: Sweep, count: int) -> None:
-    """Submit from a process in a session of its own.
+    """Start workers from a process in a session of its own.
 
     submitit starts local jobs in the session of its caller, where Ctrl-C and a closed terminal
     would end them.
@@ -51,13 +141,13 @@ def _start_apart(sweep: Sweep, count: int) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # half of the jobs would be worse than all
+            process.wait()  # half of the workers would be worse than all
             raise
     if code:
-        raise UserError(f"the jobs could not be submitted; see {log}")
+        raise UserError(f"the workers could not be started; see {log}")
 
 
-def start_local_jobs(folder: Path, count: int) -> None:
+def _start_workers(folder: Path, count: int) -> None:
     """`count` submitit jobs on this machine, each a worker of the sweep in `folder`."""
     import submitit  # only this process needs it
 
@@ -67,4 +157,4 @@ def start_local_jobs(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    start_local_jobs(Path(sys.argv[1]), int(sys.argv[2]))
+    _start_workers(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,7 +1,9 @@
-"""What runs inside a job: a worker that takes points in turn until none is left."""
+"""A worker on this machine: it takes runs in turn until none is left."""
 
+import contextlib
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -10,15 +12,17 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from bip.distributed.signals import StopRequest
+from launch.local.processes import RunProcess, was_stopped
 from launch.slurm import client as slurm
-from launch.sweep import FINAL, Lock, Queue, Record, Sweep
+from launch.sweep import FINAL, Lock, Queue, Run, Sweep
 
 TRAIN = [sys.executable, "-m", "bip", "train"]
 POLL_SECONDS = 0.25
 # The launcher's CUDA_VISIBLE_DEVICES, which submitit's local executor empties.
 VISIBLE_GPUS = "BIP_LAUNCH_CUDA_VISIBLE_DEVICES"
 
-# These would tell a run that it is one rank of something that it is not.
+# A run that inherits these would take itself for one rank of something that it is not.
 _FOREIGN = re.compile(
     r"SUBMITIT_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|"
     r"MASTER_PORT)$|TORCHELASTIC_"
@@ -26,31 +30,33 @@ _FOREIGN = re.compile(
 
 
 def work(folder: str) -> None:
-    """Run queued points of the sweep, one at a time, until all of them are done, failed or blocked.
+    """Do queued runs of the sweep, one at a time, until none of them can start any more.
 
-    Of each number below `parallelism` there is one worker; one without a number leaves.
+    Of each number below `parallelism` there is one worker; one without a number leaves. On SIGTERM
+    a worker asks its run to stop, waits for it, and leaves.
     """
+    stop = StopRequest().install()
     sweep = Sweep(Path(folder))
     taken = _take_number(sweep)
     if taken is None:
         return
     number, presence = taken
     try:
-        while number < (queue := sweep.queue()).parallelism:
-            records = {record.run_id: record for record in sweep.records()}
-            states = sweep.states(records.values())
-            queued = [records[name] for name in queue.points if name in records]
-            if all(states[record.run_id].name in FINAL for record in queued):
+        while not stop.signal and number < (queue := sweep.queue()).parallelism:
+            runs = {run.run_id: run for run in sweep.runs()}
+            states = sweep.states(runs.values())
+            queued = [runs[name] for name in queue.run_ids if name in runs]
+            if all(states[run.run_id].name in FINAL for run in queued):
                 return
             ready = [
-                record
-                for record in queued
-                if states[record.run_id].name == "waiting"
-                and all(states[need].name == "done" for need in record.needs)
+                run
+                for run in queued
+                if states[run.run_id].name == "waiting"
+                and all(states[need].name == "done" for need in run.needs)
             ]
             # After a run look again from the top: much may have changed. With nothing to run stay
-            # nevertheless: what others run may unlock points, or they may die.
-            if not _run_first(sweep, ready, queue, number):
+            # nevertheless: what other workers run may unlock runs, or they may die.
+            if not _run_first(sweep, ready, queue, number, stop):
                 time.sleep(POLL_SECONDS)
     finally:
         presence.close()
@@ -65,47 +71,65 @@ def _take_number(sweep: Sweep) -> tuple[int, Lock] | None:
     return None
 
 
-def _run_first(sweep: Sweep, ready: list[Record], queue: Queue, number: int) -> bool:
-    """Run the first point that nobody else claims; False if there is none to be had now."""
+def _run_first(
+    sweep: Sweep, ready: list[Run], queue: Queue, number: int, stop: StopRequest
+) -> bool:
+    """Do the first run that nobody else claims; False if there is none to be had now."""
     slot = Lock.try_acquire(sweep.slot_path(number))
     if slot is None:  # the run of an earlier, killed worker goes on in it
         return False
     try:
-        return any(run_point(sweep, record, queue, slot) for record in ready)
+        return any(_execute(sweep, run, queue, slot, stop) for run in ready)
     finally:
         slot.close()
 
 
-def run_point(sweep: Sweep, record: Record, queue: Queue, slot: Lock) -> bool:
-    """Claim the point, run it as a process of its own and record a failure.
+def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest) -> bool:
+    """Claim the run, do it in a process of its own and record a failure.
 
     False if another worker was faster.
     """
-    claim = Lock.try_acquire(sweep.claim_path(record.run_id))
+    claim = Lock.try_acquire(sweep.claim_path(run.run_id))
     if claim is None:
         return False
     try:
-        if sweep.is_done(record) or sweep.failure(record) is not None:
+        if sweep.is_done(run) or sweep.failure(run) is not None:
             return False
-        claim.write(json.dumps({"started": time.time(), "worker": os.getpid()}))
-        with open(sweep.log(record.run_id), "ab") as log:
+        note = {"started": time.time(), "host": platform.node(), "worker": os.getpid()}
+        claim.write(json.dumps(note))
+        with open(sweep.log(run.run_id), "ab") as log:
             begin = log.tell()
             # The run holds the claim and the slot too: should this worker be killed, the run goes
             # on, and nobody starts it twice or one too many.
             process = subprocess.Popen(
-                [*_ranks(queue), "--configs", str(sweep.folder / record.config)],
+                [*_ranks(queue), "--configs", str(sweep.folder / run.config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=run_environment(os.environ, queue),
                 pass_fds=(claim.descriptor, slot.descriptor),
             )
-            code = process.wait()
-        if not sweep.is_done(record):
-            sweep.fail(record.run_id, _reason(code, sweep.log(record.run_id), begin))
+            ranks = queue.ntasks_per_node
+            claim.write(json.dumps(note | {"run": process.pid, "ranks": ranks}))
+            code = _wait(process, RunProcess(process.pid, ranks), stop)
+        if not sweep.is_done(run) and sweep.failure(run) is None:  # that is `launch cancel`'s
+            lines = tail(sweep.log(run.run_id), begin)
+            if was_stopped(code, lines):
+                sweep.mark_cancelled(run.run_id, f" ({_how_it_stopped(lines)})")
+            else:
+                sweep.fail(run.run_id, _reason(code, lines))
     finally:
         claim.close()
     return True
+
+
+def _wait(process: "subprocess.Popen[bytes]", run: RunProcess, stop: StopRequest) -> int:
+    """The exit code of the run's process, which is asked to stop when this worker is."""
+    while True:
+        if stop.signal:
+            run.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_SECONDS)
 
 
 def _ranks(queue: Queue) -> list[str]:
@@ -132,20 +156,34 @@ def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str
     return env | {"OMP_NUM_THREADS": str(queue.cpus_per_task)} | queue.env
 
 
-def _reason(code: int, log: Path, begin: int) -> str:
-    """One line: how the attempt ended and its telling last line."""
+def tail(log: Path, begin: int = 0) -> list[str]:
+    """The last lines of a log that are not empty, none from before byte `begin`."""
     with open(log, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(begin, size - 16384))
         text = stream.read().decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    # Under torchrun its own report (ChildFailedError) follows the failed rank's last words.
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def last_error(lines: list[str]) -> str | None:
+    """The last line that names an error."""
+    # Under torchrun its own report (ChildFailedError) follows what the failed rank printed.
     pattern = r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"
     raised = [line for line in lines if re.match(pattern, line)]
-    telling = [line for line in lines if line.startswith("error: ")] or raised
-    last = (telling if code > 0 and telling else lines or ["it printed nothing"])[-1]
+    found = [line for line in lines if line.startswith("error: ")] or raised
+    return found[-1] if found else None
+
+
+def _how_it_stopped(lines: list[str]) -> str:
+    found = re.findall(r"stopped by \w+ at step \d+", "\n".join(lines))
+    return found[-1] if found else "killed by SIGTERM"
+
+
+def _reason(code: int, lines: list[str]) -> str:
+    """One line: how the attempt ended and the most telling line that it printed."""
+    last = lines[-1] if lines else "it printed nothing"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; last line: {last}"
     if code == 0:
         return f"ended without a result; last line: {last}"
-    return f"exit code {code}: {last}"
+    return f"exit code {code}: {last_error(lines) or last}"

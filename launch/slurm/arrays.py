@@ -23,7 +23,7 @@ from launch.slurm import client as slurm
 from launch.slurm.chain import Array, plan_arrays
 from launch.slurm.rank import PROFILE, SUBMITTED, run_point
 from launch.slurm.snapshot import ROOT, snapshot
-from launch.sweep import Lock, Record, Sweep
+from launch.sweep import Lock, Run, Sweep
 
 # A line of the profile's setup that fails ends the task. (`set -e` would go on into the functions
 # and scripts of `module` and `conda`, which do not bear it.)
@@ -54,7 +54,7 @@ def submitted_tasks(sweep: Sweep) -> dict[str, str]:
 
 
 def in_queue(sweep: Sweep) -> dict[str, slurm.Queued]:
-    """RUN_ID -> its task in SLURM's queue, for points that were submitted; one squeue call."""
+    """RUN_ID -> its task in SLURM's queue, for runs that were submitted; one squeue call."""
     tasks = submitted_tasks(sweep)
     jobs = {task.split("_")[0] for task in tasks.values()}
     queue = slurm.queue(jobs)
@@ -67,10 +67,10 @@ def doomed_tasks(
     failed: Collection[str],
     queue: Mapping[str, slurm.Queued],
 ) -> dict[str, list[str]]:
-    """PENDING tasks that will never start, and their points that are not done.
+    """PENDING tasks that will never start, and their runs that are not done.
 
     What they wait for failed, or is one of them. SLURM ends them too, but within a minute only.
-    `queue` is that of `in_queue`; `done` and `failed` points were looked for after it.
+    `queue` is that of `in_queue`; `done` and `failed` runs were looked for after it.
     """
     waiting = {q.task: q for q in queue.values()}
     dead: set[str] = set()
@@ -100,18 +100,10 @@ def _awaited(dependency: str, index: int) -> set[str]:
     return found
 
 
-def doomed_now(sweep: Sweep) -> dict[str, list[str]]:
-    """The doomed tasks of a sweep that may not have begun; SLURM is asked if it has."""
-    if not arrays_file(sweep).exists():
-        return {}
-    queue = in_queue(sweep)
-    return doomed_tasks(sweep, *_ended(sweep, sweep.records()), queue)
-
-
-def _ended(sweep: Sweep, records: Sequence[Record]) -> tuple[set[str], set[str]]:
-    """The points that are done, and those that failed."""
-    done = {record.run_id for record in records if sweep.is_done(record)}
-    others = [record for record in records if record.run_id not in done]
+def ended(sweep: Sweep, runs: Sequence[Run]) -> tuple[set[str], set[str]]:
+    """The runs that are done, and those that failed or were cancelled."""
+    done = {run.run_id for run in runs if sweep.is_done(run)}
+    others = [run for run in runs if run.run_id not in done]
     return done, {r.run_id for r in others if sweep.failure(r) is not None}
 
 
@@ -120,43 +112,43 @@ def submit_arrays(
     profile: SlurmProfile,
     run_ids: Collection[str],
     max_array_size: int,
-    points_per_task: int = 1,
+    runs_per_task: int = 1,
     keep_code: bool = True,
-    told: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> list[Array]:
     """Submit what of `run_ids` is neither done nor queued. Their old failures are forgotten.
 
-    Tasks in the queue that wait for a failed one are cancelled first, and their points submitted
-    anew, if what these need is done, in the queue or submitted now.
+    Tasks in the queue that wait for a failed one are cancelled first, and their runs submitted
+    again, if what these need is done, in the queue or submitted now.
     Raises UserError, which names the arrays that SLURM took before, when it refuses one, when a
     file cannot be written, and on Ctrl-C. What was submitted stays, and is in the ledger.
     """
     arrays: list[Array] = []
     try:
         with Lock.wait(sweep.jobs / "submit.lock"):
-            records = sweep.records()
-            queue = _wait_for_ending(sweep, run_ids, told)
-            done, failed = _ended(sweep, records)
+            runs = sweep.runs()
+            queue = _wait_for_ending(sweep, run_ids, report)
+            done, failed = ended(sweep, runs)
             doomed = doomed_tasks(sweep, done, failed, queue)
             queued = {run_id: waiting.task for run_id, waiting in queue.items()}
             hopeful = {run_id: task for run_id, task in queued.items() if task not in doomed}
-            left = _left_out(records, done, failed, hopeful)
+            left = _left_out(runs, done, failed, hopeful)
             ready = {*done, *hopeful, *run_ids} - {*left}
-            if renewed := _renewable(records, doomed, ready):
+            if renewed := _renewable(runs, doomed, ready):
                 slurm.ask("scancel", *renewed)
-                _wait_for_ending(sweep, run_ids, told, cancelled=renewed)
+                _wait_for_ending(sweep, run_ids, report, cancelled=renewed)
                 queued = {name: task for name, task in queued.items() if task not in renewed}
-                anew = [run_id for task in renewed for run_id in doomed[task]]
-                run_ids = list(dict.fromkeys([*run_ids, *anew]))
-                told(
-                    f"cancelled {len(renewed)} tasks ({len(anew)} runs) that waited for what "
-                    "failed; they are submitted anew"
+                again = [run_id for task in renewed for run_id in doomed[task]]
+                run_ids = list(dict.fromkeys([*run_ids, *again]))
+                report(
+                    f"cancelled {len(renewed)} tasks ({len(again)} runs) that waited for what "
+                    "failed; they are submitted again"
                 )
             for reason, count in Counter(left[name] for name in run_ids if name in left).items():
-                told(f"left out ({count}): {reason}")
+                report(f"left out ({count}): {reason}")
             wanted = [run_id for run_id in run_ids if run_id not in left]
             arrays += plan_arrays(
-                records, wanted, done, queued, profile.parallelism, points_per_task, max_array_size
+                runs, wanted, done, queued, profile.parallelism, runs_per_task, max_array_size
             )
             if not arrays:
                 return []
@@ -169,7 +161,7 @@ def submit_arrays(
                 with uninterrupted():
                     submit_array(sweep, profile, array, code, facts)
                 chained = f", {array.dependency}" if array.dependency else ""
-                told(
+                report(
                     f"{array.stage}: array {array.job}, {len(array.tasks)} tasks, "
                     f"{array.parallelism} at once{chained}"
                 )
@@ -185,12 +177,12 @@ def submit_arrays(
 def _wait_for_ending(
     sweep: Sweep,
     run_ids: Collection[str],
-    told: Callable[[str], None],
+    report: Callable[[str], None],
     cancelled: Collection[str] = (),
 ) -> dict[str, slurm.Queued]:
     """RUN_ID -> its task in the queue, once cancelled tasks have left it (or will not).
 
-    They are those that end already and have a point of `run_ids`, and `cancelled`.
+    They are those that end already and have a run of `run_ids`, and `cancelled`.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     for tries in itertools.count():
@@ -202,47 +194,47 @@ def _wait_for_ending(
         if not ending or time.monotonic() > deadline:
             break
         if tries == 0:
-            told(f"waiting for {', '.join(sorted(ending))} to end")
+            report(f"waiting for {', '.join(sorted(ending))} to end")
         time.sleep(ENDING_SECONDS / 60)
     return queue
 
 
 def _renewable(
-    records: Sequence[Record], doomed: Mapping[str, list[str]], ready: Collection[str]
+    runs: Sequence[Run], doomed: Mapping[str, list[str]], ready: Collection[str]
 ) -> list[str]:
-    """The doomed tasks whose points can all be submitted: these need nothing but `ready` points
+    """The doomed tasks whose runs can all be submitted: these need nothing but `ready` runs
     and one another."""
     task_of = {run_id: task for task, run_ids in doomed.items() for run_id in run_ids}
-    needs = {record.run_id: record.needs for record in records}
+    needs = {run.run_id: run.needs for run in runs}
     good = {*ready} - {*task_of}
     renewed: list[str] = []
-    # What a point needs comes before it. (A ledger that was made anew may lack points.)
+    # What a run needs comes before it. (A ledger that was made again may lack runs.)
     for task in dict.fromkeys(task_of[run_id] for run_id in needs if run_id in task_of):
-        points = doomed[task]
-        if good.issuperset(need for run_id in points for need in needs.get(run_id, [run_id])):
+        own = doomed[task]
+        if good.issuperset(need for run_id in own for need in needs.get(run_id, [run_id])):
             renewed.append(task)
-            good |= {*points}
+            good |= {*own}
     return renewed
 
 
 def _left_out(
-    records: Sequence[Record],
+    runs: Sequence[Run],
     done: Collection[str],
     failed: Collection[str],
     queued: dict[str, str],
 ) -> dict[str, str]:
     """RUN_ID -> why it cannot be submitted now: it, or what it needs, failed in a task that goes on
-    with other points, and would end as failed whatever was submitted after it."""
+    with other runs, and would end as failed whatever was submitted after it."""
     left: dict[str, str] = {}
-    for record in records:  # what a point needs comes before it
-        stuck = [need for need in record.needs if need in left]
-        if record.run_id in done:
+    for run in runs:  # what a run needs comes before it
+        stuck = [need for need in run.needs if need in left]
+        if run.run_id in done:
             continue
-        if record.run_id in queued and record.run_id in failed:
-            task = queued[record.run_id]
-            left[record.run_id] = f"still in task {task}; resume when it has ended"
-        elif stuck and record.run_id not in queued:
-            left[record.run_id] = left[stuck[0]]
+        if run.run_id in queued and run.run_id in failed:
+            task = queued[run.run_id]
+            left[run.run_id] = f"still in task {task}; resume when it has ended"
+        elif stuck and run.run_id not in queued:
+            left[run.run_id] = left[stuck[0]]
     return left
 
 
@@ -278,9 +270,9 @@ def submit_array(
     now = datetime.now(UTC)
     folder = sweep.jobs.absolute() / "slurm"
     folder.mkdir(exist_ok=True)
-    points = folder / f"points-{_stamp(now)}.txt"
+    task_list = folder / f"points-{_stamp(now)}.txt"
     lines = "".join(" ".join(task) + "\n" for task in array.tasks)
-    atomic_write_bytes(points, lines.encode())
+    atomic_write_bytes(task_list, lines.encode())
     submitted = now.isoformat(timespec="milliseconds")
 
     def taken(job: str) -> None:  # in the queue, whatever goes wrong after it
@@ -292,7 +284,7 @@ def submit_array(
         except OSError as error:  # nobody would know of it again
             raise UserError(_withdraw(array, f"{arrays_file(sweep)}: {error}")) from None
 
-    executor = _executor(folder, profile, sweep.folder.absolute(), points, taken)
+    executor = _executor(folder, profile, sweep.folder.absolute(), task_list, taken)
     executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
     # A task that starts at once must not find the note of its last failure.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
@@ -305,13 +297,13 @@ def submit_array(
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     finally:
         if not array.job:
-            with contextlib.suppress(OSError):  # the disk is full, say: that was told
+            with contextlib.suppress(OSError):  # such as a full disk, which is reported already
                 for path, note in notes.items():
                     atomic_write_bytes(path, note)
 
 
 def _withdraw(array: Array, problem: str) -> str:
-    """Cancel an array that could not be recorded; what to tell."""
+    """Cancel an array that could not be recorded; the message for the user."""
     job, array.job = array.job, ""
     try:
         slurm.ask("scancel", job)
@@ -323,7 +315,7 @@ def _withdraw(array: Array, problem: str) -> str:
 def sbatch_parameters(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:
-    """What submitit is told: its own names where it has them, SLURM's for the rest."""
+    """submitit's parameters: its own names where it has them, SLURM's for the rest."""
     count = len(array.tasks)
     further: dict[str, Any] = {
         "array": f"0-{count - 1}%{array.parallelism}",
@@ -364,15 +356,15 @@ def sbatch_parameters(
         "array_parallelism": array.parallelism,
         "setup": setup,
         "wckey": None,  # submitit's own
-        "use_srun": False,  # task.sh starts the ranks, of one point after the other
+        "use_srun": False,  # task.sh starts the ranks, of one run after the other
         "additional_parameters": further,
     }
 
 
 def _executor(
-    folder: Path, profile: SlurmProfile, sweep: Path, points: Path, taken: Callable[[str], None]
+    folder: Path, profile: SlurmProfile, sweep: Path, tasks: Path, taken: Callable[[str], None]
 ) -> Any:
-    """submitit's executor, with three edges taken off. `taken` hears the job's ID at once."""
+    """submitit's executor, with three edges taken off. `taken` gets the job's ID at once."""
     import submitit  # slow, and only needed here
     from submitit.core.utils import JobPaths
 
@@ -380,7 +372,7 @@ def _executor(
         @property
         def _submitit_command_str(self) -> str:
             start = [*shlex.split(profile.python), "-u", "-m", "submitit.core._submit"]
-            words = ["run_points", str(sweep), str(points), *profile.srun_args, *start, str(folder)]
+            words = ["run_points", str(sweep), str(tasks), *profile.srun_args, *start, str(folder)]
             return shlex.join(words)
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
@@ -416,24 +408,3 @@ def _executor(
                     shutil.copyfile(pickle, own)
 
     return ArrayExecutor(folder)
-
-
-def cancel(sweep: Sweep) -> list[str]:
-    """End all of the sweep's tasks that are in the queue; their names.
-
-    Their points are marked before: a run that is told to stop would else save and requeue itself.
-    """
-    queued = in_queue(sweep)
-    points = [r for r in sweep.records() if r.run_id in queued and not sweep.is_done(r)]
-    marked = [r.run_id for r in points if sweep.failure(r) is None]
-    for run_id in marked:
-        sweep.fail(run_id, f"cancelled; python -m launch resume {sweep.folder} goes on")
-    tasks = sorted({waiting.task for waiting in queued.values()})
-    try:
-        if tasks:
-            slurm.ask("scancel", *tasks)
-    except slurm.SlurmError:
-        for run_id in marked:
-            sweep.failure_path(run_id).unlink(missing_ok=True)
-        raise
-    return tasks

@@ -6,7 +6,7 @@ from itertools import takewhile
 
 from bip.errors import UserError
 from launch.plan import STAGES
-from launch.sweep import Record
+from launch.sweep import Run
 
 
 @dataclass
@@ -14,7 +14,7 @@ class Array:
     """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
 
     Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
-    points of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
+    runs of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
     end).
     """
 
@@ -27,7 +27,7 @@ class Array:
     job: str = ""
 
     def task_of(self, run_id: str) -> str:
-        """The name of the task that runs a point, once submitted."""
+        """The name of the task that runs a run, once submitted."""
         (index,) = [index for index, task in enumerate(self.tasks) if run_id in task]
         return f"{self.job}_{index}"
 
@@ -42,46 +42,46 @@ class Array:
 
 
 def plan_arrays(
-    records: Sequence[Record],
+    runs: Sequence[Run],
     run_ids: Collection[str],
     done: Collection[str],
     queued: dict[str, str],
     parallelism: int,
-    points_per_task: int = 1,
+    runs_per_task: int = 1,
     max_array_size: int = 1001,
 ) -> list[Array]:
     """The arrays that run `run_ids`, in an order in which they can be submitted.
 
-    `done` points need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
+    `done` runs need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
     At most `parallelism` tasks of one stage run at once, beside those in the queue: a throttle
     stays as it is for the life of an array, and those may end in a minute.
-    Raises UserError for a point whose need is neither done, queued nor among `run_ids`.
+    Raises UserError for a run whose need is neither done, queued nor among `run_ids`.
     """
-    wanted = [r for r in records if r.run_id in run_ids and r.run_id not in {*done, *queued}]
+    wanted = [r for r in runs if r.run_id in run_ids and r.run_id not in {*done, *queued}]
     needs = {r.run_id: [need for need in r.needs if need not in done] for r in wanted}
     followers: dict[str, list[str]] = {}
     for run_id, needed in needs.items():
         for need in needed:
             followers.setdefault(need, []).append(run_id)
-    # need -> the one point that waits for it and for nothing else
+    # need -> the one run that waits for it and for nothing else
     partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
 
     def followed(run_id: str) -> int:
-        """How many points wait for this one, in a chain from partner to partner."""
+        """How many runs wait for this one, in a chain from partner to partner."""
         return 1 + followed(partner[run_id]) if run_id in partner else 0
 
     def chunks(run_ids: list[str]) -> list[Array]:
         # The longest chains first: the arrays that follow then have no gaps among their tasks.
         ordered = sorted(run_ids, key=followed, reverse=True)
-        per_task, size = points_per_task, max_array_size
+        per_task, size = runs_per_task, max_array_size
         tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
         return [Array(stage, tasks[at : at + size]) for at in range(0, len(tasks), size)]
 
     place: dict[str, Array] = {}  # RUN_ID -> its array in this submission
     for stage in STAGES:
         free, corresponding, other = [], set(), []
-        for record in [record for record in wanted if record.stage == stage]:
-            run_id, needed = record.run_id, needs[record.run_id]
+        for run in [run for run in wanted if run.stage == stage]:
+            run_id, needed = run.run_id, needs[run.run_id]
             if missing := [n for n in needed if n not in place and n not in queued]:
                 raise UserError(
                     f"{run_id} needs {missing[0]}, which is neither done nor submitted; "

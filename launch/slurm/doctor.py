@@ -13,10 +13,10 @@ from typing import Literal
 from bip.config import RunConfig
 from bip.data.stores.staging import network_filesystem
 from bip.errors import UserError
-from launch.profile import SlurmProfile
+from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.chain import plan_arrays
-from launch.sweep import Record
+from launch.sweep import Run
 
 _PROBE = """
 import os, shutil, socket, sys
@@ -37,14 +37,6 @@ _SUBMIT_LIMITS = {
     "maxsubmitjobsperuser": "MaxSubmitJobsPerUser",
     "grpsubmitjobs": "GrpSubmitJobs",
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One fact. An error would make every task fail; a warning may cost work."""
-
-    level: Literal["ok", "warning", "error"]
-    text: str
 
 
 @dataclass(frozen=True)
@@ -79,7 +71,7 @@ def limits(profile: SlurmProfile) -> Limits:
         qos = _qos_records(profile, found, partitions)
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
-    # A group's limit counts the jobs of others too: how many, SLURM tells on submission.
+    # A group's limit counts the jobs of others too: only a submission shows how many.
     bounds = [
         (int(text), _source(name, record))
         for record in [*found, *qos]
@@ -123,7 +115,7 @@ def _qos_records(
 
 
 def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Finding]:
-    """What the controller tells about the profile; nothing is submitted. `found`: its `limits`."""
+    """What the controller answers about it; nothing is submitted. `found`: the `limits`."""
     try:
         found = found or limits(profile)
         settings = slurm.settings()
@@ -141,11 +133,11 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
         where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
         yield from _preemption(settings, partition, found, where)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
-    yield Finding("ok", f"time limit: runs are told {lead}, save, and are requeued")
+    yield Finding("ok", f"time limit: runs are signalled {lead}, save, and are requeued")
     if settings.get("JobRequeue") == "0":
         yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
     if "none" in settings.get("AccountingStorageType", "none"):
-        yield Finding("warning", "no accounting: sacct cannot tell of ended tasks; the ledger can")
+        yield Finding("warning", "no accounting: sacct does not show ended tasks; the ledger does")
     if found.unknown:
         yield Finding("warning", f"limits of the account and QOS are not known: {found.unknown}")
     most = "unknown limits on jobs" if found.unknown else "no limit on jobs"
@@ -199,7 +191,7 @@ def _preemption(
         )
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
-    told = "the user signal" if "send_user_signal" in options else "SIGTERM"
+    signal = "the user signal" if "send_user_signal" in options else "SIGTERM"
     kill_wait = slurm.number(settings.get("KillWait", ""), 30)
     seconds = grace or kill_wait
     kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
@@ -210,7 +202,7 @@ def _preemption(
             "not let requeue themselves are resubmitted by python -m launch resume FOLDER",
         )
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
-    then = f"{told}, then {seconds} s to finish a step and save ({kind})"
+    then = f"{signal}, then {seconds} s to finish a step and save ({kind})"
     yield Finding(level, f"preemption{where} ({mode}): {then}")
 
 
@@ -249,7 +241,7 @@ def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once
     return f"disk: about {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
 
 
-def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
+def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     """Start the profile's python on compute nodes once and ask what it sees. Takes a turn in the
     queue."""
     words = [
@@ -284,43 +276,43 @@ def probe(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
 
 
 def preflight(
-    profile: SlurmProfile, records: Sequence[Record], leaving: int = 0
+    profile: SlurmProfile, runs: Sequence[Run], leaving: int = 0
 ) -> tuple[Limits, int, list[str]]:
-    """Before submission of `records`: (limits, points per task, what to tell).
+    """Before submission of `runs`: (limits, runs per task, lines for the user).
 
     `leaving` tasks in the queue are cancelled before.
-    More tasks than the user may submit are made fewer by running several points in each. Raises
+    More tasks than the user may submit are made fewer by running several runs in each. Raises
     UserError for what would make every task fail, and if they are too many nevertheless.
     """
-    told = []
+    lines = []
     found = limits(profile)
     for finding in examine(profile, found):
         if finding.level == "error":
             raise UserError(finding.text)
         if finding.level == "warning":
-            told.append(f"warning: {finding.text}")
-    per_task = profile.points_per_task
-    if found.max_submit is None or not records:
-        return found, per_task, told
+            lines.append(f"warning: {finding.text}")
+    per_task = profile.runs_per_task
+    if found.max_submit is None or not runs:
+        return found, per_task, lines
     free = found.max_submit - found.in_queue + leaving
-    run_ids = {record.run_id for record in records}
-    elsewhere = {need for record in records for need in record.needs} - run_ids
+    run_ids = {run.run_id for run in runs}
+    elsewhere = {need for run in runs for need in run.needs} - run_ids
 
     def tasks(per_task: int) -> int:
         size = found.max_array_size
-        arrays = plan_arrays(records, run_ids, elsewhere, {}, 1, per_task, size)
+        arrays = plan_arrays(runs, run_ids, elsewhere, {}, 1, per_task, size)
         return sum(len(array.tasks) for array in arrays)
 
-    if (least := tasks(len(records))) > free:
+    if (least := tasks(len(runs))) > free:
         raise UserError(
             f"this user may submit {found.max_submit} jobs ({found.source}) and has "
             f"{found.in_queue} in the queue; "
             f"the sweep needs {least} at the least: wait, or give fewer stages or seeds at once"
         )
     if tasks(per_task) > free:
-        per_task = max(per_task, -(-len(records) // free))
+        per_task = max(per_task, -(-len(runs) // free))
         while tasks(per_task) > free:
             per_task += 1
         more = f"this user may submit {free} more jobs ({found.source})"
-        told.append(f"{per_task} runs per array task: {more}")
-    return found, per_task, told
+        lines.append(f"{per_task} runs per array task: {more}")
+    return found, per_task, lines

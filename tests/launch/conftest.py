@@ -19,7 +19,11 @@ FAKE_TRAIN = """
 import os, sys, time
 from pathlib import Path
 from bip.config import build_config, merge
+from bip.distributed.signals import StopRequest, signal_name
+from bip.errors import Stopped
 from bip.files import append_jsonl, atomic_write_json
+
+stop = StopRequest().install()
 
 config = build_config(merge({"configs": Path(sys.argv[2])}))
 log = Path(os.environ["FAKE_LOG"])
@@ -39,6 +43,11 @@ if config.k_text in os.environ.get("FAKE_FAIL", "").split(","):
 if config.source_net and config.source_net.name == "model_best.pth.tar":
     assert (config.source_net.parents[1] / "result.json").exists(), "started before its source"
 while Path(os.environ.get("FAKE_HOLD", "/nonexistent")).exists():
+    if stop.signal:
+        time.sleep(float(os.environ.get("FAKE_SAVE", "0")))
+        tell("saved")
+        print(Stopped(signal_name(stop.signal), 3), file=sys.stderr)
+        sys.exit(75)
     time.sleep(0.02)
 time.sleep(float(os.environ.get("FAKE_SECONDS", "0.05")))
 config.run_folder.mkdir(parents=True, exist_ok=True)

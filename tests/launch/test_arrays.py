@@ -12,18 +12,18 @@ from launch.slurm import client as slurm
 from launch.slurm.arrays import sbatch_parameters
 from launch.slurm.chain import Array, plan_arrays
 from launch.slurm.snapshot import snapshot
-from launch.sweep import Record, Sweep
+from launch.sweep import Run, Sweep
 from tests.launch.conftest import ROOT
 
 PROFILES = ROOT / "slurm" / "profiles"
 
 
-def record(run_id: str, stage: str, *needs: str) -> Record:
+def record(run_id: str, stage: str, *needs: str) -> Run:
     fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
-    return Record(run_id=run_id, stage=stage, folder="", config="", needs=list(needs), **fixed)  # type: ignore[arg-type]
+    return Run(run_id=run_id, stage=stage, folder="", config="", needs=list(needs), **fixed)  # type: ignore[arg-type]
 
 
-def sweep_of(values: int, seeds: int = 1) -> list[Record]:
+def sweep_of(values: int, seeds: int = 1) -> list[Run]:
     """pretrain -> prune -> finetune for each seed and value."""
     found = [record(f"d{seed}", "pretrain") for seed in range(seeds)]
     for seed in range(seeds):
@@ -72,7 +72,7 @@ def test_every_plan_runs_each_missing_point_once_after_its_needs(
     going: set[int],
 ) -> None:
     """Of any sweep, also one of several commands, whose stages are no full product."""
-    records: list[Record] = []
+    records: list[Run] = []
     for at, one in enumerate(sweep_of(values, seeds)):
         if at not in dropped and {r.run_id for r in records}.issuperset(one.needs):
             records.append(one)

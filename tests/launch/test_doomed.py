@@ -1,4 +1,4 @@
-"""Tasks that wait in SLURM's queue for one that failed: cancelled, and submitted anew."""
+"""Tasks that wait in SLURM's queue for one that failed: cancelled, and submitted again."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ class Chain:
         cluster.file("sbatch", SBATCH.replace("#!/bin/bash", test_only))
         cluster.file("scancel", SCANCEL)
         profile = folder / "profile.yml"
-        profile.write_text(f"executor: slurm\nsignal_lead: 60\npoints_per_task: {per_task}\n")
+        profile.write_text(f"executor: slurm\nsignal_lead: 60\nruns_per_task: {per_task}\n")
         self.sweep = Sweep(folder / "out" / "hand")
         self.argv = ["--configs", str(DIGITS / "bip.yml"), "--profile", str(profile), "--no-wait"]
         self.argv += ["--result-dir", str(folder / "out"), "--exp-name", "hand", "--no-snapshot"]
@@ -54,7 +54,7 @@ class Chain:
         (self.bin / "queue").write_text("".join(lines))
 
     def ids(self, stage: str) -> list[str]:
-        return [record.run_id for record in self.sweep.records() if record.stage == stage]
+        return [record.run_id for record in self.sweep.runs() if record.stage == stage]
 
     @property
     def cancelled(self) -> list[str]:
@@ -96,7 +96,7 @@ def test_what_waits_for_a_failed_run_is_submitted_anew(
     blocked = ("blocked", "its task in the queue waits for one that failed")
     assert states == [("failed", "ValueError: bug"), *4 * [blocked]]
     assert getattr(chain, command)() == 0
-    told = "cancelled 4 tasks (4 runs) that waited for what failed; they are submitted anew"
+    told = "cancelled 4 tasks (4 runs) that waited for what failed; they are submitted again"
     assert told in capsys.readouterr().out.splitlines()
     assert chain.cancelled == ["102_0", "102_1", "103_0", "103_1"]
     assert chain.submitted() == [

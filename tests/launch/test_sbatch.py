@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from launch.__main__ import main
 from launch.plan import make_plan
 from launch.profile import SlurmProfile, load_profile
 from launch.slurm import arrays
-from launch.slurm.arrays import cancel, submit_arrays
+from launch.slurm.arrays import submit_arrays
+from launch.slurm.executor import SlurmExecutor
 from launch.status import Row, status
 from launch.sweep import Sweep
 from launch.watch import wait
@@ -75,9 +77,9 @@ def sweep(bin: Path, tmp_path: Path) -> Sweep:
 def submit(sweep: Sweep, *told: list[str], per_task: int = 1) -> list[str]:
     """Everything that is missing; the jobs."""
     profile = SlurmProfile(executor="slurm")
-    names = [record.run_id for record in sweep.records()]
+    names = [record.run_id for record in sweep.runs()]
     say = told[0].append if told else print
-    taken = submit_arrays(sweep, profile, names, 1001, per_task, keep_code=False, told=say)
+    taken = submit_arrays(sweep, profile, names, 1001, per_task, keep_code=False, report=say)
     return [array.job for array in taken]
 
 
@@ -86,7 +88,7 @@ def recorded(sweep: Sweep) -> list[str]:
 
 
 def finish(sweep: Sweep, run_id: str) -> None:
-    (record,) = [r for r in sweep.records() if r.run_id == run_id]
+    (record,) = [r for r in sweep.runs() if r.run_id == run_id]
     folder = sweep.folder / record.folder
     folder.mkdir(parents=True)
     (folder / "result.json").write_text("{}")
@@ -141,7 +143,7 @@ def test_options_in_the_environment_change_nothing(
 def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
     sweep: Sweep, bin: Path
 ) -> None:
-    dense, *pruned = [record.run_id for record in sweep.records()]
+    dense, *pruned = [record.run_id for record in sweep.runs()]
     for run_id in (dense, *pruned):
         sweep.fail(run_id, "before")
     (bin / "refuse-2").touch()
@@ -158,6 +160,15 @@ def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
     assert left == pruned
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's handler, also where a shell's `&` has made this process ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, bin: Path) -> None:
     (bin / "interrupt-1").write_text("INT")
     with pytest.raises(UserError, match="interrupted; submitted so far: pretrain 101; python -m"):
@@ -166,21 +177,36 @@ def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, bin: Path) -
     assert not (bin / "script-1").exists()
 
 
-@pytest.mark.parametrize("name", ["HUP", "TERM"])
-def test_a_lost_terminal_during_sbatch_leaves_no_unknown_array(
-    sweep: Sweep, bin: Path, name: str
-) -> None:
-    (bin / "interrupt-1").write_text(name)
+@pytest.mark.usefixtures("ctrl_c")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+def test_signals_take_effect_at_the_end_of_a_submission(number: int) -> None:
+    """As they did before it: those that were ignored stay so."""
+    came: list[int] = []
+    outer = signal.signal(number, lambda n, _: came.append(n))
+    try:
+        with arrays.uninterrupted():
+            signal.raise_signal(number)
+            assert came == []
+        assert came == [number]
+        signal.signal(number, signal.SIG_IGN)
+        with arrays.uninterrupted():
+            signal.raise_signal(number)
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, outer)
 
-    def submit_in_a_terminal() -> None:  # under nohup, SIGHUP is ignored
-        for number in (signal.SIGHUP, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+
+def test_a_lost_terminal_during_sbatch_ends_the_program_after_it(sweep: Sweep, bin: Path) -> None:
+    (bin / "interrupt-1").write_text("TERM")
+
+    def submit_in_a_terminal() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         submit(sweep)
 
     process = multiprocessing.get_context("fork").Process(target=submit_in_a_terminal)
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.Signals[f"SIG{name}"]
+    assert process.exitcode == -signal.SIGTERM
     assert recorded(sweep) == ["101"]
     assert (sweep.jobs / "slurm" / "101_0_submitted.pkl").exists()
     assert not (bin / "script-1").exists()
@@ -205,7 +231,7 @@ def test_an_array_that_cannot_be_recorded_is_cancelled(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    dense = sweep.records()[0].run_id
+    dense = sweep.runs()[0].run_id
     sweep.fail(dense, "before")
     monkeypatch.setattr(arrays, "append_jsonl", fail)
     told = "No space left on device; array 101 could not be recorded and is cancelled; submitted "
@@ -238,7 +264,7 @@ def test_a_setup_line_that_fails_ends_the_task(sweep: Sweep, bin: Path) -> None:
     setup = [f"source {bin}/inner.sh", "inner", "if false; then", "true", "fi", "echo here"]
     for lines, told in ((setup, "here\n"), ([*setup, "test 1 = 2 # no"], "here\n")):
         profile = SlurmProfile(executor="slurm", setup=lines)
-        names = [sweep.records()[0].run_id]
+        names = [sweep.runs()[0].run_id]
         submit_arrays(sweep, profile, names, 1001, keep_code=False)
         newest = max(bin.glob("script-*"))
         text = newest.read_text().replace("\n# command", "\nexit 0")
@@ -254,7 +280,7 @@ def test_a_batch_shell_tells_its_ranks_of_kill_wait(sweep: Sweep, bin: Path) -> 
     (bin / "scontrol").write_text("#!/bin/bash\necho 'KillWait                = 45 sec'\n")
     (bin / "scontrol").chmod(0o755)
     profile = SlurmProfile(executor="slurm", requeue_by="batch")
-    submit_arrays(sweep, profile, [sweep.records()[0].run_id], 1001, keep_code=False)
+    submit_arrays(sweep, profile, [sweep.runs()[0].run_id], 1001, keep_code=False)
     text = (bin / "script-0").read_text().replace("\n# command", "\necho $BIP_KILL_WAIT; exit 0")
     assert subprocess.check_output(["bash", "-c", text], text=True) == "45\n"
 
@@ -265,23 +291,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep) -> None:
         submit(sweep)
 
 
-def test_resume_keeps_the_users_points_per_task(sweep: Sweep) -> None:
+def test_resume_keeps_the_users_runs_per_task(sweep: Sweep) -> None:
     submit(sweep, per_task=2)
     facts = json.loads((sweep.jobs / "profile.json").read_text())
-    assert facts["points_per_task"] == 1
+    assert facts["runs_per_task"] == 1
     assert load_profile(sweep.jobs / "profile.json") == SlurmProfile(executor="slurm")
 
 
 def test_cancel_marks_its_points_before_slurm_tells_them(sweep: Sweep, bin: Path) -> None:
     submit(sweep)
-    dense, *pruned = [record.run_id for record in sweep.records()]
+    dense, *pruned = [record.run_id for record in sweep.runs()]
     finish(sweep, dense)
     (bin / "queue").write_text("101_0|RUNNING|None|1:00\n102_0|PENDING|x|0:00\n")
-    assert cancel(sweep) == ["101_0", "102_0"]
+    assert SlurmExecutor(sweep).cancel(0) == "2 tasks"
     assert (bin / "scancel-args").read_text() == "101_0 102_0\n"
     assert (bin / "notes-at-scancel").read_text().split("/")[-1] == f"{pruned[0]}.failed\n"
     (row,) = status(sweep.folder, [pruned[0]])
-    assert row.state == "failed"
+    assert row.state == "cancelled"
     assert row.reason == f"cancelled; python -m launch resume {sweep.folder} goes on"
 
 
@@ -290,13 +316,13 @@ def test_a_refused_cancel_marks_nothing(sweep: Sweep, bin: Path) -> None:
     (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
     (bin / "refuse-scancel").touch()
     with pytest.raises(UserError, match="scancel"):
-        cancel(sweep)
+        SlurmExecutor(sweep).cancel(0)
     assert not list(sweep.jobs.glob("*.failed"))
 
 
 def test_resume_waits_for_cancelled_tasks_to_end(sweep: Sweep, bin: Path) -> None:
     submit(sweep)
-    dense = sweep.records()[0].run_id
+    dense = sweep.runs()[0].run_id
     sweep.fail(dense, "cancelled")
     for number in (1, 2):
         (bin / f"queue-{number}").write_text("101_0|COMPLETING|None|1:00\n")
@@ -307,7 +333,7 @@ def test_resume_waits_for_cancelled_tasks_to_end(sweep: Sweep, bin: Path) -> Non
 
 
 def test_a_failed_point_whose_task_goes_on_is_left_out_and_said(sweep: Sweep, bin: Path) -> None:
-    dense, one, _ = [record.run_id for record in sweep.records()]
+    dense, one, _ = [record.run_id for record in sweep.runs()]
     finish(sweep, dense)
     assert submit(sweep, per_task=2) == ["101"]
     (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
@@ -318,7 +344,7 @@ def test_a_failed_point_whose_task_goes_on_is_left_out_and_said(sweep: Sweep, bi
 
 
 def test_what_needs_a_point_that_is_left_out_gets_no_dead_chain(sweep: Sweep, bin: Path) -> None:
-    dense = sweep.records()[0].run_id
+    dense = sweep.runs()[0].run_id
     submit(sweep)
     (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
     sweep.fail(dense, "bug")
@@ -352,9 +378,9 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Seen as gone three times, the file system away between, then all are there, then done."""
-    monkeypatch.setattr("launch.watch.SLURM_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(SlurmExecutor, "poll_seconds", 0.01)
     submit(sweep)
-    run_ids = [record.run_id for record in sweep.records()]
+    run_ids = [record.run_id for record in sweep.runs()]
     looks: list[list[Row]] = []
     away = iter([OSError(errno.ESTALE, "Stale file handle", str(sweep.ledger))] * 2)
 
@@ -371,7 +397,7 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
         return looks[-1]
 
     monkeypatch.setattr("launch.watch.status", look)
-    rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+    rows = wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
     assert [row.state for row in looks[1]] == ["failed", "blocked", "blocked"]
     (told,) = capsys.readouterr().err.splitlines()
     assert told == (
@@ -381,20 +407,42 @@ def test_one_look_at_the_queue_does_not_end_the_watch(
     assert [row.state for row in rows] == ["done"] * 3
     monkeypatch.setattr("launch.watch.LEFT_SECONDS", 0.05)
     monkeypatch.setattr("launch.watch.status", lambda *_: looks[1])
-    rows = wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+    rows = wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
     assert [row.state for row in rows] == ["failed", "blocked", "blocked"]
 
     def never(*_: object) -> list[Row]:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr("launch.watch.AWAY_SECONDS", 0.05)
+    monkeypatch.setattr("launch.watch.UNREACHABLE_SECONDS", 0.05)
     monkeypatch.setattr("launch.watch.status", never)
     with pytest.raises(OSError, match="Stale"):
-        wait(sweep, run_ids, Console(quiet=True), by_slurm=True)
+        wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
 
 
-def test_a_local_sweep_is_not_cancelled_through_slurm(
+def test_nothing_is_cancelled_of_a_sweep_that_was_not_submitted(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cancel", str(sweep.folder)]) == 2
-    assert "no SLURM array" in capsys.readouterr().err
+    assert "submitted" in capsys.readouterr().err
+
+
+def test_logs_of_a_task_are_its_batch_scripts_where_its_run_printed_nothing(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(sweep)
+    run_id = sweep.runs()[1].run_id
+    (sweep.jobs / "slurm" / "102_0_0_log.err").write_text("srun: error: no node\n")
+    capsys.readouterr()
+    for name in ("102_0", run_id):
+        assert main(["logs", str(sweep.folder), name]) == 0
+        assert capsys.readouterr().out == "srun: error: no node\n"
+    sweep.log(run_id).write_text("step 1\nValueError: bug\n")
+    sweep.fail(run_id, "exit code 1 of srun")
+    assert main(["logs", str(sweep.folder), "102_0"]) == 0
+    assert capsys.readouterr().out == sweep.log(run_id).read_text()
+    assert main(["logs", str(sweep.folder)]) == 0
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in (run_id, "ValueError: bug", str(sweep.log(run_id))))
+    assert main(["logs", str(sweep.folder), "prune"]) == 2, "several"
+    assert main(["logs", str(sweep.folder), "101_9"]) == 2, "none"
+    assert len(capsys.readouterr().err.splitlines()) == 2

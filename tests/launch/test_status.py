@@ -14,7 +14,7 @@ from bip.config import RunConfig
 from bip.files import append_jsonl, atomic_write_json
 from launch.__main__ import main
 from launch.plan import SeriesOptions, make_plan
-from launch.sweep import Record, Sweep
+from launch.sweep import Run, Sweep
 from tests.launch.conftest import DIGITS, ROOT
 
 RESULT = {"kept": 4734, "sparsity": 0.9, "top1": 91.25, "epochs": 15, "seconds": 12.5}
@@ -31,12 +31,12 @@ def sweep(tmp_path: Path) -> Sweep:
     return found
 
 
-def of(sweep: Sweep, stage: str, k: str) -> Record:
-    (record,) = [r for r in sweep.records() if (r.stage, r.k) == (stage, k)]
+def of(sweep: Sweep, stage: str, k: str) -> Run:
+    (record,) = [r for r in sweep.runs() if (r.stage, r.k) == (stage, k)]
     return record
 
 
-def finish(sweep: Sweep, record: Record) -> None:
+def finish(sweep: Sweep, record: Run) -> None:
     folder = sweep.folder / record.folder
     folder.mkdir(parents=True)
     atomic_write_json(folder / "result.json", RESULT)

@@ -1,0 +1,142 @@
+"""SLURM as an executor: a sweep's runs are tasks of arrays."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from bip.config import RunConfig
+from bip.errors import UserError
+from launch.inputs import check_inputs
+from launch.profile import Finding, SlurmProfile
+from launch.slurm import client as slurm
+from launch.slurm.arrays import (
+    arrays_file,
+    doomed_tasks,
+    ended,
+    in_queue,
+    submit_arrays,
+    submitted_tasks,
+)
+from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
+from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
+
+
+class SlurmExecutor:
+    """Does runs of one sweep as array tasks. Only `prepare` and `submit` need a profile."""
+
+    poll_seconds = 5.0
+
+    def __init__(self, sweep: Sweep, profile: SlurmProfile | None = None) -> None:
+        self.sweep = sweep
+        self.profile = profile or SlurmProfile.model_validate({"executor": "slurm"})
+        self.max_array_size, self.runs_per_task = 1, 1  # set by `prepare`
+
+    @staticmethod
+    def was_used(sweep: Sweep) -> bool:
+        return arrays_file(sweep).exists()
+
+    @property
+    def limit(self) -> str:
+        return (
+            f"at most {self.profile.parallelism} of a stage at once, beside what an earlier "
+            "command has left in the queue"
+        )
+
+    def prepare(self, configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[str]:
+        if "%" in str(folder := self.sweep.folder.absolute()):
+            raise UserError(
+                f"result_dir, exp_name: {folder} has a %, which SLURM expands in the names of "
+                "logs; give a folder without it"
+            )
+        with ThreadPoolExecutor(1) as pool:  # SLURM answers while torch is imported
+            asked = pool.submit(lambda: preflight(self.profile, runs, self._doomed()))
+            sizes = check_inputs(configs)
+            limits, self.runs_per_task, lines = asked.result()
+        self.max_array_size = limits.max_array_size
+        if warning := check_place(configs[0].result_dir.absolute()):
+            lines.append(warning)
+        return [*lines, check_disk(configs, sizes, self.profile.parallelism)]
+
+    def _doomed(self) -> int:
+        """Tasks in the queue that `submit` will replace."""
+        if not self.was_used(self.sweep):
+            return 0
+        queue = in_queue(self.sweep)
+        return len(doomed_tasks(self.sweep, *ended(self.sweep, self.sweep.runs()), queue))
+
+    def submit(self, run_ids: list[str], keep_code: bool) -> None:
+        size, per_task = self.max_array_size, self.runs_per_task
+        if not submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code):
+            print("nothing was submitted: all is done, in the queue or left out")
+
+    def queue(self) -> dict[str, Place]:
+        sweep, tasks = self.sweep, submitted_tasks(self.sweep)
+        try:
+            queue = in_queue(sweep)  # before results are looked for: a task may end in between
+        except slurm.SlurmError as error:
+            print(f"warning: {error}; states as of the files alone", file=sys.stderr)
+            return {run_id: Place(None, task) for run_id, task in tasks.items()}
+        places = {
+            run_id: Place(_state(queue[run_id]), task, queue[run_id].seconds)
+            for run_id, task in tasks.items()
+            if run_id in queue
+        }
+        # Local workers may have what is not in SLURM's queue.
+        local = sweep.live_workers() > 0
+        for run_id in tasks.keys() - queue.keys():
+            lost = None if local else self._lost(tasks[run_id])
+            places[run_id] = Place(lost, tasks[run_id])
+        if queue and not local:
+            blocked = State("blocked", "its task in the queue waits for one that failed")
+            for run_ids in doomed_tasks(sweep, *ended(sweep, sweep.runs()), queue).values():
+                places |= {name: replace(places[name], state=blocked) for name in run_ids}
+        return places
+
+    def _lost(self, task: str) -> State:
+        err = f"jobs/slurm/{task}_0_log.err"
+        how = f"without a result; see {err}"
+        if not (self.sweep.folder / err).exists():
+            how = f"and never started; python -m launch resume {self.sweep.folder} submits it"
+        return State("failed", f"{LEFT_QUEUE} {how}")
+
+    def is_alive(self) -> bool:
+        return True  # tasks that have left the queue are failed
+
+    def cancel(self, save_seconds: float) -> str:
+        """End all of the sweep's tasks that are in the queue; SLURM gives them KillWait.
+
+        Their runs are marked before: one that is asked to stop would else save and requeue itself.
+        """
+        sweep, queued = self.sweep, in_queue(self.sweep)
+        runs = [r for r in sweep.runs() if r.run_id in queued and not sweep.is_done(r)]
+        marked = [r.run_id for r in runs if sweep.failure(r) is None]
+        for run_id in marked:
+            sweep.mark_cancelled(run_id)
+        tasks = sorted({waiting.task for waiting in queued.values()})
+        try:
+            if tasks:
+                slurm.ask("scancel", *tasks)
+        except slurm.SlurmError:
+            for run_id in marked:
+                sweep.failure_path(run_id).unlink(missing_ok=True)
+            raise
+        return f"{len(tasks)} tasks"
+
+    def logs(self, run_id: str) -> list[Path]:
+        files = [self.sweep.log(run_id)]
+        if task := submitted_tasks(self.sweep).get(run_id):
+            files.append(self.sweep.jobs / "slurm" / f"{task}_0_log.err")
+        return files
+
+    def examine(self, probe: bool) -> Iterator[Finding]:
+        yield from examine(self.profile)
+        if probe:
+            yield from probe_nodes(self.profile, self.sweep.folder.absolute())
+
+
+def _state(queued: slurm.Queued) -> State:
+    if queued.state == "PENDING":
+        return State("waiting", f"in the queue ({queued.reason})")
+    return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
