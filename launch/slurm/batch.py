@@ -244,7 +244,7 @@ class Run:
 
 
 def _read(path: Path) -> str:
-    """"" if it cannot be read."""
+    """ "" if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -262,7 +262,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def main(command: str, *words: str) -> None:
     if command == "begin":
-        run = Run(*words)
+        folder, run_id = words
+        run = Run(folder, run_id)
         run.set_aside()  # the batch script of that attempt was killed, so it was not final
         size = run.log.stat().st_size if run.log.exists() else 0
         print(f"{own_task()}.{own_restarts()}", size)

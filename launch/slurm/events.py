@@ -1,9 +1,10 @@
 """What becomes of an attempt that did not finish: the only place that decides it.
 
 The batch script (`batch.py`, when srun has ended) and the ranks (`rank.py`, when the run has
-stopped) gather `Facts`, ask `decide`, carry the decision out, and ask again where that only says what is
-to be found out first. A rank that lost its peers cannot know why: by their bug, or with their node. It leaves that
-to the batch script, which may be killed with its own node; then the next attempt knows.
+stopped) gather `Facts`, ask `decide` and carry the decision out; some decisions say only what is to
+be found out before they ask again. A rank that lost its peers cannot know why: by a bug of theirs,
+or with their node. It leaves that to the batch script, which may be killed with its own node; then
+the run is simply tried again.
 
 Pure, standard library only, and for Python 3.8 (see `bip/slurm.py`).
 """

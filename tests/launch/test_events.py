@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -338,6 +339,6 @@ for name, module in sorted(sys.modules.items()):
     files = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
     assert len(files) == 8
     for path in files:
-        text = open(path).read()
+        text = Path(path).read_text()
         ast.parse(text, feature_version=(3, 8))
         assert not re.search("StrEnum|datetime import UTC|import Self|slots=", text), path
