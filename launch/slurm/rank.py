@@ -60,7 +60,9 @@ def run_point(
         attempt.run_folder = config.run_folder
         attempt.check_losses()
         if train is None:
-            from bip.run import train
+            from bip.run import train as train_run
+
+            train = train_run
         train(config, stop)
         # Nothing that follows, such as submitit's report of the end, may make a failure of it.
         with contextlib.suppress(OSError):
@@ -136,12 +138,12 @@ class Attempt:
             decision = self._decide(end, error, signal)
             if decision.action == events.REQUEUE:
                 self._requeue(decision.cause)
+            elif decision.action == events.PARKED:
+                self._park(decision.seconds)
         except Exception as problem:
             print(f"not requeued from here ({type(problem).__name__}: {problem})", flush=True)
             decision = failed
-        if decision.action == events.PARKED:
-            self._park(decision.seconds)
-        elif decision.reason:
+        if decision.reason:
             print(decision.reason, file=sys.stderr, flush=True)
             is_open = decision.action == events.LOST
             path = self.sweep.loss_path if is_open else self.sweep.failure_path
