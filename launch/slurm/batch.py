@@ -70,7 +70,7 @@ class Step:
                 self.ask()
             elif decision.action == events.REQUEUE:
                 if decision.reason:
-                    print(f"requeued: {decision.reason}", file=sys.stderr, flush=True)
+                    print(f"to be requeued: {decision.reason}", file=sys.stderr, flush=True)
                 if self.run is not None:
                     self.run.set_aside()
                 # Nothing may be left to record after this: SLURM ends this process too.
@@ -106,7 +106,8 @@ class Step:
             self.began, self.skipped = time.monotonic(), 0.0
         if refusal and self.refused_since is None:
             self.refused_since = self.clock()
-        refused = 0.0 if self.refused_since is None else self.clock() - self.refused_since
+        since = self.refused_since
+        refused = self.clock() - since if refusal and since is not None else 0.0
         self.facts = replace(
             self.facts, task=task, waited=self.clock(), now=time.time(),
             refusal=refusal, refused=refused,
