@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import threading
 import time
 import uuid
@@ -21,10 +20,11 @@ from pathlib import Path
 
 from bip.errors import RankError, UserError
 from bip.files import result_dir_error
+from bip.slurm import SlurmError, number, own_restarts, own_task, settings, show_task
 
 BEAT_SECONDS = 5.0
 AWAY = 30.0  # seconds that a file system may be away for while we wait
-KILL_WAIT = 30.0  # SLURM's default for the time from SIGTERM to SIGKILL
+KILL_WAIT = 30  # SLURM's default for the time from SIGTERM to SIGKILL
 KILL_WAIT_NAME = "BIP_KILL_WAIT"  # tells it where there is no scontrol, as in a container
 
 
@@ -42,11 +42,8 @@ class Holder:
 
     @classmethod
     def self(cls, env: Mapping[str, str] = os.environ) -> "Holder":
-        job = env.get("SLURM_JOB_ID")
-        if "SLURM_ARRAY_JOB_ID" in env:  # the ID of one of its tasks is that of the whole array
-            job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-        restart = int(env.get("SLURM_RESTART_COUNT", 0))
-        return cls(platform.node(), _boot(), os.getpid(), _born(os.getpid()) or "", job, restart)
+        here = platform.node(), _boot(), os.getpid(), _born(os.getpid()) or ""
+        return cls(*here, own_task(env), own_restarts(env))
 
     def __str__(self) -> str:
         job = f", SLURM job {self.job}" if self.job else ""
@@ -70,39 +67,29 @@ def _born(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _scontrol(*arguments: str) -> str | None:
-    """None where there is no scontrol or no answer."""
-    try:
-        done = subprocess.run(
-            ["scontrol", *arguments], capture_output=True, text=True, timeout=30, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout + done.stderr
-
-
 def _attempt_is_over(holder: Holder) -> bool | None:
     """Whether SLURM has ended the holder's attempt; None if it cannot tell.
 
     Its processes may live on for KillWait.
     """
-    answer = _scontrol("show", "job", "-o", holder.job) if holder.job else None
-    if answer is None:
+    if not holder.job:
         return None
-    if "Invalid job id" in answer:
+    try:
+        task = show_task(holder.job, timeout=30)
+    except (SlurmError, OSError):
+        return None
+    if task is None or task.restarts > holder.restart:
         return True
-    state, restarts = re.search(r"JobState=(\w+)", answer), re.search(r"Restarts=(\d+)", answer)
-    if state is None or restarts is None:
-        return None
-    over = state[1] not in ("RUNNING", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING")
-    return over or int(restarts[1]) > holder.restart
+    return task.state not in ("RUNNING", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING")
 
 
 def _kill_wait() -> float:
     if (told := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
         return float(told)
-    found = re.search(r"KillWait\s*=\s*(\d+)", _scontrol("show", "config") or "")
-    return float(found[1]) if found else KILL_WAIT
+    try:
+        return number(settings(timeout=30).get("KillWait", ""), KILL_WAIT)
+    except (SlurmError, OSError):
+        return KILL_WAIT
 
 
 class RunLock:

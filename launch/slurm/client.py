@@ -1,95 +1,36 @@
-"""SLURM's commands: what they are asked, and what their answers mean."""
+"""SLURM's commands for many tasks: queue, partitions, limits, accounting. Those for one task are
+in `bip.slurm`."""
 
-import os
+from __future__ import annotations
+
 import re
-import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime
 
-from bip.errors import UserError
+from bip.slurm import (
+    SlurmError,
+    Task,
+    ask,
+    number,
+    own_restarts,
+    own_task,
+    settings,
+    show_task,
+    without_options,
+)
+from launch.slurm.events import CANCELLED, REQUEUED, standing_of
 
-
-class SlurmError(UserError):
-    """A SLURM command is missing or refused. The message is its first line."""
-
-
-# What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
-# facts of the job around this process. Not where the controller is, and the token it asks for.
-_OPTIONS = re.compile(r"SLURM_(?!(CONF|JWT)$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
-
-
-def without_options(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would change the meaning of SLURM's commands."""
-    return {name: value for name, value in env.items() if not _OPTIONS.match(name)}
-
-
-def ask(*command: str, timeout: float = 60) -> str:
-    """A SLURM command's output, whatever options the environment holds.
-
-    Raises SlurmError if it is missing, refuses or hangs.
-    """
-    env = without_options(os.environ)
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
-        )
-    except FileNotFoundError:
-        raise SlurmError(f"{command[0]}: not found on this machine") from None
-    except subprocess.TimeoutExpired:
-        raise SlurmError(f"{command[0]}: no answer within {timeout:.0f} s") from None
-    if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise SlurmError(f"{' '.join(command[:2])}: {lines[0]}")
-    return done.stdout
-
-
-def own_task(env: Mapping[str, str] = os.environ) -> str | None:
-    """The name of this process's array task or job for scontrol; None outside a job.
-
-    Never the bare ID of an array: scontrol takes that for every one of its tasks. The ID of a
-    one-task array's task is that of the array.
-    """
-    if "SLURM_ARRAY_JOB_ID" in env:
-        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
-    return env.get("SLURM_JOB_ID")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the controller knows of one array task or job."""
-
-    state: str
-    restarts: int
-    preempted: bool
-    ended: bool  # unless requeued: cancelled, or preempted where PreemptMode is CANCEL
-    end: float | None  # of the time limit, Unix seconds
-
-    @classmethod
-    def parse(cls, line: str) -> "Task":
-        fields = dict(re.findall(r"(\w+)=(\S*)", line))
-        end = None
-        if re.match(r"\d{4}-", fields.get("EndTime", "")):
-            end = datetime.fromisoformat(fields["EndTime"]).timestamp()
-        preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "")
-        state = fields["JobState"]
-        # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that
-        # SLURM has requeued (only `restarts` tells it, after a node failure) and one that reached
-        # its limit.
-        ended = state in ("CANCELLED", "PREEMPTED", "COMPLETING") and end is not None
-        ended = ended and fields.get("Reason") != "TimeLimit"
-        return cls(state, int(fields.get("Restarts", 0)), preempted, ended, end)
-
-
-def show_task(name: str) -> Task | None:
-    """None if the controller no longer knows it. Raises SlurmError if it cannot be asked."""
-    try:
-        lines = ask("scontrol", "show", "job", "-o", name).splitlines()
-    except SlurmError as error:
-        if "Invalid job id" in str(error):
-            return None
-        raise
-    return Task.parse(lines[0]) if lines and "JobState=" in lines[0] else None
+__all__ = [
+    "SlurmError",
+    "Task",
+    "ask",
+    "number",
+    "own_restarts",
+    "own_task",
+    "settings",
+    "show_task",
+    "without_options",
+]
 
 
 @dataclass(frozen=True)
@@ -125,12 +66,6 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
         if task.split("_")[0] in wanted:
             found[task] = Queued(task, state, reason, seconds_of(seconds))
     return found
-
-
-def settings() -> dict[str, str]:
-    """The controller's configuration, by SLURM's names."""
-    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs if value}
 
 
 def partitions(names: str | None) -> list[dict[str, str]]:
@@ -177,27 +112,20 @@ def jobs_of_user() -> int:
     return len(ask("squeue", "--noheader", "--array", "--me", "--format=%i").splitlines())
 
 
-def number(text: str, missing: int) -> int:
-    """The leading number of a setting such as '30 sec'."""
-    match = re.match(r"\d+", text)
-    return int(match[0]) if match else missing
-
-
 def requeue(name: str, restarts: int) -> str | None:
-    """Requeue a task that this attempt is of. Returns None, or why it is not requeued.
+    """Requeue a task, of which this process's attempt is number `restarts`. Returns None, or why it
+    is not requeued.
 
-    Does nothing when SLURM has requeued it already: a second requeue would hit the next attempt.
-    A cancelled task stays cancelled.
+    Looks first: a second requeue would hit the next attempt, and a cancelled task stays cancelled.
     """
     try:
         task = show_task(name)
-        if task is not None and (task.restarts > restarts or task.state == "PENDING"):
+        standing = standing_of(task, restarts) if task is not None else ""
+        if standing == REQUEUED:
             return None
-        if task is not None and task.ended:
+        if standing == CANCELLED:
             return "it was cancelled"
         ask("scontrol", "requeue", name)
     except SlurmError as error:
-        if "pending" in str(error).lower():
-            return None
-        return str(error)
+        return None if "pending" in str(error).lower() else str(error)
     return None

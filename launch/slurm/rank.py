@@ -1,4 +1,6 @@
-"""What one rank of an array task runs: a run, and what follows when it is told to stop.
+"""What one rank of an array task runs: a run, and what follows when it stops or fails.
+
+It gathers facts, asks `launch.slurm.events` and carries the decision out.
 
 Imports little: a signal must be noticed before the slow imports of a run.
 """
@@ -10,39 +12,43 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from bip.distributed.signals import SIGNALS, StopRequest, signal_name
+from bip.slurm import SlurmError, own_restarts, own_task, show_task
+from launch.slurm import events
+from launch.slurm.events import Decision, Facts, decide
 
 if TYPE_CHECKING:
-    from launch.slurm import client as slurm
+    from bip.config import RunConfig
     from launch.sweep import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
 ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS, of the batch script's
 PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
-PARK_SECONDS = 900.0
-LATE_SECONDS = 4.0  # by which SLURM's record of a preemption may come after the signal
 
 
-def run_point(folder: str) -> None:
-    """Run the point that the environment names, of the sweep in `folder`, to its end.
+def run_point(
+    folder: str, train: "Callable[[RunConfig, StopRequest], object] | None" = None
+) -> NoReturn:
+    """Run the run that the environment names, of the sweep in `folder`, and end the process.
 
-    Ends the process otherwise: with 75 when the batch script is to requeue the task, with 1 after
-    a failure that is written to the sweep's jobs folder: as final, or, where this rank only lost
-    the others, for the batch script to decide. A stopped run that requeues itself waits for SLURM
-    to end it.
+    With 0 when it is done, with 75 when the batch script or SLURM is to requeue the task, with 1
+    after a failure that is written to the sweep's jobs folder: as final, or, where this rank only
+    lost the others, for the batch script to decide. `train` is bip.run.train, or a test's.
     """
     stop = StopRequest().install()
-    faulthandler.enable()  # task.sh looks for its word of a bus error
-    with contextlib.suppress(OSError):  # before anything can go wrong: task.sh asks for it
+    faulthandler.enable()  # the batch script looks for its message of a bus error
+    with contextlib.suppress(OSError):  # before anything can fail: the batch script looks for it
         begun = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
     from bip.config import build_config, read_yaml
-    from bip.errors import LostWorker, RankError, Stopped, UserError
-    from bip.files import may_pass
+    from bip.errors import Stopped
     from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))
@@ -52,11 +58,13 @@ def run_point(folder: str) -> None:
         path = sweep.folder / "points" / f"{run_id}.yml"
         config = build_config(read_yaml(path), str(path))
         attempt.run_folder = config.run_folder
-        attempt.check_lost()
-        from bip.run import train
+        attempt.check_losses()
+        if train is None:
+            from bip.run import train as train_run
 
+            train = train_run
         train(config, stop)
-        # Nothing that follows, as submitit's word of the end, may make a failure of it.
+        # Nothing that follows, such as submitit's report of the end, may make a failure of it.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
@@ -68,74 +76,115 @@ def run_point(folder: str) -> None:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
         print(stopped, flush=True)
-        attempt.requeue(stopped.cause)
-    except (RankError, LostWorker) as error:
-        attempt.lose(f"error: {error}", stop.signal)
-    except UserError as error:
-        attempt.fail(f"error: {error}")
+        attempt.end(events.SAVED, signal=stopped.cause)
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        told = f"{type(error).__name__}: {error}"
-        if _is_collective(error):
-            attempt.lose(told, stop.signal)
-        if stop.signal:  # what the run had started may have died of the signal, and it of that
-            attempt.requeue(signal_name(stop.signal), told)
-        if isinstance(error, OSError) and may_pass(error):
-            attempt.requeue("", told)
-        attempt.fail(told)
+        attempt.end(*classify(error), signal=signal_name(stop.signal) if stop.signal else "")
 
 
-def _is_collective(error: Exception) -> bool:
-    """Whether a collective failed: the cause is with another rank, or with its node."""
-    # By name: where importing torch is what failed, it cannot be imported here.
+def classify(error: Exception) -> tuple[str, str]:
+    """How an error ended the run (for `events`), and its message. Prints the traceback of a bug."""
+    from bip.errors import LostWorker, RankError, UserError
+    from bip.files import may_pass
+
+    if isinstance(error, (RankError, LostWorker)):
+        return events.PEERS, f"error: {error}"
+    if isinstance(error, UserError):
+        return events.INPUT, f"error: {error}"
+    import traceback
+
+    traceback.print_exception(error)
+    message = f"{type(error).__name__}: {error}"
+    # A failed collective: the cause is with another rank, or with its node. By name: where
+    # importing torch is what failed, it cannot be imported here.
     kinds = [kind.__name__ for kind in type(error).__mro__]
-    return "DistError" in kinds or "gloo" in str(error).lower()
+    if "DistError" in kinds or "gloo" in str(error).lower():
+        return events.PEERS, message
+    passing = isinstance(error, OSError) and may_pass(error)
+    return events.PASSING if passing else events.BUG, message
 
 
 class Attempt:
-    """This rank's part in one attempt of one point."""
+    """This rank's part in one attempt of one run."""
 
     def __init__(self, sweep: "Sweep", run_id: str) -> None:
         self.sweep, self.run_id = sweep, run_id
         self.run_folder: Path | None = None
-        self.is_first = os.environ.get("SLURM_PROCID", "0") == "0"
+        self.rank = int(os.environ.get("SLURM_PROCID", "0"))
         self.profile = json.loads(Path(os.environ[PROFILE]).read_text())
 
-    def check_lost(self) -> None:
-        """Raises UserError when attempts that ended without a word have used up their budget.
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
 
-        Those count that follow one another without progress: where the time to save is too short,
-        every preemption ends without a word, and periodic saves carry the run on.
-        """
+    def check_losses(self) -> None:
+        """Raises UserError when too many attempts in a row were lost without progress."""
         from bip.errors import UserError
 
-        if (silent := self._losses()) > (allowed := self.profile["retries"]["lost"]):
-            raise UserError(
-                f"{silent} attempts ended without a word and without progress (nodes failed, the "
-                "memory did not suffice, or the time to save was too short: a lower "
-                "--checkpoint-minutes saves more often); the profile's retries.lost is "
-                f"{allowed}"
-            )
+        losses = events.losses_in_a_row(self._records(), self._saved_step())
+        if reason := events.why_not_start(losses, self.profile["retries"]):
+            raise UserError(reason)
 
-    def _losses(self, *more: dict[str, Any]) -> int:
-        """Attempts in a row that were lost without progress, `more` being further records."""
-        silent, begun, is_open = 0, sys.maxsize, False
-        now = {"event": "start", "step": self._saved_step()}
-        for record in [*self._records(), *more, now]:
-            event, step = record["event"], record.get("step", 0)
-            if event in ("start", "requeue") and step > begun:
-                silent, is_open = 0, False  # the attempt that ends here has saved more
-            if event == "start":
-                silent, is_open = silent + is_open, True
-                begun = step if begun == sys.maxsize else max(begun, step)
-            elif event == "requeue":
-                lost = record["cause"] == "lost" and step <= begun
-                silent, begun, is_open = silent + lost, max(begun, step), False
-            elif event == "end":  # an error and no requeue's record was not final: a loss
-                is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
-        return silent
+    def end(self, end: str, error: str = "", signal: str = "") -> NoReturn:
+        """Decide what becomes of the attempt that ended so, carry it out, and end the process.
+
+        Args:
+            end: SAVED and so on, of `events`.
+            error: its message; "" after an agreed save.
+            signal: the name of the signal that this rank received, or "".
+        """
+        # Whatever fails from here on, the batch script decides; if there is a note, by that.
+        failed = Decision(events.LOST, error, code=1 if end == events.PEERS else os.EX_TEMPFAIL)
+        try:
+            decision = self._decide(end, error, signal)
+            if decision.action == events.REQUEUE:
+                self._requeue(decision.cause)
+            elif decision.action == events.PARKED:
+                self._park(decision.seconds)
+        except Exception as problem:
+            print(f"not requeued from here ({type(problem).__name__}: {problem})", flush=True)
+            decision = failed
+        if decision.reason:
+            print(decision.reason, file=sys.stderr, flush=True)
+            is_open = decision.action == events.LOST
+            path = self.sweep.loss_path if is_open else self.sweep.failure_path
+            with contextlib.suppress(OSError):
+                if not path(self.run_id).exists():  # the first rank to write it counts
+                    self.sweep.note(path(self.run_id), decision.reason)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(decision.code)  # the process group may wait for a dead rank for ever
+
+    def _decide(self, end: str, error: str, signal: str) -> Decision:
+        facts = Facts(
+            restarts=own_restarts(),
+            rank=self.rank,
+            end=end,
+            signal=signal,
+            error=error,
+            failed=self.sweep.failure_path(self.run_id).exists(),
+            retries=self.profile["retries"],
+            signal_lead=self.profile["signal_lead"],
+            requeue_by=self.profile["requeue_by"],
+            resume=f"python -m launch resume {self.sweep.folder} goes on",
+            logs=f"see {self.run_id}.log",
+        )
+        began = time.monotonic()
+        while (decision := decide(facts)).action == events.WAIT:
+            time.sleep(decision.seconds)
+            try:
+                task = show_task(own_task() or "")
+            except SlurmError:
+                task = None
+            waited = time.monotonic() - began if facts.waited is not None else 0.0
+            facts = replace(facts, task=task, waited=waited, now=time.time(), **self._counts())
+        return decision
+
+    def _counts(self) -> dict[str, Any]:
+        """Those of Facts that the ledger has, this attempt taken as lost."""
+        records, step = [*self._records()], self._saved_step()
+        lost = {"event": "requeue", "cause": events.CAUSE_LOST, "step": step}
+        used = Counter(r["cause"] for r in records if r["event"] == "requeue")
+        return {"used": used, "losses": events.losses_in_a_row([*records, lost], step)}
 
     def _saved_step(self) -> int:
         from bip.training.checkpoint import CheckpointFolder
@@ -144,64 +193,16 @@ class Attempt:
         saved = CheckpointFolder(self.run_folder / "checkpoint").entries()
         return max((entry["step"] for entry in saved), default=0)
 
-    def requeue(self, signal_name: str, told: str = "") -> NoReturn:
-        """Have the task requeued if its cause has budget left, and wait for the end.
+    def _requeue(self, cause: str) -> None:
+        """Record the cause, and have SLURM requeue the task, or leave it to the batch script."""
+        from launch.slurm import client
 
-        Nothing was saved where `told` says what went wrong: the attempt is lost, unless SLURM's
-        record shows that SLURM has broken it.
-        """
         by_batch = self.profile["requeue_by"] == "batch"
-        counted = False
-        try:
-            if self.is_first:
-                self._requeue(signal_name, told, by_batch)
-                counted = True
-            elif not by_batch and not told:  # rank 0 may wait for this one
-                self._park()
-        except Exception as error:  # the state is saved, whatever goes wrong here
-            print(f"not requeued from here ({type(error).__name__}: {error})", flush=True)
-        if told and not counted:  # by its note the batch script counts it
-            self._note(told, self.sweep.loss_path(self.run_id))
-        sys.stdout.flush()
-        os._exit(os.EX_TEMPFAIL)
-
-    def _requeue(self, signal_name: str, told: str, by_batch: bool) -> None:
-        """On return the batch script requeues, if SLURM has not been asked to already."""
-        from launch.slurm import client as slurm
-
-        resume = f"python -m launch resume {self.sweep.folder} goes on"
-        if self.sweep.failure_path(self.run_id).exists():
-            self.fail(f"cancelled; {resume}")  # the note is that of launch cancel
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        task, cause = self._ask(signal_name)
-        if told and task is None:
-            raise slurm.SlurmError("no word of what it did to the task")
-        if told and cause == "timed_out":
-            cause = "lost"
-        if task is not None and task.ended and task.restarts <= restarts:
-            self.fail(f"{'preempted and ' * task.preempted}cancelled; {resume}")
-        if cause == "lost":
-            losses = self._losses({"event": "requeue", "cause": cause, "step": self._saved_step()})
-            if losses > (allowed := self.profile["retries"]["lost"]):
-                why = told or (
-                    f"{signal_name} came, and SLURM had neither preempted the task nor was it at "
-                    "its limit: another rank died before it, or somebody ended the step"
-                )
-                self.fail(
-                    f"lost {losses} times in a row without progress, the last time: {why}; the "
-                    f"profile's retries.lost is {allowed}; see {self.run_id}.log"
-                )
-        used = sum(r["event"] == "requeue" and r["cause"] == cause for r in self._records())
-        # An operator's requeue counts as a preemption.
-        kind = cause if cause in self.profile["retries"] else "preempted"
-        if cause != "lost" and used >= (allowed := self.profile["retries"][kind]):
-            after = f", the last time: {told}" if told else ""
-            self.fail(f"{cause} {used + 1} times{after}; the profile's retries.{kind} is {allowed}")
         self._record("requeue", cause, "batch" if by_batch else "scontrol")
         if by_batch:
             return
         # SLURM ends this step within the call, so nothing may be left to do after it.
-        refusal = slurm.requeue(slurm.own_task() or "", restarts)
+        refusal = client.requeue(own_task() or "", own_restarts())
         if refusal is None:
             # The task is in the queue again and this step is being ended: no need to stay longer.
             sys.stdout.flush()
@@ -210,81 +211,16 @@ class Attempt:
         print(f"not requeued from here ({refusal}); the batch script tries", flush=True)
         self._record("requeue_refused", cause, "scontrol")
 
-    def fail(self, reason: str) -> NoReturn:
-        """Record why this point is given up."""
-        self._leave(reason, self.sweep.failure_path(self.run_id))
-
-    def lose(self, reason: str, signal_number: int = 0) -> NoReturn:
-        """Record how this rank lost others. Whether that is final task.sh finds out: a bug of
-        theirs, or a node that failed, perhaps with the batch script on it. Where SLURM is ending
-        all of them it is neither."""
-        told = signal_name(signal_number) if signal_number else ""
-        with contextlib.suppress(Exception):  # this rank may be all that others wait for
-            if told and self.is_first and self._is_doing_of_slurm(told):
-                self.requeue(told, reason)
-        self._leave(reason, self.sweep.loss_path(self.run_id))
-
-    def _leave(self, reason: str, note: Path) -> NoReturn:
-        """End with a note; the first rank to write it is heard."""
-        print(reason, file=sys.stderr, flush=True)
-        self._note(reason, note)
+    def _park(self, seconds: float) -> None:
+        """Stay until rank 0 has had the task requeued, which ends this step."""
         sys.stdout.flush()
-        os._exit(1)  # the process group may wait for a dead rank for ever
-
-    def _note(self, reason: str, note: Path) -> None:
-        with contextlib.suppress(OSError):
-            if not note.exists():
-                self.sweep.note(note, reason)
-
-    def _park(self) -> NoReturn:
-        """Wait for rank 0 to have the task requeued, which ends this step.
-
-        Had this rank exited at once, SLURM might take the task as failed and end rank 0 in midst.
-        """
-        sys.stdout.flush()
-        deadline = time.monotonic() + PARK_SECONDS
+        deadline = time.monotonic() + seconds
         # Where another rank failed, nobody has anything requeued.
         while time.monotonic() < deadline and not self.sweep.loss_path(self.run_id).exists():
             time.sleep(1)
-        os._exit(os.EX_TEMPFAIL)
-
-    def _is_doing_of_slurm(self, signal_name: str) -> bool:
-        task, cause = self._ask(signal_name)
-        return task is not None and cause in ("preempted", "requeued")
-
-    def _ask(self, signal_name: str) -> "tuple[slurm.Task | None, str]":
-        """SLURM's record of this task, if it answers, and why the signal came.
-
-        That is preempted, timed_out, requeued (by somebody), or lost: SLURM did nothing to it.
-        """
-        from launch.slurm import client as slurm
-
-        restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
-        deadline = time.monotonic() + LATE_SECONDS
-        while True:
-            try:
-                task = slurm.show_task(slurm.own_task() or "")
-            except slurm.SlurmError:
-                task = None
-            cause = self._cause(task, restarts, signal_name)
-            if cause != "lost" or not signal_name or time.monotonic() > deadline:
-                return task, cause
-            time.sleep(1)
-
-    def _cause(self, task: "slurm.Task | None", restarts: int, signal_name: str) -> str:
-        if task is None:
-            return "preempted" if signal_name == "SIGTERM" else "timed_out"
-        if task.preempted:
-            return "preempted"
-        lead = self.profile["signal_lead"] + 120  # SLURM signals up to a minute early
-        if task.end is not None and task.end - time.time() < lead:
-            return "timed_out"
-        if task.restarts > restarts:
-            return "requeued"
-        return "lost" if task.state == "RUNNING" else "preempted"
 
     def _records(self) -> list[dict[str, Any]]:
-        """What attempts.jsonl tells since the array was submitted."""
+        """The records of attempts.jsonl since the array was submitted."""
         from bip.files import read_jsonl
 
         assert self.run_folder is not None

@@ -57,7 +57,6 @@ class FakeSlurm:
         self.sweep.jobs.mkdir()
         self.profile()
         self.command("scontrol", SCONTROL)
-        self.command("sleep", "#!/bin/bash\necho sleep $1 >>${0%/*}/calls\n")
         self.says(RUNNING)
 
     def profile(self, **values: Any) -> None:
@@ -83,7 +82,7 @@ class FakeSlurm:
         return os.environ | {
             "PATH": f"{self.bin}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT),
             "SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0",
-            "SLURM_PROCID": "0", "BIP_REQUEUE_PAUSE": "0",
+            "SLURM_PROCID": "0", "BIP_REQUEUE_PACE": "0",
             "BIP_PROFILE": str(self.sweep.jobs / "profile.json"),
         }  # fmt: skip
 
@@ -120,43 +119,21 @@ class FakeSlurm:
         (self.sweep.jobs / "points.txt").write_text("run\n")
         words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"
         script = f"{setup}\nsource {ROOT}/slurm/task.sh\n{words}"
-        done = subprocess.run(["bash", "-c", script], env=self.env | env, timeout=60, check=False)
-        return done.returncode
+        return self.bash(script, **env).returncode
 
-    def rank(self, signal_name: str = "SIGTERM", **env: str) -> int:
-        """A rank after its agreed save; its exit status."""
-        script = f"""
-import sys
-from pathlib import Path
-from launch.sweep import Sweep
-from launch.slurm.rank import Attempt
-attempt = Attempt(Sweep(Path({str(self.sweep.folder)!r})), "run")
-attempt.run_folder = Path({str(self.run)!r})
-attempt.requeue({signal_name!r})
-"""
-        words = [sys.executable, "-c", script]
-        return subprocess.run(words, env=self.env | env, timeout=60, check=False).returncode
+    def bash(self, script: str, **env: str) -> "subprocess.CompletedProcess[str]":
+        words = ["bash", "-c", script]
+        return subprocess.run(words, env=self.env | env, text=True, capture_output=True, timeout=60)
 
-    def run_point(self, train: str, **env: str) -> int:
-        """A rank whose training is the Python in `train`, which knows `stop`; its exit status."""
+    def rank(self, ends: str, **env: str) -> int:
+        """A rank whose run ends as `rank_that.py` lists; its exit status."""
         config = self.sweep.folder / "points" / "run.yml"
         config.parent.mkdir(exist_ok=True)
         text = (DIGITS / "pretrain.yml").read_text()
         config.write_text(text.replace("./trained_models", str(self.sweep.folder / "runs")))
-        script = f"""
-import atexit, errno, os, signal
-import bip.run, torch
-from bip.errors import LostWorker, RankError, Stopped, UserError
-from launch.slurm.rank import run_point
-atexit.register(lambda: os._exit(1)) # as submitit would
-def train(_, stop):
-    {train}
-bip.run.train = train
-run_point({str(self.sweep.folder)!r})
-"""
         env = self.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"} | env
-        words = [sys.executable, "-c", script]
-        return subprocess.run(words, env=env, timeout=60, check=False).returncode
+        words = [sys.executable, "-m", "tests.launch.rank_that", ends, str(self.sweep.folder)]
+        return subprocess.run(words, env=env, timeout=120, check=False).returncode
 
     def causes(self) -> list[str]:
         """Those of all requeues by ranks."""
@@ -165,4 +142,6 @@ run_point({str(self.sweep.folder)!r})
         return [record["cause"] for record in records if record["event"] == "requeue"]
 
     def events(self) -> list[str]:
-        return [record["event"] for record in read_jsonl(self.run / "attempts.jsonl")]
+        """All records of ranks."""
+        paths = self.sweep.folder.rglob("attempts.jsonl")
+        return [record["event"] for path in paths for record in read_jsonl(path)]

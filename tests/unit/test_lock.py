@@ -133,6 +133,15 @@ def test_on_another_host_slurm_decides(
             lock.acquire()
 
 
+def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    """Answers so, by an error where it is no record; None: there is no scontrol."""
+    if answer is not None:
+        script = f"#!/bin/sh\necho '{answer}'\nexit {int('=' not in answer)}\n"
+        (folder / "scontrol").write_text(script)
+        (folder / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/bin" if answer is not None else str(folder))
+
+
 @pytest.mark.parametrize(
     ("answer", "over"),
     [
@@ -146,9 +155,9 @@ def test_on_another_host_slurm_decides(
     ],
 )
 def test_what_slurm_says_of_an_attempt(
-    monkeypatch: pytest.MonkeyPatch, answer: str | None, over: bool | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, over: bool | None
 ) -> None:
-    monkeypatch.setattr(module, "_scontrol", lambda *_: answer)
+    fake_scontrol(tmp_path, monkeypatch, answer)
     holder = dataclasses.replace(Holder.self({}), job="7", restart=0)
     assert module._attempt_is_over(holder) is over
 
@@ -225,8 +234,13 @@ def test_one_hiccup_does_not_end_the_waiting(
     lock.release()
 
 
-def test_kill_wait_where_there_is_no_scontrol(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_scontrol", lambda *_: None)
+def test_kill_wait_where_there_is_no_scontrol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_scontrol(tmp_path, monkeypatch, "KillWait                = 45 sec")
+    assert module._kill_wait() == 45
+    fake_scontrol(tmp_path, monkeypatch, None)
+    (tmp_path / "scontrol").unlink()
     assert module._kill_wait() == 30
     monkeypatch.setenv("BIP_KILL_WAIT", "")  # the batch script could not find out either
     assert module._kill_wait() == 30

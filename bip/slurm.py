@@ -1,0 +1,114 @@
+"""SLURM's commands: the one place that runs scontrol, and that names a task.
+
+Standard library only and for Python 3.8, as all that `launch/slurm/batch.py` imports: it runs on
+the batch node, with whatever Python is there.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+
+from bip.errors import UserError
+
+
+class SlurmError(UserError):
+    """A SLURM command is missing or refused. The message is its first line."""
+
+
+# What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
+# facts of the job around this process. Not where the controller is, and the token it asks for.
+_OPTIONS = re.compile(r"SLURM_(?!(CONF|JWT)$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
+
+
+def without_options(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what would change the meaning of SLURM's commands."""
+    return {name: value for name, value in env.items() if not _OPTIONS.match(name)}
+
+
+def ask(*command: str, timeout: float = 60) -> str:
+    """A SLURM command's output, whatever options the environment holds.
+
+    Raises SlurmError if it is missing, refuses or hangs.
+    """
+    env = without_options(os.environ)
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
+        )
+    except FileNotFoundError:
+        raise SlurmError(f"{command[0]}: not found on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]}: no answer within {timeout:.0f} s") from None
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise SlurmError(f"{' '.join(command[:2])}: {lines[0]}")
+    return done.stdout
+
+
+def own_task(env: Mapping[str, str] = os.environ) -> str | None:
+    """The name of this process's array task or job for scontrol; None outside a job.
+
+    Never the bare ID of an array: scontrol takes that for every one of its tasks. The ID of a
+    one-task array's task is that of the array.
+    """
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
+def own_restarts(env: Mapping[str, str] = os.environ) -> int:
+    """How often this process's task was requeued before this attempt."""
+    return int(env.get("SLURM_RESTART_COUNT") or 0)
+
+
+@dataclass(frozen=True)
+class Task:
+    """The controller's record of one array task or job."""
+
+    state: str
+    restarts: int
+    preempted: bool
+    end: float | None  # of its time limit, or its own if it has ended; Unix seconds
+    reason: str
+
+    @classmethod
+    def parse(cls, line: str) -> Task:
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        end = None
+        if re.match(r"\d{4}-", fields.get("EndTime", "")):
+            end = datetime.fromisoformat(fields["EndTime"]).timestamp()
+        preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "")
+        restarts = int(fields.get("Restarts", 0))
+        return cls(fields["JobState"], restarts, preempted, end, fields.get("Reason", ""))
+
+
+def show_task(name: str, timeout: float = 60) -> Task | None:
+    """None if the controller no longer knows it. Raises SlurmError if it does not answer."""
+    try:
+        answer = ask("scontrol", "show", "job", "-o", name, timeout=timeout)
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return None
+        raise
+    line = answer.partition("\n")[0]
+    if "JobState=" not in line:
+        raise SlurmError(f"scontrol show: no record of {name} in its answer")
+    return Task.parse(line)
+
+
+def settings(timeout: float = 60) -> dict[str, str]:
+    """The controller's configuration, by SLURM's names."""
+    lines = ask("scontrol", "show", "config", timeout=timeout).splitlines()
+    pairs = (line.partition("=") for line in lines)
+    return {name.strip(): value.strip() for name, _, value in pairs if value}
+
+
+def number(text: str, missing: int) -> int:
+    """The leading number of a setting such as '30 sec'."""
+    match = re.match(r"\d+", text)
+    return int(match[0]) if match else missing

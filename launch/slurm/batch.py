@@ -1,0 +1,278 @@
+"""What `slurm/task.sh` runs on the batch node, outside of containers: `events.decide` for a step.
+
+    python3 -I -S batch.py begin FOLDER RUN_ID
+        prints the attempt's name and the present size of the run's log
+    python3 -I -S batch.py end CODE SECONDS [FOLDER RUN_ID LOG_SIZE]
+        for srun's exit status and duration: has the task requeued, if that is decided, or records
+        why not. Prints `requeued` once the batch script is to exit, else `final`
+
+Run by its path, so that whatever is installed does not matter; see `bip/slurm.py` for what it may
+import. BIP_REQUEUE_PACE multiplies its waits (for tests).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bip.slurm import SlurmError, own_restarts, own_task, show_task
+from launch.slurm import events
+from launch.slurm.client import requeue
+from launch.slurm.events import Decision, Facts, decide
+
+
+class Step:
+    """One step of this task that failed or was stopped, and all that the batch node knows of it."""
+
+    def __init__(self, code: int, lasted: float, run: Run | None) -> None:
+        self.run = run
+        self.task = own_task() or ""
+        self.pace = float(os.environ.get("BIP_REQUEUE_PACE", 1))
+        self.began, self.skipped = time.monotonic(), 0.0
+        self.refused_since: float | None = None
+        most = os.environ.get("BIP_MAX_RESTARTS", "")
+        self.facts = Facts(
+            code=code,
+            lasted=lasted,
+            restarts=own_restarts(),
+            nodes=int(os.environ.get("SLURM_NNODES") or 1),
+            max_restarts=int(most) if most.isdigit() else None,
+            **(run.facts(self.task) if run is not None else {}),
+        )
+
+    def end(self) -> str:
+        """Decide, and carry it out: `requeued` or `final`."""
+        while True:
+            decision = decide(self.facts)
+            if decision.counts and self.run is not None:
+                self.run.count(f"{self.task}.{self.facts.restarts}", decision.reason)
+            if decision.action == events.WAIT:
+                self.sleep(decision.seconds)
+                self.ask()
+            elif decision.action == events.AWAIT_NODE:
+                self.sleep(decision.seconds)
+                self.facts = replace(self.facts, node_awaited=True)
+                self.refused_since = None  # ask as long again
+                self.ask()
+            elif decision.action == events.PROBE:
+                self.facts = replace(self.facts, nodes_answer=self.nodes_answer())
+                self.ask()
+            elif decision.action == events.REQUEUE:
+                if decision.reason:
+                    print(f"to be requeued: {decision.reason}", file=sys.stderr, flush=True)
+                if self.run is not None:
+                    self.run.set_aside()
+                # Nothing may be left to record after this: SLURM ends this process too.
+                if (refusal := requeue(self.task, self.facts.restarts)) is None:
+                    break
+                self.refuse(refusal)
+            elif decision.action == events.REQUEUED:
+                break
+            else:
+                self.give_up(decision)
+                return "final"
+        self.await_end()
+        return "requeued"
+
+    def clock(self) -> float:
+        return time.monotonic() - self.began + self.skipped
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds * self.pace)
+        self.skipped += seconds * (1 - self.pace)
+
+    def ask(self) -> None:
+        """SLURM's record of the task."""
+        refusal = self.facts.refusal if self.facts.task is not None else ""
+        try:
+            task = show_task(self.task)
+            if task is None:
+                refusal = "scontrol: Invalid job id: SLURM does not know the task any more"
+        except SlurmError as error:
+            task, refusal = None, str(error)
+            print(f"no answer ({refusal})", file=sys.stderr, flush=True)
+        if self.facts.waited is None:
+            self.began, self.skipped = time.monotonic(), 0.0
+        if refusal and self.refused_since is None:
+            self.refused_since = self.clock()
+        since = self.refused_since
+        refused = self.clock() - since if refusal and since is not None else 0.0
+        self.facts = replace(
+            self.facts, task=task, waited=self.clock(), now=time.time(),
+            refusal=refusal, refused=refused,
+        )  # fmt: skip
+
+    def refuse(self, refusal: str) -> None:
+        """scontrol has refused to requeue the task."""
+        print(f"not requeued ({refusal})", file=sys.stderr, flush=True)
+        self.facts = replace(self.facts, refusal=refusal)
+        if not events.will_not_change(refusal):
+            self.sleep(10)
+        self.ask()
+
+    def nodes_answer(self) -> bool:
+        """Whether a step still starts on every node of the task."""
+        probe = ["timeout", "60", "srun", "--overlap", "--ntasks-per-node=1"]
+        nodes = str(self.facts.nodes)
+        probe += [f"--nodes={nodes}", f"--ntasks={nodes}", "true"]
+        for pause in (20, 0):
+            if subprocess.run(probe, stdout=subprocess.DEVNULL, check=False).returncode == 0:
+                return True
+            self.sleep(pause)
+        return False
+
+    def await_end(self) -> None:
+        """Wait until the batch script may exit, where SLURM has requeued its task.
+
+        While SLURM clears the task away exiting is safe, and frees the nodes before KillWait is
+        over. Once the next attempt runs, SLURM would take the exit for the end of that.
+        """
+        for _ in range(15):
+            with contextlib.suppress(SlurmError):
+                task = show_task(self.task)
+                if task and task.state.startswith(("COMPLETING", "PENDING", "REQUEUE")):
+                    break
+            self.sleep(60)
+
+    def give_up(self, decision: Decision) -> None:
+        if decision.reason:
+            print(decision.reason, file=sys.stderr, flush=True)
+        if decision.reason and self.run is not None:
+            self.run.fail(decision.reason)
+
+
+class Run:
+    """One run of a sweep, by its files in FOLDER/jobs; `launch/sweep.py` lists them."""
+
+    def __init__(self, folder: str, run_id: str, log_size: int = 0) -> None:
+        self.folder, self.run_id, self.log_size = Path(folder), run_id, log_size
+        self.note, self.lost, self.begun, self.log, self.before = (
+            self.folder / "jobs" / f"{run_id}.{kind}"
+            for kind in ("failed", "lost", "begun", "log", "failed.before")
+        )
+
+    def facts(self, task: str) -> dict[str, Any]:
+        """Those of Facts that are on disk."""
+        profile = _read_json(Path(os.environ.get("BIP_PROFILE", "")))
+        restarts = own_restarts()
+        counted = {note.get("attempt") for note in self._notes_before()}
+        losses = 1
+        while f"{task}.{restarts - losses}" in counted:
+            losses += 1
+        begun = _read(self.begun).strip() == f"{task}.{restarts}"
+        error, bus_error = self._printed()
+        logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
+        return {
+            "failed": self.note.exists(),
+            "lost": str(_read_json(self.lost).get("reason", "")),
+            "begun": begun,
+            "bus_error": bus_error,
+            "error": error,
+            "saved": begun and self._has_saved(),
+            "losses": losses,
+            "retries": {**events.DEFAULT_RETRIES, **profile.get("retries", {})},
+            "signal_lead": profile.get("signal_lead", 120),
+            "resume": f"python -m launch resume {self.folder} goes on",
+            "logs": logs,
+        }
+
+    def set_aside(self) -> None:
+        """Keep what a rank left of an attempt that was not final."""
+        with contextlib.suppress(OSError, ValueError):
+            self._append(json.loads(self.lost.read_text()))
+        with contextlib.suppress(OSError):
+            self.lost.unlink()
+
+    def count(self, attempt: str, reason: str) -> None:
+        """Record an attempt as lost, once."""
+        with contextlib.suppress(OSError):
+            if all(note.get("attempt") != attempt for note in self._notes_before()):
+                self._append({"reason": reason, "attempt": attempt})
+
+    def fail(self, reason: str) -> None:
+        """Record why the run is given up."""
+        if reason == _read_json(self.lost).get("reason"):  # that was final
+            with contextlib.suppress(OSError):
+                os.replace(self.lost, self.note)
+                return
+        self.set_aside()
+        temporary = self.note.with_name(self.note.name + ".new")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps({"reason": reason, "time": time.time()}) + "\n")
+            os.replace(temporary, self.note)
+
+    def _append(self, note: Any) -> None:
+        with open(self.before, "a") as stream:
+            stream.write(json.dumps(note) + "\n")
+
+    def _notes_before(self) -> list[dict[str, Any]]:
+        notes = []
+        for line in _read(self.before).splitlines():
+            with contextlib.suppress(ValueError):
+                notes.append(json.loads(line))
+        return [note for note in notes if isinstance(note, dict)]
+
+    def _has_saved(self) -> bool:
+        """Whether a checkpoint is newer than this attempt's beginning."""
+        with contextlib.suppress(OSError):
+            began = self.begun.stat().st_mtime_ns
+            manifests = self.folder.glob(f"*/{self.run_id}/checkpoint/manifest.json")
+            return any(path.stat().st_mtime_ns > began for path in manifests)
+        return False
+
+    def _printed(self) -> tuple[str, bool]:
+        """The last line of this attempt's log that is an error, and whether a rank died of SIGBUS,
+        by faulthandler's message."""
+        error, bus_error = b"", False
+        with contextlib.suppress(OSError), open(self.log, "rb") as stream:
+            stream.seek(self.log_size)
+            for line in stream:
+                bus_error |= line.startswith(b"Fatal Python error: Bus error")
+                if line.startswith(b"error: "):
+                    error = line.rstrip(b"\r\n")[:500]
+        return re.sub(r"[^ -~]", "?", error.decode("latin-1")), bus_error
+
+
+def _read(path: Path) -> str:
+    """ "" if it cannot be read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} if it is none."""
+    try:
+        value = json.loads(_read(path))
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def main(command: str, *words: str) -> None:
+    if command == "begin":
+        folder, run_id = words
+        run = Run(folder, run_id)
+        run.set_aside()  # the batch script of that attempt was killed, so it was not final
+        size = run.log.stat().st_size if run.log.exists() else 0
+        print(f"{own_task()}.{own_restarts()}", size)
+    else:
+        code, lasted, *of = words
+        sweep_run = Run(of[0], of[1], int(of[2])) if of else None
+        print(Step(int(code), float(lasted), sweep_run).end())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,320 @@
+"""What becomes of an attempt that did not finish: the only place that decides it.
+
+The batch script (`batch.py`, when srun has ended) and the ranks (`rank.py`, when the run has
+stopped) gather `Facts`, ask `decide` and carry the decision out; some decisions say only what is to
+be found out before they ask again. A rank that lost its peers cannot know why: by a bug of theirs,
+or with their node. It leaves that to the batch script, which may be killed with its own node; then
+the run is simply tried again.
+
+Pure, standard library only, and for Python 3.8 (see `bip/slurm.py`).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bip.slurm import Task
+
+# Actions. After the last three the caller asks again.
+REQUEUE = "requeue"  # have SLURM queue the task again (a rank: its cause is recorded first)
+REQUEUED = "requeued"  # SLURM has done so already; a second time would hit the next attempt
+FINAL = "final"  # record `reason` as the run's failure; with "" it is recorded already
+CANCELLED = "cancelled"  # as FINAL: SLURM, or the user, has ended the task for good
+LOST = "lost"  # a rank: leave `reason` to the batch script, which decides; with "" nothing
+PARKED = "parked"  # a rank: stay for at most `seconds`, until SLURM ends this step
+WAIT = "wait"  # ask SLURM (again) after `seconds`
+PROBE = "probe"  # find out whether all nodes answer
+AWAIT_NODE = "await_node"  # give SLURM NODE_SECONDS to notice a failed node, and requeue the task
+
+# How a run ended on a rank
+SAVED = "saved"  # stopped by a signal, after all ranks saved
+PEERS = "peers"  # other ranks, or a process of this one, are gone
+PASSING = "passing"  # a file system is away
+BUG = "bug"
+INPUT = "input"  # bad input, which fails every time
+
+# Causes, in attempts.jsonl and in the profile's retries. An operator's requeue ("requeued") counts
+# as preempted.
+CAUSE_PREEMPTED, CAUSE_TIMED_OUT, CAUSE_LOST = "preempted", "timed_out", "lost"
+DEFAULT_RETRIES = {CAUSE_PREEMPTED: 100, CAUSE_TIMED_OUT: 100, CAUSE_LOST: 5}
+
+RUNS = "runs"
+EX_IOERR, EX_TEMPFAIL, BUS = 74, 75, 135  # of bip; 128 + SIGBUS: an I/O error of a mapped file
+STOPPED = (EX_TEMPFAIL, 138, 140, 143)  # 128 + USR1, USR2, TERM: a rank that noticed too late
+CANNOT_START = (2, 13, 126, 127)  # the command is missing, or may not be executed
+LATE_SECONDS = 5.0  # by which SLURM's record of a preemption may come after the signal
+ANSWER_SECONDS = 600.0  # for which scontrol is asked again
+NODE_SECONDS = 600.0
+PARK_SECONDS = 900.0
+EARLY_SECONDS = 120.0  # SLURM signals up to a minute before `signal_lead`
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one attempt that did not finish. "" and None: none, or not known."""
+
+    restarts: int = 0  # of the task before this attempt
+    rank: int | None = None  # None: the batch script asks
+    # How it ended
+    end: str = ""  # on this rank
+    signal: str = ""  # that this rank received
+    error: str = ""  # of this rank; for the batch script the log's last error line
+    code: int = 0  # of srun, which is the highest of all ranks
+    lasted: float = 0.0  # seconds from srun's start
+    # What SLURM's record is
+    waited: float | None = None  # seconds since SLURM was first asked; None: not yet
+    task: Task | None = None
+    now: float = 0.0  # Unix seconds, to compare with the task's end
+    refusal: str = ""  # scontrol's last error
+    refused: float = 0.0  # seconds since its first
+    nodes: int = 1
+    nodes_answer: bool | None = None
+    node_awaited: bool = False  # SLURM has had NODE_SECONDS
+    # What is on disk: notes, the log, checkpoints, the ledger
+    failed: bool = False
+    lost: str = ""
+    begun: bool = False  # a rank reached its first line
+    bus_error: bool = False  # a rank's last words, where another's exit code hides its own
+    saved: bool = False  # this attempt wrote a checkpoint
+    losses: int = 1  # in a row without progress, this one included
+    used: Mapping[str, int] = field(default_factory=dict)  # requeues by cause
+    # The profile and the user
+    retries: Mapping[str, int] | None = None  # None: a template's task, whose ranks count nothing
+    signal_lead: float = 120.0
+    requeue_by: str = "scontrol"
+    max_restarts: int | None = None  # the user's BIP_MAX_RESTARTS
+    resume: str = "the same sbatch line goes on"
+    logs: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: str
+    reason: str = ""  # for the user
+    cause: str = ""  # for the ledger
+    seconds: float = 0.0
+    code: int = 0  # exit status of a rank
+    counts: bool = False  # for the batch script: record the attempt as lost
+
+
+def decide(facts: Facts) -> Decision:
+    return _of_batch(facts) if facts.rank is None else _of_rank(facts)
+
+
+def standing_of(task: Task, restarts: int) -> str:
+    """What SLURM has made of the attempt with that many restarts: RUNS, REQUEUED or CANCELLED."""
+    if task.restarts != restarts or task.state.startswith(("PENDING", "REQUEUE")):
+        return REQUEUED
+    # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that SLURM
+    # has requeued (`restarts` shows it, also after a node failure) and one that reached its limit.
+    if task.state in ("CANCELLED", "PREEMPTED", "COMPLETING") and task.reason != "TimeLimit":
+        return CANCELLED if task.end is not None else REQUEUED
+    return RUNS
+
+
+def will_not_change(refusal: str) -> bool:
+    """Whether it is an error of scontrol's that stays, however often it is asked."""
+    return bool(re.search("disabled|denied|invalid|not found", refusal.lower()))
+
+
+def losses_in_a_row(records: Iterable[Mapping[str, Any]], step: int) -> int:
+    """Attempts in a row that were lost without progress, by the ledger and the step saved now.
+
+    A hard preemption or a failed node ends an attempt without a record. Periodic saves carry such
+    a run on, so only those count between which nothing was saved.
+    """
+    losses, begun, is_open = 0, sys.maxsize, False
+    for record in [*records, {"event": "start", "step": step}]:
+        event, step = record["event"], record.get("step", 0)
+        if event in ("start", "requeue") and step > begun:
+            losses, is_open = 0, False  # the attempt that ends here has saved more
+        if event == "start":
+            losses, is_open = losses + is_open, True
+            begun = step if begun == sys.maxsize else max(begun, step)
+        elif event == "requeue":
+            lost = record["cause"] == CAUSE_LOST and step <= begun
+            losses, begun, is_open = losses + lost, max(begun, step), False
+        elif event == "end":  # an error that no requeue follows was not final: a loss
+            is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
+    return losses
+
+
+def why_not_start(losses: int, retries: Mapping[str, int]) -> str:
+    """Why no further attempt is made after so many losses in a row; "" if one is."""
+    if losses <= retries[CAUSE_LOST]:
+        return ""
+    return (
+        f"{losses} attempts ended without a recorded cause and without progress (nodes failed, the "
+        "memory did not suffice, or the time to save was too short: a lower --checkpoint-minutes "
+        f"saves more often); the profile's retries.lost is {retries[CAUSE_LOST]}"
+    )
+
+
+def _cause(f: Facts) -> str:
+    """What SLURM did to the attempt; CAUSE_LOST: nothing."""
+    if f.task is None:  # the user signal comes before a limit, and instead of TERM only if asked
+        return CAUSE_PREEMPTED if f.signal == "SIGTERM" else CAUSE_TIMED_OUT
+    if f.task.preempted:
+        return CAUSE_PREEMPTED
+    if f.task.end is not None and f.task.end - f.now < f.signal_lead + EARLY_SECONDS:
+        return CAUSE_TIMED_OUT
+    if standing_of(f.task, f.restarts) == REQUEUED:
+        return REQUEUED
+    return CAUSE_LOST if f.task.state == "RUNNING" else CAUSE_PREEMPTED
+
+
+def _cancelled(f: Facts) -> Decision:
+    preempted = f.task is not None and f.task.preempted  # PreemptMode=CANCEL
+    reason = f"{'preempted and ' * preempted}cancelled; {f.resume}"
+    return Decision(CANCELLED, reason, code=1)
+
+
+def _too_many_losses(f: Facts, why: str) -> str:
+    """Why the run is given up, if it is."""
+    allowed = (f.retries or DEFAULT_RETRIES)[CAUSE_LOST]
+    if f.losses <= allowed:
+        return ""
+    return (
+        f"lost {f.losses} times in a row without progress, the last time: {why}; the profile's "
+        f"retries.lost is {allowed}; {f.logs}"
+    )
+
+
+def _of_rank(f: Facts) -> Decision:
+    assert f.retries is not None
+    is_first = f.rank == 0  # it alone has the task requeued
+    if f.end == INPUT or (f.end == BUG and not f.signal):
+        return Decision(FINAL, f.error, code=1)
+    if f.end == PEERS and not (f.signal and is_first):
+        return Decision(LOST, f.error, code=1)
+    # From here on: it saved; its file system is away; or it failed when SLURM may have been ending
+    # it. A compiler it had started, say, died of the signal, and it of that.
+    if not is_first:
+        if f.error:
+            return Decision(LOST, f.error, code=EX_TEMPFAIL)
+        # If it exited now, SLURM might take the task as failed, and end rank 0 before that has
+        # requeued it. Where the batch script requeues, it waits for this rank to exit.
+        seconds = 0.0 if f.requeue_by == "batch" else PARK_SECONDS
+        return Decision(PARKED, seconds=seconds, code=EX_TEMPFAIL)
+    if f.failed:  # by `launch cancel`, before it asks SLURM
+        return _cancelled(f)
+    if f.waited is None:
+        return Decision(WAIT)
+    cause = _cause(f)
+    if cause == CAUSE_LOST and f.signal and f.waited < LATE_SECONDS:
+        return Decision(WAIT, seconds=1)
+    if f.end == PEERS and (f.task is None or cause not in (CAUSE_PREEMPTED, REQUEUED)):
+        return Decision(LOST, f.error, code=1)
+    if f.error and f.task is None:
+        return Decision(LOST, f.error, code=EX_TEMPFAIL)
+    if f.error and cause == CAUSE_TIMED_OUT:  # short limits are always near
+        cause = CAUSE_LOST
+    if f.task is not None and standing_of(f.task, f.restarts) == CANCELLED:
+        return _cancelled(f)
+    if cause == CAUSE_LOST:
+        unknown = (
+            f"{f.signal} came, and SLURM had neither preempted the task nor was it at its limit: "
+            "another rank died before it, or somebody ended the step"
+        )
+        if reason := _too_many_losses(f, f.error or unknown):
+            return Decision(FINAL, reason, code=1)
+    else:
+        kind = cause if cause in f.retries else CAUSE_PREEMPTED
+        if (used := f.used.get(cause, 0)) >= f.retries[kind]:
+            last = f", the last time: {f.error}" * bool(f.error)
+            reason = f"{cause} {used + 1} times{last}; the profile's retries.{kind} is "
+            return Decision(FINAL, reason + str(f.retries[kind]), code=1)
+    return Decision(REQUEUE, cause=cause, code=EX_TEMPFAIL)
+
+
+def _of_batch(f: Facts) -> Decision:
+    if f.failed:  # by a rank or `launch cancel`: final also beside a rank that was just stopped
+        return Decision(FINAL)
+    if f.waited is None:
+        return Decision(WAIT)
+    standing = "" if f.task is None else standing_of(f.task, f.restarts)
+    if standing == REQUEUED:
+        return Decision(REQUEUED)
+    if standing == CANCELLED:
+        return _cancelled(f)
+    is_silent = will_not_change(f.refusal) or f.refused >= ANSWER_SECONDS
+    if not standing and not is_silent:
+        return Decision(WAIT, seconds=10)
+
+    cause = _cause(f) if standing else CAUSE_LOST
+    trouble, stopped = _trouble(f), f.code in STOPPED
+    is_open = bool(f.lost or (stopped and trouble))
+    if is_open and standing and cause == CAUSE_LOST and f.waited < LATE_SECONDS:
+        return Decision(WAIT, seconds=1)
+    if stopped:
+        # Where one rank could not start, or failed, srun ends the others by TERM: that counts,
+        # unless it was SLURM's doing.
+        return _requeue(f, trouble, counts=cause == CAUSE_LOST)
+    if f.retries is None and f.code in (EX_IOERR, BUS):
+        return _requeue(f)
+    if f.retries is not None and f.begun and cause != CAUSE_LOST and not trouble:
+        # One that noticed another's failure ends by itself, with or without a note.
+        trouble = "the ranks failed while SLURM was ending them"
+        return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
+    if f.nodes > 1:
+        if f.nodes_answer is None:
+            return Decision(PROBE)
+        if not f.nodes_answer:  # the ranks notice a failed node minutes before SLURM does
+            if not f.node_awaited:
+                return Decision(AWAIT_NODE, seconds=NODE_SECONDS)
+            return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
+    if trouble:
+        return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
+    ended = f"exit code {f.code} of srun"
+    return Decision(FINAL, f.lost or "; ".join(filter(None, [ended, f.error, f.logs])))
+
+
+def _trouble(f: Facts) -> str:
+    """Why another attempt may succeed where this one did not save; "" if it will not."""
+    if f.retries is None:
+        return ""
+    if f.code in STOPPED:
+        if f.lost:
+            return f"the ranks failed ({f.lost})"
+        if f.code == EX_TEMPFAIL:
+            return ""
+    if f.code in CANNOT_START:
+        return ""
+    if f.lost:
+        if re.search("error: ranks: .* in time", f.lost):
+            return "the ranks did not meet"
+    elif not f.begun:  # srun could not start it: the controller or a node was away
+        return "no rank started"
+    if f.code == BUS or f.bus_error:
+        return "a rank died of SIGBUS: the file system of its data fails or was away"
+    return ""
+
+
+def _requeue(f: Facts, trouble: str = "", counts: bool = False) -> Decision:
+    """Of the batch script. `counts`: as a loss, if there was trouble and nothing was saved."""
+    ended = f"exit code {f.code} of srun"
+    if f.task is not None:
+        tried = f"already restarted {f.restarts} times"
+        most = 100
+        if f.retries is not None:  # the ranks count by cause; this bounds what they miss
+            most = 1000 + f.retries[CAUSE_PREEMPTED] + f.retries[CAUSE_TIMED_OUT]
+        most = most if f.max_restarts is None else f.max_restarts
+        if f.restarts >= most:
+            reason = f"{ended}, and {tried} (BIP_MAX_RESTARTS is {most}); {f.resume}"
+            return Decision(FINAL, reason)
+        is_io = f.retries is None and f.code in (EX_IOERR, BUS)
+        if is_io and f.restarts >= 5 and f.lasted < 600:
+            away = f"a file system fails, or is away ({ended}), within ten minutes"
+            return Decision(FINAL, f"{away}, and {tried}; {f.resume}")
+        counts = counts and bool(trouble) and not f.saved
+        if counts and (reason := _too_many_losses(f, f"{trouble} ({ended})")):
+            return Decision(FINAL, reason, counts=True)
+    if will_not_change(f.refusal) or f.refused >= ANSWER_SECONDS:
+        why = trouble or ("saved at its last step" if f.code == EX_TEMPFAIL else ended)
+        return Decision(FINAL, f"{why}, but SLURM refuses to requeue ({f.refusal}); {f.resume}")
+    return Decision(REQUEUE, trouble, counts=counts)
