@@ -60,11 +60,11 @@ def series(*argv: str, command: list[str]) -> int:
         print(note)
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    sweep, run_ids = Sweep(plan.folder), [planned.run_id for planned in plan.points]
+    sweep, run_ids = Sweep(plan.folder), [planned.run_id for planned in plan.runs]
     executor = executor_for(sweep, profile, command)
-    missing = [run for run in map(Run.of, plan.points) if not sweep.is_done(run)]
-    _prepare(executor, [planned.config for planned in plan.points], missing)
-    sweep.add(plan.points)
+    missing = [run for run in map(Run.of, plan.runs) if not sweep.is_done(run)]
+    _prepare(executor, [planned.config for planned in plan.runs], missing)
+    sweep.add(plan.runs)
     keep_code = flags.get("snapshot", True)
     return _submit(sweep, run_ids, executor, flags.get("wait", True), keep_code)
 

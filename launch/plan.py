@@ -29,7 +29,7 @@ NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
 BEST = Path("checkpoint", "model_best.pth.tar")  # in a run folder: what the next stage starts from
 
-# A point has its own of these: (product flag, single flag).
+# A run has its own of these: (product flag, single flag).
 _AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
 _AXES |= {"layer_types": "layer_type", "trainers": "trainer"}
 
@@ -67,11 +67,11 @@ class SeriesOptions(BaseModel):
 
 
 @dataclass(frozen=True)
-class Point:
+class PlannedRun:
     """One run of a sweep."""
 
     stage: Mode
-    trainer: str  # the pruning's: a finetune point names what pruned its network
+    trainer: str  # the pruning's: a finetune run names what pruned its network
     config: RunConfig
     needs: tuple[str, ...]  # run IDs
 
@@ -82,16 +82,16 @@ class Point:
 
 @dataclass
 class Plan:
-    """The points in the order in which they are to run, and what to print for the user."""
+    """The runs in the order in which they are to run, and what to print for the user."""
 
-    points: list[Point]
+    runs: list[PlannedRun]
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
     def folder(self) -> Path:
         """The sweep folder, RESULT_DIR/EXP_NAME."""
-        config = self.points[0].config
+        config = self.runs[0].config
         return config.result_dir / config.exp_name
 
 
@@ -163,7 +163,7 @@ def check_same_source(run_id: str, one: Path | None, other: Path | None) -> None
 
 
 def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
-    """Every point of the sweep that `flags` describe, validated; nothing is created.
+    """Every run of the sweep that `flags` describe, validated; nothing is created.
 
     `flags` are those given on the command line (`SeriesOptions` and `RunConfig` by field name),
     `ranks` the processes of one run. Raises UserError for any value that cannot work.
@@ -187,7 +187,7 @@ class _Planner:
         self.main_file = given_or_shipped(main_file) if main_file else None
         self.flags = run_flags
         self.notes: list[str] = []
-        self.points: dict[str, Point] = {}
+        self.runs: dict[str, PlannedRun] = {}
         self.files: dict[tuple[Mode, str], tuple[Path | None, dict[str, Any]]] = {}
         for name in ("resume", "evaluate"):
             if name in run_flags:
@@ -220,7 +220,7 @@ class _Planner:
         return stages
 
     def _axes(self) -> list[tuple[Any, ...]]:
-        """(seed, arch, layer_type, trainer, k) of every point: k varies fastest."""
+        """(seed, arch, layer_type, trainer, k) of every run: k varies fastest."""
         given = self.options
         if given.series is None and self.stages != ["pretrain"]:
             raise UserError("series: missing; give --series unstructured, structured or 0.5,0.1")
@@ -255,7 +255,7 @@ class _Planner:
             raise UserError(f"seeds: {value!r} is not a whole number") from None
 
     def _check_sources(self) -> None:
-        """One --source-net cannot serve points that need different networks."""
+        """One --source-net cannot serve runs that need different networks."""
         if "source_net" not in self.main:
             return
         if self.stages[0] == "pretrain":
@@ -272,18 +272,18 @@ class _Planner:
 
     def plan(self) -> Plan:
         for seed, arch, layer_type, trainer, k in self.axes:
-            source: Point | None = None
+            source: PlannedRun | None = None
             for stage in self.stages:
                 axes = {"seed": seed, "arch": arch}
                 if stage != "pretrain":
                     axes |= {"layer_type": layer_type, "k": k}
                 source = self._add(stage, trainer, axes, source)
-        points = sorted(self.points.values(), key=lambda point: STAGES.index(point.stage))
-        return Plan(points, self.notes, list(self._warnings(points)))
+        runs = sorted(self.runs.values(), key=lambda run: STAGES.index(run.stage))
+        return Plan(runs, self.notes, list(self._warnings(runs)))
 
     def _add(
-        self, stage: Mode, trainer: str | None, axes: dict[str, Any], source: Point | None
-    ) -> Point:
+        self, stage: Mode, trainer: str | None, axes: dict[str, Any], source: PlannedRun | None
+    ) -> PlannedRun:
         path, values = self._file(stage, trainer or "base")
         values = values | {name: value for name, value in axes.items() if value is not None}
         starts_fresh = _method(values.get("trainer", "base"), stage).starts_from == "fresh"
@@ -308,9 +308,9 @@ class _Planner:
         config.batch_per_rank(self.ranks)
         pruned_by = config.trainer if source is None or stage != "finetune" else source.trainer
         needs = (source.run_id,) if source else ()
-        point = Point(stage, pruned_by, config, needs)
-        known = self.points.setdefault(point.run_id, point)
-        check_same_source(point.run_id, known.config.source_net, config.source_net)
+        run = PlannedRun(stage, pruned_by, config, needs)
+        known = self.runs.setdefault(run.run_id, run)
+        check_same_source(run.run_id, known.config.source_net, config.source_net)
         return known
 
     def _file(self, stage: Mode, trainer: str) -> tuple[Path | None, dict[str, Any]]:
@@ -372,7 +372,7 @@ class _Planner:
             dropped |= {"source_net"}
         return {name: value for name, value in self.flags.items() if name not in dropped}
 
-    def _warnings(self, points: list[Point]) -> Iterable[str]:
+    def _warnings(self, runs: list[PlannedRun]) -> Iterable[str]:
         if self.stages == ["pretrain"] and self.options.series is not None:
             yield "series: no effect, a dense network is trained"
         for stage in ("pretrain", "finetune"):
@@ -381,16 +381,16 @@ class _Planner:
                 stage not in self.stages or self.stages == [stage]
             ):
                 yield f"{name}: no effect; the file of the only other stages is --configs"
-        methods = {point.config.method for point in points}
+        methods = {run.config.method for run in runs}
         for name in self.flags:
             if not any(_acts_in(method, name) for method in methods):
                 yield f"{name}: no effect in any stage of this sweep"
         if self.flags.get("scale_rand_init") and "prune" in self.stages:
             yield "scale_rand_init: one dense network serves all k, so it is scaled for its own k"
-        seen = {f"{point.stage}: {line}" for point in points for line in point.config.warnings()}
+        seen = {f"{run.stage}: {line}" for run in runs for line in run.config.warnings()}
         yield from sorted(seen)
         if "prune" in self.stages and "finetune" not in self.stages:
-            smallest = min(point.config.k for point in points if point.stage == "prune")
+            smallest = min(run.config.k for run in runs if run.stage == "prune")
             if smallest < Decimal("0.01"):
                 yield (
                     f"series: k = {smallest} keeps under 1%; the published advice is to fine-tune "

@@ -34,7 +34,7 @@ from bip.config import read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
 from bip.methods.base import Mode
-from launch.plan import STAGES, Point, check_same_source
+from launch.plan import STAGES, PlannedRun, check_same_source
 
 VERSION = 1
 StateName = Literal["waiting", "running", "done", "failed", "cancelled", "blocked"]
@@ -59,7 +59,7 @@ class Run:
     needs: list[str]
 
     @classmethod
-    def of(cls, planned: Point) -> "Run":
+    def of(cls, planned: PlannedRun) -> "Run":
         config = planned.config
         return cls(
             run_id=planned.run_id,
@@ -206,7 +206,7 @@ class Sweep:
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
             ) from None
 
-    def add(self, planned: Sequence[Point]) -> None:
+    def add(self, planned: Sequence[PlannedRun]) -> None:
         """Merge the runs into the ledger and write their configurations.
 
         Raises UserError, with nothing written, if one of them is there with another source_net,

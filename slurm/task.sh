@@ -22,6 +22,7 @@ shopt -u nullglob failglob
 # bash would otherwise die of what is meant for the ranks, and with it the requeueing.
 trap '' TERM USR1 USR2
 bip_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bip_root=${bip_root%/bip/_files} # where a wheel has this file
 bip_run=() # of a sweep: FOLDER RUN_ID LOG-SIZE
 
 decider() { # of this clone's or snapshot's, whatever else is installed

@@ -46,7 +46,7 @@ def in_minutes(minutes: float) -> str:
 
 
 class FakeSlurm:
-    """One array task with one point, `run`, of the sweep in `folder`/sweep."""
+    """One array task with one run, `run`, of the sweep in `folder`/sweep."""
 
     def __init__(self, folder: Path) -> None:
         self.bin = folder / "bin"

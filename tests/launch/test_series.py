@@ -78,40 +78,40 @@ def test_product_and_chain() -> None:
         *("--layer-types", "unstructured,filter", "--stages", "pretrain,prune,finetune"),
         *("--result-dir", "/results", "--exp-name", "sweep"),
     )
-    stages = [point.stage for point in found.points]
+    stages = [run.stage for run in found.runs]
     assert stages == ["pretrain"] * 4 + ["prune"] * 16 + ["finetune"] * 16
-    by_id = {point.run_id: point for point in found.points}
+    by_id = {run.run_id: run for run in found.runs}
     assert len(by_id) == 36
     axes = set()
-    for point in found.points:
-        config = point.config
-        assert config.run_folder == Path("/results/sweep") / point.stage / point.run_id
-        assert config.exp_mode == point.stage
-        if point.stage == "pretrain":
-            assert point.needs == ()
+    for run in found.runs:
+        config = run.config
+        assert config.run_folder == Path("/results/sweep") / run.stage / run.run_id
+        assert config.exp_mode == run.stage
+        if run.stage == "pretrain":
+            assert run.needs == ()
             assert config.source_net is None
             assert config.epochs == setting("pretrain.yml", "epochs")
             continue
-        (need,) = point.needs
+        (need,) = run.needs
         source = by_id[need].config
         assert config.source_net == source.run_folder / "checkpoint" / "model_best.pth.tar"
         assert (source.arch, source.seed) == (config.arch, config.seed)
-        if point.stage == "prune":  # always from the dense network, whatever the k before
+        if run.stage == "prune":  # always from the dense network, whatever the k before
             assert source.exp_mode == "pretrain"
             axes.add((config.k, config.seed, config.arch, config.layer_type))
             assert config.trainer == "bilevel"
         else:
             assert source.exp_mode == "prune"
             assert (source.k, source.layer_type) == (config.k, config.layer_type)
-            assert (config.trainer, point.trainer) == ("base", "bilevel")
+            assert (config.trainer, run.trainer) == ("base", "bilevel")
     assert len(axes) == 16
 
 
 def test_single_stage_takes_the_files_own_mode_and_the_given_source(dense: Path) -> None:
     found = plan("--series", "unstructured", "--source-net", str(dense))
-    assert [str(point.config.k) for point in found.points] == PUBLISHED.split()
-    assert {(p.stage, p.needs, p.config.source_net) for p in found.points} == {("prune", (), dense)}
-    (pretrain,) = plan(configs=DIGITS / "pretrain.yml").points
+    assert [str(run.config.k) for run in found.runs] == PUBLISHED.split()
+    assert {(p.stage, p.needs, p.config.source_net) for p in found.runs} == {("prune", (), dense)}
+    (pretrain,) = plan(configs=DIGITS / "pretrain.yml").runs
     assert pretrain.stage == "pretrain"
 
 
@@ -119,20 +119,20 @@ def test_paths_in_a_plan_are_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
     found = plan("--series", "0.1", "--stages", "pretrain,prune")
     assert found.folder == tmp_path / "trained_models" / "Digits_digits_net_BiP"
-    assert {point.config.data_dir for point in found.points} == {tmp_path / "data"}
+    assert {run.config.data_dir for run in found.runs} == {tmp_path / "data"}
 
 
 def test_flags_reach_the_stages_where_they_act() -> None:
     chain = ("--series", "0.1", "--stages", "pretrain,prune,finetune")
-    plain = {point.stage: point for point in plan(*chain).points}
+    plain = {run.stage: run for run in plan(*chain).runs}
     tuned = {
-        point.stage: point
-        for point in plan(*chain, "--epochs", "3", "--mask_lr", "0.7", "--data-dir", "/x").points
+        run.stage: run
+        for run in plan(*chain, "--epochs", "3", "--mask_lr", "0.7", "--data-dir", "/x").runs
     }
-    assert {point.config.epochs for point in tuned.values()} == {3}
-    assert {str(point.config.data_dir) for point in tuned.values()} == {"/x"}
+    assert {run.config.epochs for run in tuned.values()} == {3}
+    assert {str(run.config.data_dir) for run in tuned.values()} == {"/x"}
     assert tuned["prune"].config.mask_lr == 0.7
-    masked = {point.stage: point for point in plan(*chain, "--mask-lr", "0.7").points}
+    masked = {run.stage: run for run in plan(*chain, "--mask-lr", "0.7").runs}
     assert masked["pretrain"].run_id == plain["pretrain"].run_id  # shared with the plain sweep
     assert masked["finetune"].config.mask_lr == plain["finetune"].config.mask_lr
     assert masked["prune"].run_id != plain["prune"].run_id
@@ -141,12 +141,12 @@ def test_flags_reach_the_stages_where_they_act() -> None:
 def test_underscores_and_hyphens_are_one() -> None:
     a = plan("--series", "0.1", "--layer_types", "filter", "--stages", "pretrain,prune")
     b = plan("--series", "0.1", "--layer-types", "filter", "--stages", "pretrain,prune")
-    assert [point.config for point in a.points] == [point.config for point in b.points]
+    assert [run.config for run in a.runs] == [run.config for run in b.runs]
 
 
 def test_trainer_sweep_takes_each_trainers_file_and_says_so(dense: Path) -> None:
     found = plan("--series", "0.1", "--trainers", "bilevel,base", "--source-net", str(dense))
-    bip, hydra = (point.config for point in found.points)
+    bip, hydra = (run.config for run in found.runs)
     assert (bip.method.name, bip.wd) == ("bip", setting("bip.yml", "wd"))
     assert setting("bip.yml", "wd") != setting("hydra.yml", "wd")
     assert (hydra.method.name, hydra.wd) == ("hydra", setting("hydra.yml", "wd"))
@@ -161,22 +161,22 @@ def test_trainer_without_a_file_of_its_own_keeps_the_named_one(dense: Path, tmp_
         *("--series", "0.1", "--trainers", "base", "--source-net", str(dense)),
         configs=tmp_path / "mine.yml",
     )
-    assert found.points[0].config.method.name == "hydra"
-    assert found.points[0].config.wd == setting("bip.yml", "wd")
+    assert found.runs[0].config.method.name == "hydra"
+    assert found.runs[0].config.wd == setting("bip.yml", "wd")
     assert found.notes == [f"trainer base: settings from {tmp_path / 'mine.yml'}"]
 
 
 def test_a_run_never_has_two_sources() -> None:
-    """Whatever a RUN_ID covers, two points of one folder must start from one network."""
+    """Whatever a RUN_ID covers, two runs of one folder must start from one network."""
     line = ("--series", "0.1", "--trainers", "bilevel,base", "--stages", "pretrain,prune,finetune")
     try:
-        points = plan(*line).points
+        runs = plan(*line).runs
     except UserError as error:
         assert "would start from" in str(error)  # noqa: PT017
     else:
-        finetunes = [point for point in points if point.stage == "finetune"]
-        assert len({point.run_id for point in finetunes}) == 2
-        assert len({point.needs for point in finetunes}) == 2
+        finetunes = [run for run in runs if run.stage == "finetune"]
+        assert len({run.run_id for run in finetunes}) == 2
+        assert len({run.needs for run in finetunes}) == 2
 
 
 def test_extreme_sparsity_without_finetune_warns_once(dense: Path) -> None:
@@ -200,7 +200,7 @@ def test_stage_files_can_be_named(tmp_path: Path) -> None:
     values = read_yaml(DIGITS / "pretrain.yml") | {"epochs": 4}
     (tmp_path / "other.yml").write_text(yaml.safe_dump(values))
     other = ("--pretrain-configs", str(tmp_path / "other.yml"))
-    pretrain, _ = plan("--series", "0.1", "--stages", "pretrain,prune", *other).points
+    pretrain, _ = plan("--series", "0.1", "--stages", "pretrain,prune", *other).runs
     assert pretrain.config.epochs == 4
 
 
@@ -298,12 +298,12 @@ def test_configurations_of_points_load_as_they_are(fake: FakeSweep, dense: Path)
 
     found = plan("--series", "0.5,0.0092", "--result-dir", str(fake.results),
                  "--source-net", str(dense))  # fmt: skip
-    Sweep(found.folder).add(found.points)
-    for point in found.points:
-        path = found.folder / "points" / f"{point.run_id}.yml"
+    Sweep(found.folder).add(found.runs)
+    for run in found.runs:
+        path = found.folder / "points" / f"{run.run_id}.yml"
         read = load_config(["--configs", str(path)])
-        assert read.run_id == point.run_id
-        assert read.model_copy(update={"configs": None}) == point.config.model_copy(
+        assert read.run_id == run.run_id
+        assert read.model_copy(update={"configs": None}) == run.config.model_copy(
             update={"configs": None}
         )
 
