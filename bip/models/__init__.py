@@ -1,4 +1,4 @@
-"""The networks by their published names. All are plain modules that know nothing of pruning."""
+"""The networks by their published names. All are plain modules without pruning code."""
 
 import difflib
 import math
@@ -45,7 +45,7 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     """
     if arch in _OWN:
         return _OWN[arch](num_classes, channels)
-    import torchvision  # takes over a second, and most runs have no need of it
+    import torchvision  # takes over a second, and most runs do not need it
 
     classifiers = torchvision.models.list_models(module=torchvision.models)
     if arch in _IMAGENET_STEM:
@@ -99,8 +99,8 @@ def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: in
 def scale_initial_weights(network: nn.Module, k: float) -> None:
     """Draw conv and linear weights again, normal with deviation sqrt(2 / (k · fan_in)).
 
-    Kaiming's initialisation for a network of which only the fraction k will act
-    (HYDRA's scale_rand_init).
+    Kaiming's initialisation for a network of which the fraction k is kept (HYDRA's
+    scale_rand_init).
     """
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
