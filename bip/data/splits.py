@@ -115,8 +115,8 @@ def _check_classes(options: DataOptions, train: list[str], test: list[str]) -> N
         odd = sorted(set(train) ^ set(test)) or train
         raise UserError(
             f"data_dir: the training and test splits of {dataset} in {data_dir} have different "
-            f"classes ({len(train)} and {len(test)}; {odd[0]!r} is not in both alike); where the "
-            f"images lie flat, build a store: python -m bip data build-lmdb {data_dir} OUT"
+            f"classes ({len(train)} and {len(test)}; {odd[0]!r} differs); for a split without "
+            f"class folders build a store: python -m bip data build-lmdb {data_dir} OUT"
         )
     if len(train) != options.classes:
         raise UserError(

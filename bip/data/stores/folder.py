@@ -28,8 +28,8 @@ class FolderStore:
         members, self.classes = image_tree(walk_files(path))
         if not members:
             raise UserError(
-                f"{path}: no CLASS/IMAGE files below it; if it has no class folders, build a store: "
-                f"python -m bip data build-lmdb {path.parent} OUT"
+                f"{path}: no CLASS/IMAGE files below it; if it has no class folders, build a "
+                f"store: python -m bip data build-lmdb {path.parent} OUT"
             )
         self._labels = np.array([label for _, label in members], np.int32)
         names = [os.fsencode(name) for name, _ in members]
