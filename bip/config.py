@@ -136,14 +136,14 @@ class RunConfig(BaseModel):
         frozen=True, extra="forbid", validate_default=True, populate_by_name=True
     )
 
-    configs: Path | None = setting(RUN, None, "YAML file of settings; flags beat it", numbers=False)
+    configs: Path | None = setting(
+        RUN, None, "YAML file of settings; flags override it", numbers=False
+    )
     exp_name: str = setting(
-        RUN, ..., "name of the experiment, a folder name", numbers=False, min_length=1
+        RUN, ..., "folder of this run or sweep below result_dir", numbers=False, min_length=1
     )
     exp_mode: Mode = setting(RUN, ..., "pretrain, prune or finetune")
-    result_dir: Path = setting(
-        RUN, Path("trained_models"), "folder of all experiments", numbers=False
-    )
+    result_dir: Path = setting(RUN, Path("trained_models"), "folder of all results", numbers=False)
     seed: int = setting(RUN, 1234, "seed of all random numbers", ge=0, lt=2**63)
     resume: Path | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
     source_net: Path | None = setting(RUN, None, "checkpoint to prune or fine-tune", numbers=False)

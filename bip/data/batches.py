@@ -168,6 +168,6 @@ def open_data(options: DataOptions, rank: int, world: int, device: torch.device)
     loader = loader_class(options.loader)
     splits = [local_copy(split, options, loader.in_memory, first=rank == 0) for split in found]
     if rank == 0 and options.skip_bad and loader.in_memory:
-        print("warning: skip_bad: no effect, the images are decoded before training begins")
+        print("warning: skip_bad: no effect, the images are decoded before training")
     train, test = (loader(split, options, device) for split in splits)
     return Data(options, train, test, identity(*splits), rank, world, device)

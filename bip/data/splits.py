@@ -166,7 +166,7 @@ def local_copy(split: Split, options: DataOptions, in_memory: bool, first: bool)
     stage_to = options.stage_to
     if isinstance(split, ArraySplit):
         if stage_to is not None and first:
-            print("warning: stage_to: no effect, the images are in memory before training begins")
+            print("warning: stage_to: no effect, the images are in memory before training")
         return split
     if stage_to is not None:
         if isinstance(split, FolderStore):

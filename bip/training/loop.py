@@ -68,16 +68,16 @@ class Loop:
             self.heartbeat.note_step(done)
             due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             proof = self.pruned.proof if self.pruned is not None else None
-            news = self.control.post(self.stop.signal, due, proof)
+            posted = self.control.post(self.stop.signal, due, proof)
             if self.clock.is_due(done, self.config.print_freq):
                 self._report(done, means.take(self.group))
-            if news.stop:
-                self._stop(news.stop)
+            if posted.stop:
+                self._stop(posted.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=self.config.freeze_bn)
-            if news.save or self.clock.is_due(done, self.clock.per_epoch):
+            if posted.save or self.clock.is_due(done, self.clock.per_epoch):
                 with means.paused():
-                    if news.save or done == self.clock.iterations:
+                    if posted.save or done == self.clock.iterations:
                         self._checkpoint()
                         saved = time.monotonic()
                     self._end_epoch_if_due()

@@ -157,7 +157,7 @@ class Run:
 
     def __init__(self, folder: str, run_id: str, log_size: int = 0) -> None:
         self.folder, self.run_id, self.log_size = Path(folder), run_id, log_size
-        self.note, self.lost, self.begun, self.log, self.before = (
+        self.note, self.lost, self.started, self.log, self.before = (
             self.folder / "jobs" / f"{run_id}.{kind}"
             for kind in ("failed", "lost", "begun", "log", "failed.before")
         )
@@ -170,16 +170,16 @@ class Run:
         losses = 1
         while f"{task}.{restarts - losses}" in counted:
             losses += 1
-        begun = _read(self.begun).strip() == f"{task}.{restarts}"
+        started = _read(self.started).strip() == f"{task}.{restarts}"
         error, bus_error = self._printed()
         logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
         return {
             "failed": self.note.exists(),
             "lost": str(_read_json(self.lost).get("reason", "")),
-            "begun": begun,
+            "begun": started,
             "bus_error": bus_error,
             "error": error,
-            "saved": begun and self._has_saved(),
+            "saved": started and self._has_saved(),
             "losses": losses,
             "retries": {**events.DEFAULT_RETRIES, **profile.get("retries", {})},
             "signal_lead": profile.get("signal_lead", 120),
@@ -226,7 +226,7 @@ class Run:
     def _has_saved(self) -> bool:
         """Whether a checkpoint is newer than this attempt's start."""
         with contextlib.suppress(OSError):
-            began = self.begun.stat().st_mtime_ns
+            began = self.started.stat().st_mtime_ns
             manifests = self.folder.glob(f"*/{self.run_id}/checkpoint/manifest.json")
             return any(path.stat().st_mtime_ns > began for path in manifests)
         return False

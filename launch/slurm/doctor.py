@@ -187,7 +187,7 @@ def _preemption(
         return
     if "SUSPEND" in mode or mode == "GANG":
         yield Finding(
-            "ok", f"preemption{where} ({mode}): runs are halted, stay in memory and go on"
+            "ok", f"preemption{where} ({mode}): runs are halted, stay in memory and continue"
         )
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")

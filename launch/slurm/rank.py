@@ -46,8 +46,8 @@ def run_point(
     stop = StopRequest().install()
     faulthandler.enable()  # the batch script searches the log for its message on a bus error
     with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
-        begun = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
-        begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
+        mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
+        mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
     from bip.config import build_config, read_yaml
     from bip.errors import Stopped
     from launch.sweep import Sweep
