@@ -1,4 +1,4 @@
-"""What setup.cfg has no words for: configs/ and slurm/ are installed below bip/_files."""
+"""What setup.cfg cannot express: configs/ and slurm/ are installed below bip/_files."""
 
 from setuptools import find_packages, setup
 

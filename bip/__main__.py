@@ -15,7 +15,7 @@ def train(*argv: str) -> None:
     """pretrain, prune or fine-tune one network"""
     from bip.distributed.signals import StopRequest
 
-    stop = StopRequest().install()  # before the slow imports: a signal there must not be lost
+    stop = StopRequest().install()  # before the slow imports, so that no signal is lost
     from bip import run
     from bip.config import load_config
 
@@ -79,7 +79,7 @@ def console() -> None:
     sys.stderr.flush()
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        os._exit(code)  # a group that was not closed may wait for a rank that is gone, for days
+        os._exit(code)  # closing the group may wait for days for a rank that has ended
     sys.exit(code)
 
 

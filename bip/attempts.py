@@ -50,18 +50,18 @@ class Attempts:
         )
 
     def changes(self, world: int, loader: str, local_batch_norm: bool) -> Iterator[str]:
-        """One line on each thing that differs from the last attempt and moves the run's bits."""
+        """A line for each difference from the last attempt that changes results slightly."""
         if not (before := self.starts()):
             return
         loader_before, world_before = before[-1].get("loader", loader), before[-1]["world"]
         if loader_before != loader and "dali" in (loader_before, loader):
             yield (
-                f"loader {loader_before} before, {loader} now: the same images and crops, decoded "
-                "by other arithmetic"
+                f"loader {loader_before} before, {loader} now: the images and crops are the same, "
+                "decoded pixels differ slightly"
             )
         if world_before != world:
             yield (
-                f"{world_before} ranks before, {world} now: the same images in the same order, and "
-                "sums that differ in their last bits"
+                f"{world_before} ranks before, {world} now: the images and their order are the "
+                "same, sums differ in their last bits"
                 + ("; batch-norm averages over other parts of a batch" * local_batch_norm)
             )

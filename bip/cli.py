@@ -37,7 +37,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _flag(name: str, field: FieldInfo, with_choices: bool) -> Any:
-    """The field as tyro takes it. Its choices may cost an import, and only --help shows them."""
+    """The field as tyro takes it. Choices are only listed for --help: listing may import torch."""
     choices = getattr(_setting(field), "choices", None) if with_choices else None
     arg = tyro.conf.arg(
         help=field.description or "",
@@ -60,7 +60,7 @@ def parse_flags(
 
     Every field of every model is a flag, in hyphen and underscore spelling; --help shows them in
     the groups that the fields name. Raises UserError (one line, with the nearest right name) for
-    an unknown flag or an unreadable value, and SystemExit(0) for --help.
+    an unknown flag or an invalid value, and SystemExit(0) for --help.
     """
     shows_help = not {"-h", "--help"}.isdisjoint(argv)
     groups: dict[str, dict[str, Any]] = {}
@@ -80,10 +80,13 @@ def parse_flags(
         with _one_line_errors():
             given: Any = tyro.cli(flags, args=argv, prog=prog, description=description)
     except UserError as error:
-        for word in argv:
-            alone = word in str(error) and "--" not in str(error)  # not after a misspelled flag
-            if alone and word.endswith((".yml", ".yaml")):
-                raise UserError(f"{word}: a settings file is given as --configs {word}") from None
+        for argument in argv:
+            # An error that names a flag is about that flag, not about the file after it.
+            is_stray = argument in str(error) and "--" not in str(error)
+            if is_stray and argument.endswith((".yml", ".yaml")):
+                raise UserError(
+                    f"{argument}: a settings file is given as --configs {argument}"
+                ) from None
         raise
     return {name: value for group in given.values() for name, value in group.items()}
 
@@ -95,10 +98,10 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
     """Run one of a program's commands; its exit code, by the table in `bip.errors`.
 
     Args:
-        package: of `python -m PACKAGE`.
-        script: the program's other name, its console script.
-        commands: by the name that is the first word of `argv`.
-        argv: the words of the command line.
+        package: the program's name in `python -m PACKAGE`.
+        script: the name of its console script.
+        commands: by name; `argv[0]` is the name.
+        argv: the arguments of the command line.
     """
     try:
         return call(commands, argv, program(package, script))
@@ -107,12 +110,12 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
         if found is None:
             raise
         code, message = found
-        if code == ExitCode.BROKEN_PIPE:  # and nothing to flush there at exit
+        if code == ExitCode.BROKEN_PIPE:  # else flushing at exit fails once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if message:
             print(message, file=sys.stderr, flush=True)
         if isinstance(error, RankError):
-            os._exit(code)  # the process group may wait for a dead rank for ever
+            os._exit(code)  # a normal exit may wait for a dead rank forever
         return code
 
 
@@ -122,11 +125,12 @@ def program(package: str, script: str) -> str:
 
 
 def call(commands: Mapping[str, Command], argv: list[str], prog: str) -> int:
-    """Call the function that the first word of `argv` names; its exit code.
+    """Call the function that `argv[0]` names; return its exit code.
 
-    The other words are its parameters: those without default by position or as flags, the others
-    as flags, unless marked as `tyro.conf.Positional`. Keyword-only parameters are not the user's.
-    A function of `*argv` takes the words as they are. Raises UserError like `parse_flags`.
+    The other arguments are its parameters: those without default by position or as flags, the
+    others as flags, unless marked as `tyro.conf.Positional`. Keyword-only parameters are hidden
+    from the user. A function of `*argv` gets the arguments unparsed. Raises UserError like
+    `parse_flags`.
     """
     name, *rest = argv or [""]
     if name in ("", "-h", "--help"):
@@ -143,7 +147,7 @@ def call(commands: Mapping[str, Command], argv: list[str], prog: str) -> int:
 
 
 def _doc(command: Command) -> str:
-    return inspect.getdoc(getattr(command, "func", command)) or ""  # `func`: of a partial
+    return inspect.getdoc(getattr(command, "func", command)) or ""  # a partial has `func`
 
 
 def _overview(commands: Mapping[str, Command], prog: str) -> str:
@@ -153,13 +157,13 @@ def _overview(commands: Mapping[str, Command], prog: str) -> str:
     return "\n".join([usage, "", *lines, "", f"{prog} COMMAND --help shows its options"])
 
 
-def _parameters(command: Command, words: list[str]) -> Callable[..., dict[str, Any]]:
-    """A function of the signature that tyro is to parse; it returns what it is given."""
+def _parameters(command: Command, arguments: list[str]) -> Callable[..., dict[str, Any]]:
+    """A function with the signature that tyro parses; it returns its arguments."""
 
     def given(**values: Any) -> dict[str, Any]:
         return values
 
-    flags = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
+    flags = {a.split("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--")}
     signature, positional = inspect.signature(command), cast(Any, tyro.conf.Positional)
     parameters = []
     for p in signature.parameters.values():

@@ -1,7 +1,7 @@
-"""One run's configuration: YAML, then flags, one frozen `RunConfig`; its fingerprint and folder.
+"""One run's configuration: a YAML file and flags become a frozen `RunConfig`.
 
-A key stands once, as a field of RunConfig: its type and bounds, its default, its help, its group,
-whether it changes numbers, and where it acts.
+A field of RunConfig is the only place that knows a setting: its type, bounds, default, help and
+group, whether it changes numbers, and where it acts.
 """
 
 import hashlib
@@ -42,11 +42,11 @@ Idle = Callable[["RunConfig"], str | None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field of RunConfig says of itself beside type, default and help.
+    """What a field of RunConfig declares beside type, default and help.
 
     `numbers`: it changes the run's numbers, so it is part of the fingerprint.
     `of_method`: it acts only in methods that list it in their `keys`.
-    `idle`: why it does not act in a run, or None.
+    `idle`: the reason why it has no effect in a run, or None.
     `choices`: its values, for --help and errors, where the type does not list them.
     """
 
@@ -68,7 +68,7 @@ def setting(
     choices: Callable[[], Iterable[str]] | None = None,
     **field: Any,
 ) -> Any:
-    """A field of RunConfig. `...` as the default: it must be given."""
+    """A field of RunConfig. A default of `...` makes it required."""
     about = Setting(group, numbers, of_method, idle, choices)
     return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
 
@@ -87,14 +87,14 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 def _networks() -> list[str]:
-    from bip import models  # imports torch, which only --help waits for
+    from bip import models  # imports torch, so only --help lists them
 
     return [*models.names(), "torchvision/NAME"]
 
 
 def _unless_scaled(config: "RunConfig") -> str | None:
     scales = config.method.has_mask or config.scale_rand_init
-    return None if scales else "a dense network is trained"
+    return None if scales else "the network is dense"
 
 
 def _unless_implicit(config: "RunConfig") -> str | None:
@@ -136,37 +136,40 @@ class RunConfig(BaseModel):
         frozen=True, extra="forbid", validate_default=True, populate_by_name=True
     )
 
-    configs: Path | None = setting(RUN, None, "YAML file of settings; flags beat it", numbers=False)
+    configs: Path | None = setting(
+        RUN, None, "YAML file of settings; flags override it", numbers=False
+    )
     exp_name: str = setting(
-        RUN, ..., "name of the experiment, a folder name", numbers=False, min_length=1
+        RUN, ..., "folder of this run or sweep below result_dir", numbers=False, min_length=1
     )
     exp_mode: Mode = setting(RUN, ..., "pretrain, prune or finetune")
-    result_dir: Path = setting(
-        RUN, Path("trained_models"), "folder of all experiments", numbers=False
-    )
-    seed: int = setting(RUN, 1234, "seed of everything random", ge=0, lt=2**63)
+    result_dir: Path = setting(RUN, Path("trained_models"), "folder of all results", numbers=False)
+    seed: int = setting(RUN, 1234, "seed of all random numbers", ge=0, lt=2**63)
     resume: Path | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
     source_net: Path | None = setting(RUN, None, "checkpoint to prune or fine-tune", numbers=False)
     evaluate: bool = setting(RUN, False, "only evaluate --source-net or --resume", numbers=False)
 
     arch: str = setting(NETWORK, ..., "network", choices=_networks)
-    num_classes: int | None = setting(NETWORK, None, "output classes (of the data set)", ge=1)
+    num_classes: int | None = setting(
+        NETWORK, None, "output classes (default: the data set's)", ge=1
+    )
     freeze_bn: bool = setting(NETWORK, False, "freeze batch-norm affine and running statistics")
-    sync_bn: bool = setting(NETWORK, False, "batch statistics over all ranks")
+    sync_bn: bool = setting(NETWORK, False, "batch-norm statistics over all ranks")
     scale_rand_init: bool = setting(
-        NETWORK, False, "scale a fresh network's weights by the keep ratio k (pretrain)",
+        NETWORK, False, "scale initial weights for the keep ratio k (pretrain)",
         of_method=True,
     )  # fmt: skip
 
     trainer: str = setting(
-        PRUNING, "base", "method; base: plain training, or HYDRA when pruning; bilevel: BiP",
+        PRUNING, "base",
+        "method; published names: base (dense, hydra or finetune, by exp_mode), bilevel (bip)",
         choices=spellings,
     )  # fmt: skip
     layer_type: Literal["dense", LayerType] = setting(
         PRUNING, "dense", "what is pruned", of_method=True
     )
     scope: Scope | None = setting(
-        PRUNING, None, "one ranking over the network, or k per layer (structured: layer)",
+        PRUNING, None, "keep k of the whole network, or of each layer (default if structured)",
         of_method=True,
     )  # fmt: skip
     k: Fraction = setting(
@@ -174,20 +177,20 @@ class RunConfig(BaseModel):
     )
     scaled_score_init: bool = setting(PRUNING, False, "scores start as the weights", of_method=True)
     scores_init_type: ScoreInit | None = setting(
-        PRUNING, None, "other score initialisations (default kaiming_uniform)",
+        PRUNING, None, "initialisation of the scores (default kaiming_uniform)",
         of_method=True, idle=_unless_drawn,
     )  # fmt: skip
     recalibrate_bn: int = setting(
-        PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
+        PRUNING, 0, "training batches to re-estimate batch-norm statistics for the final mask",
         of_method=True, ge=0,
     )  # fmt: skip
 
     lr2: Rate = setting(
-        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient",
+        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient term",
         of_method=True, idle=_unless_implicit, validation_alias=AliasChoices("lr2", "inv_gamma"),
     )  # fmt: skip
     accelerate: bool = setting(
-        BILEVEL, False, "BiP without the implicit term, upper step first", of_method=True
+        BILEVEL, False, "leave out the implicit term and take the upper step first", of_method=True
     )
     lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step", of_method=True)
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
@@ -198,28 +201,32 @@ class RunConfig(BaseModel):
 
     dataset: str = setting(DATA, ..., "data set", choices=sets.names)
     data_dir: Path = setting(DATA, Path("data"), "folder of the data set", numbers=False)
-    batch_size: Positive = setting(DATA, 128, "global batch, divided among the ranks")
-    test_batch_size: Positive = setting(DATA, 128, "global batch of evaluation", numbers=False)
+    batch_size: Positive = setting(DATA, 128, "images of a training step over all ranks")
+    test_batch_size: Positive = setting(
+        DATA, 128, "images of an evaluation batch over all ranks", numbers=False
+    )
     num_workers: int = setting(DATA, 2, "data workers per rank", numbers=False, ge=0)
     loader: str = setting(DATA, "auto", "data loader", numbers=False, choices=loaders.names)
     stage_to: Path | None = setting(
-        DATA, None, "local folder that LMDB stores are copied to, once per node", numbers=False
+        DATA, None, "folder on the node's own disk to copy LMDB stores to", numbers=False
     )
     skip_bad: bool = setting(
         DATA, False, "replace training images that cannot be read, instead of stopping"
     )
     normalize: bool = setting(DATA, False, "normalise by the data set's mean and deviation")
     image_dim: int | None = setting(DATA, None, "image side in pixels", ge=1)
-    holdout: int = setting(DATA, 0, "training images held out to choose the best epoch", ge=0)
+    holdout: int = setting(DATA, 0, "training images held out, to choose the best epoch", ge=0)
     data_fraction: float = setting(
         DATA, 1.0, "accepted from published files", numbers=False, gt=0, le=1
     )
 
-    epochs: Positive = setting(OPTIMIZATION, 100, "epochs, those of warm-up among them")
+    epochs: Positive = setting(OPTIMIZATION, 100, "epochs, including warm-up")
     max_steps: int | None = setting(
-        OPTIMIZATION, None, "train for so many steps, the schedules too", ge=1
+        OPTIMIZATION, None, "stop after this many steps; schedules end there too", ge=1
     )
-    optimizer: Literal["sgd", "adam", "rmsprop"] = setting(OPTIMIZATION, "sgd", "both levels'")
+    optimizer: Literal["sgd", "adam", "rmsprop"] = setting(
+        OPTIMIZATION, "sgd", "optimizer of both levels"
+    )
     lr: Rate = setting(OPTIMIZATION, 0.1, "learning rate (of the scores in HYDRA)")
     lr_schedule: Schedule = setting(OPTIMIZATION, "cosine", "schedule of lr")
     wd: Rate = setting(OPTIMIZATION, 5e-4, "weight decay")
@@ -237,18 +244,20 @@ class RunConfig(BaseModel):
         OPTIMIZATION, 0.1, "learning rate of a constant warm-up", idle=_unless_constant
     )
     label_smoothing: float = setting(OPTIMIZATION, 0.0, "label smoothing in training", ge=0, lt=1)
-    accumulate: Positive = setting(OPTIMIZATION, 1, "micro-batches per step on each rank")
+    accumulate: Positive = setting(
+        OPTIMIZATION, 1, "micro-batches per step on each rank (gradient accumulation)"
+    )
 
-    precision: Literal["fp32", "bf16"] = setting(SPEED, "fp32", "bf16: autocast")
+    precision: Literal["fp32", "bf16"] = setting(SPEED, "fp32", "arithmetic; bf16 is by autocast")
     compile: bool = setting(SPEED, False, "torch.compile the network")
     deterministic: bool = setting(SPEED, False, "only deterministic GPU kernels")
     check_ranks: int = setting(
-        SPEED, 0, "compare all ranks' state every so many steps", numbers=False, ge=0
+        SPEED, 0, "steps between comparisons of all ranks' state; 0: none", numbers=False, ge=0
     )
     rank_timeout: float = setting(
         SPEED, 120.0,
-        "seconds after which a rank that does not answer ends the run; one that answers but is "
-        "stuck ends it after ten times that, at least 10 minutes",
+        "seconds without an answer from a rank after which the run fails; without progress it "
+        "fails after ten times that, at least 10 minutes",
         numbers=False, ge=1, le=86_400, allow_inf_nan=False,
     )  # fmt: skip
 
@@ -267,10 +276,10 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name_the_method(cls, values: Any) -> Any:
-        """`trainer` becomes the name that RUN_IDs have: of a method's names that is one."""
+        """Replace `trainer` by the method's name in RUN_IDs."""
         trainer, mode = values.get("trainer", "base"), values.get("exp_mode")
         if mode not in get_args(Mode):
-            return values  # its own field reports it
+            return values  # the field exp_mode reports it
         try:
             return values | {"trainer": find(str(trainer), mode).trainer}
         except ValueError as error:
@@ -332,7 +341,7 @@ class RunConfig(BaseModel):
 
     @property
     def ranking_scope(self) -> Scope:
-        """The scope in force: global for unstructured, layer for structured, unless given."""
+        """`scope`, by default global for unstructured and layer for structured pruning."""
         return self.scope or ("global" if self.layer_type == "unstructured" else "layer")
 
     @property
@@ -369,12 +378,12 @@ class RunConfig(BaseModel):
         return found | {"source_run": self.source_run}
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what makes the run."""
+        """SHA-256 (hex) of `identity`."""
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     @property
     def source_run(self) -> str | None:
-        """RUN_ID of the run that wrote `source_net`; None if it does not lie in a run folder."""
+        """RUN_ID of the run that wrote `source_net`; None if that is not in a run folder."""
         if self.source_net is None or self.source_net.parent.name != "checkpoint":
             return None
         return self.source_net.absolute().parent.parent.name
@@ -390,7 +399,7 @@ class RunConfig(BaseModel):
         return self.result_dir / self.exp_name / self.exp_mode / self.run_id
 
     def idle(self) -> dict[str, str]:
-        """The settings without effect in this run, and why."""
+        """The settings without effect in this run, each with the reason."""
         found = {}
         for name in RunConfig.model_fields:
             setting = about(name)
@@ -401,7 +410,7 @@ class RunConfig(BaseModel):
         return found
 
     def warnings(self) -> list[str]:
-        """One line for each group of options that were given and have no effect in this run."""
+        """A line for each reason why given settings have no effect in this run."""
         lines: dict[str, list[str]] = {}
         for name, reason in sorted(self.idle().items()):
             default = RunConfig.model_fields[name].default
@@ -427,14 +436,14 @@ class RunConfig(BaseModel):
         return self.model_dump(mode="json", exclude_none=True) | {"k": self.k_text}
 
     def to_yaml(self) -> str:
-        """The whole configuration; `load_config` reads it back to an equal one."""
-        # libyaml writes the same ten times faster, which shows in a sweep of a thousand runs.
+        """The whole configuration, for `load_config` to read back."""
+        # libyaml is ten times faster, which matters in a sweep of a thousand runs.
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
 
 
 def about(name: str) -> Setting:
-    """What a key says of itself."""
+    """What a field of RunConfig declares."""
     return RunConfig.model_fields[name].json_schema_extra["setting"]  # type: ignore
 
 
@@ -481,7 +490,7 @@ def known_keys() -> list[str]:
 def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] = ()) -> RunConfig:
     """A RunConfig from merged values. Raises UserError, one line, naming the key.
 
-    `where` is the file that they come from, but for those that are in `flags`.
+    `where` is the file of the values that are not in `flags`.
     """
     try:
         return RunConfig(**values)
@@ -491,7 +500,7 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
 
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
-    """The YAML file that `flags` names in `configs`, beaten by the flags themselves."""
+    """The values of the YAML file in `flags["configs"]`, overridden by `flags`."""
     path = flags.get("configs")
     from_file = read_yaml(given_or_shipped(Path(path))) if path else {}
     if "inv_gamma" in from_file:
@@ -504,7 +513,7 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """The files that the run reads must be given and there. Raises UserError."""
+    """Raise UserError if a checkpoint that the run reads is not given or does not exist."""
     for name in ("source_net", "resume"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
@@ -520,9 +529,9 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def load_config(argv: list[str], prog: str = "python -m bip train") -> RunConfig:
-    """Flags beat the YAML file of --configs, which beats the defaults.
+    """The configuration of a command: flags, then the YAML file of --configs, then defaults.
 
-    Raises UserError for every invalid, unknown or missing value or file; nothing is created.
+    Raises UserError for an invalid, unknown or missing value or file. Creates nothing.
     """
     flags = parse_flags([RunConfig], argv, prog, "Train, prune or fine-tune one network.")
     config = build_config(merge(flags), str(flags.get("configs") or ""), flags)

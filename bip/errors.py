@@ -1,4 +1,4 @@
-"""How a command ends when it does not finish: the exceptions, and the one table of exit codes."""
+"""The exceptions of this project, and the table of exit codes."""
 
 import errno
 from enum import IntEnum
@@ -12,29 +12,29 @@ class UserError(Exception):
 
 
 class LostWorker(UserError):
-    """A loader process died: for want of memory, or ended with its whole task.
+    """A loader process died: it lacked memory, or SLURM ended the whole task.
 
-    Who knows what became of the task decides whether that is final.
+    `launch/slurm/events.py` decides, from what SLURM did to the task, whether the run is retried.
     """
 
 
 class RankError(Exception):
-    """Ranks disagree, or one is gone. The message names them.
+    """Ranks disagree, or one has ended. The message names them.
 
     Commands print it as ``error: MESSAGE`` on stderr and exit with `ExitCode.FAILED` at once, so
-    that the other processes of the step are ended too.
+    that the other ranks are ended too.
     """
 
 
 class Stopped(Exception):
-    """All ranks agreed to stop on a signal, and what could be saved is saved.
+    """All ranks agreed to stop on a signal, after saving what there was to save.
 
     `cause` names the signal; `step` is the iteration saved. Commands exit with
     `ExitCode.STOPPED`; under SLURM the launcher requeues the task instead.
     """
 
     def __init__(self, cause: str, step: int) -> None:
-        super().__init__(f"stopped by {cause} at step {step}; the same command goes on from there")
+        super().__init__(f"stopped by {cause} at step {step}; the same command resumes there")
         self.cause = cause
         self.step = step
 
@@ -46,9 +46,9 @@ class ExitCode(IntEnum):
     FAILED = 1  # a bug, a lost rank; a sweep with runs that are not done
     USER = 2  # bad input, which the user can fix
     UNREACHABLE = 74  # EX_IOERR: a file system is unreachable; try again
-    STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, and saved; the same command goes on
+    STOPPED = 75  # EX_TEMPFAIL: stopped by a signal, and saved; the same command resumes
     INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
-    BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has gone, as in `| head`
+    BROKEN_PIPE = 141  # 128 + SIGPIPE: the reader of the output has ended, as in `| head`
 
 
 def outcome(error: BaseException) -> tuple[ExitCode, str] | None:
@@ -56,7 +56,7 @@ def outcome(error: BaseException) -> tuple[ExitCode, str] | None:
 
     None for a bug, which needs its traceback.
     """
-    from bip.files import may_pass  # which imports this module
+    from bip.files import may_pass  # here, as it imports this module
 
     if isinstance(error, UserError):
         return ExitCode.USER, f"error: {error}"

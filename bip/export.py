@@ -1,4 +1,4 @@
-"""A finished network as a file for others, and the comparison of two masks."""
+"""Export of a trained network, and the comparison of two masks."""
 
 from pathlib import Path
 
@@ -46,7 +46,7 @@ def compare(first: Path, second: Path) -> None:
         state = read_checkpoint(path)
         _own(state, path)
         if state["mask"] is None:
-            raise UserError(f"{path}: a dense network, it has no mask")
+            raise UserError(f"{path}: is a dense network without a mask")
         masks.append(layer_masks(state))
     if {n: m.shape for n, m in masks[0].items()} != {n: m.shape for n, m in masks[1].items()}:
         raise UserError(f"{first} and {second} are not masks of the same layers")
@@ -65,6 +65,6 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> float:
 def _own(state: State, path: Path) -> None:
     if "config" not in state:
         raise UserError(
-            f"{path}: does not say how it was made; give a checkpoint.pth.tar or "
+            f"{path}: has no record of its settings; give a checkpoint.pth.tar or "
             "model_best.pth.tar of this project"
         )

@@ -1,4 +1,4 @@
-"""Durable small files: written whole or not at all, readable after any crash."""
+"""Durable files: written whole or not at all, readable after any crash."""
 
 import contextlib
 import errno
@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, Self
 
 from bip.errors import UserError
 
-# A file system that is unreachable for a while.
+# Errors of a file system that is unreachable for a while.
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY}
 _PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN}
 _PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
 
 
 def may_pass(error: OSError) -> bool:
-    """Whether a later attempt may succeed without anyone's help. (A full disk stays full.)"""
+    """Whether the error may pass without a fix by the user. (A full disk stays full.)"""
     return error.errno in _PASSING
 
 
@@ -28,7 +28,7 @@ def raise_passing(error: Exception, what: object) -> None:
     """Raise an OSError that names `what` if `error` may pass; else do nothing.
 
     Args:
-        error: an OSError, or another whose text ends with the system's, as LMDB's do.
+        error: an OSError, or one whose text ends with the system's text, such as LMDB's.
     """
     for number in _PASSING:
         text = os.strerror(number)
@@ -37,7 +37,7 @@ def raise_passing(error: Exception, what: object) -> None:
 
 
 def result_dir_error(folder: Path, error: OSError) -> Exception:
-    """What to raise when `folder` cannot be used: a UserError, or `error` itself if it may pass."""
+    """The exception for an unusable `folder`: a UserError, or `error` itself if it may pass."""
     return error if may_pass(error) else UserError(f"result_dir: {folder}: {error.strerror}")
 
 
@@ -52,7 +52,7 @@ def fsync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """A stream to a unique temporary name; at the end fsync, then rename over `path`.
+    """A stream to a temporary file; at the end it is synced, then renamed to `path`.
 
     A reader sees the old file or the new one, never a part. Raises OSError (disk full,
     read-only folder) and leaves the old file as it was.
@@ -78,9 +78,9 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
 
 
 class DigestWriter:
-    """Writes to `stream` and computes the SHA-256 of it beside the writing, in a thread."""
+    """Writes to `stream`, and computes its SHA-256 in a thread at the same time."""
 
-    LARGE = 1 << 20  # bytes that repay a thread
+    LARGE = 1 << 20  # bytes; for fewer a thread costs more than it saves
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream
@@ -130,7 +130,7 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line. A line torn by an earlier crash is ended first, not joined."""
+    """Append one JSON line. A line cut short by an earlier crash is ended first."""
     with open(path, "a+b") as stream:
         if stream.tell() > 0:
             stream.seek(-1, os.SEEK_END)
@@ -140,7 +140,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; none if it does not exist. A torn line is passed over."""
+    """The records of a JSON-lines file; none if it does not exist. Skips lines cut short."""
     try:
         stream = open(path, "rb")  # noqa: SIM115
     except (FileNotFoundError, NotADirectoryError):

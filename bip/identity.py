@@ -11,7 +11,7 @@ from bip.distributed.group import Group
 from bip.errors import UserError
 from bip.training.checkpoint import State, read_checkpoint
 
-_ONE_OF_ALL = "start all of them with one command, one installation and one copy of the data"
+_SAME_START = "start all of them with one command, one installation and one copy of the data"
 _REMEDIES = {
     "threads": "set OMP_NUM_THREADS to one number for all",
     "CPU capability": "ask for nodes of one kind (constraint)",
@@ -20,7 +20,7 @@ _REMEDIES = {
 
 
 def with_source_of_resume(config: RunConfig) -> RunConfig:
-    """With --resume, --source-net may be left out: the checkpoint names it."""
+    """`config` with the source_net that the checkpoint of --resume names, if none is given."""
     if config.resume is None or config.source_net is not None:
         return config
     before = read_checkpoint(config.resume).get("config", {}).get("source_net")
@@ -28,9 +28,9 @@ def with_source_of_resume(config: RunConfig) -> RunConfig:
 
 
 def check_source(config: RunConfig, state: State, key: str = "source_net") -> None:
-    """The source's network, and in fine-tuning its k and layer type, must be the run's own.
+    """Raise UserError unless the source's network fits the run; to fine-tune, its k and layer type.
 
-    A published checkpoint does not hold its k; the run's is then taken.
+    A published checkpoint does not record these, so they are not compared.
     """
     arch = state.get("arch")
     if isinstance(arch, str) and arch != config.arch:
@@ -56,7 +56,7 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
 
 
 def check_same_source(config: RunConfig, before: str | None, now: str | None) -> None:
-    """A run has one source: not even another file under the same name. SHA-256s; None: unknown."""
+    """Raise UserError if the source's SHA-256 has changed. None: unknown."""
     if None not in (before, now) and before != now:
         raise UserError(
             f"source_net: {config.source_net} is not the file that {config.run_folder} started "
@@ -65,11 +65,11 @@ def check_same_source(config: RunConfig, before: str | None, now: str | None) ->
 
 
 def difference(config: RunConfig, before: dict[str, Any]) -> str:
-    """'lr 0.1 (now 0.2)' for the first setting that changed, of those that make a run."""
+    """'lr 0.1 (now 0.2)' for the first setting of `identity` that changed."""
     now = config.identity()
     try:
         old = build_config(before).identity()
-    except UserError:  # a setting that there is no more
+    except UserError:  # it has a setting that this version lacks
         old = before
     for key in now:
         if old.get(key) != now[key]:
@@ -86,7 +86,7 @@ def code_version() -> str:
 
 
 def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
-    """What must be the same on all ranks of one attempt, by name: all but the node's own paths."""
+    """What must be the same on all ranks, by name: everything except paths."""
     of_a_node = {"configs", "data_dir", "result_dir", "source_net", "resume", "stage_to"}
     plain = config.to_plain()
     return {
@@ -100,10 +100,10 @@ def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
 
 
 def _arithmetic(device: torch.device) -> dict[str, str]:
-    """What decides the last bits of the replicated updates: they must be equal on every rank."""
+    """What decides the last bits of the updates that every rank computes for itself."""
     facts = {"kind of device": device.type}
     if device.type == "cuda":
-        # The CPUs of two GPU nodes may differ: what they compute is either exact or broadcast.
+        # The CPUs of GPU nodes may differ: their results are exact or broadcast.
         major, minor = torch.cuda.get_device_capability(device)
         return facts | {"GPU capability": f"{major}.{minor}"}
     capability = torch.backends.cpu.get_cpu_capability()
@@ -117,7 +117,7 @@ def compare_starts(own: dict[str, str], group: Group) -> None:
         for name in first | other:
             here, there = first.get(name, "not given"), other.get(name, "not given")
             if here != there:
-                remedy = _REMEDIES.get(name, _ONE_OF_ALL)
+                remedy = _REMEDIES.get(name, _SAME_START)
                 raise UserError(
                     f"ranks start differently: {name} is {here} on rank 0, {there} on rank {rank}; "
                     f"{remedy}"

@@ -1,9 +1,9 @@
 """The lock on a run folder: two attempts of one run never write it at the same time.
 
-A lock is a file `.lock.N` that names its holder; the holder touches it every few seconds. Whoever
-takes over creates `.lock.N+1`, which only one can (a hard link either is made or is not, on NFS
-too), and removes N. A holder that was taken over finds its file gone and stops writing. The file
-of a released lock stays, so that N only grows.
+A lock is a file `.lock.N` that names its holder, which touches it every few seconds. An attempt
+takes over a dead holder's lock by creating `.lock.N+1` and removing N. Only one attempt can create
+it, on NFS too, because it is made as a hard link. A holder that finds its file removed stops
+writing. The file of a released lock stays, so that N only grows.
 """
 
 import json
@@ -23,9 +23,9 @@ from bip.files import result_dir_error
 from bip.slurm import SlurmError, number, own_restarts, own_task, settings, show_task
 
 BEAT_SECONDS = 5.0
-AWAY = 30.0  # seconds that a file system may be away for while we wait
+UNREACHABLE_SECONDS = 30.0  # for which the file system may be unreachable while waiting
 KILL_WAIT = 30  # SLURM's default for the time from SIGTERM to SIGKILL
-KILL_WAIT_NAME = "BIP_KILL_WAIT"  # tells it where there is no scontrol, as in a container
+KILL_WAIT_NAME = "BIP_KILL_WAIT"  # holds it where scontrol is missing, as in a container
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Holder:
     """One attempt: a process, and the SLURM job and restart that it belongs to."""
 
     host: str
-    boot: str  # of the machine, and the process namespace: where `pid` means something
+    boot: str  # boot ID and process namespace, in which `pid` is valid
     pid: int
-    born: str  # kernel's start time of the process: a later one may get the same pid
+    born: str  # start time of the process: a later process may get the same pid
     job: str | None
     restart: int
     released: bool = False
@@ -59,7 +59,7 @@ def _boot() -> str:
 
 
 def _born(pid: int) -> str | None:
-    """When the process started, in the kernel's ticks; None if there is none (or a zombie)."""
+    """Start time of the process in kernel ticks; None if it has ended (or is a zombie)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -68,9 +68,9 @@ def _born(pid: int) -> str | None:
 
 
 def _attempt_is_over(holder: Holder) -> bool | None:
-    """Whether SLURM has ended the holder's attempt; None if it cannot tell.
+    """Whether SLURM has ended the holder's attempt; None if unknown.
 
-    Its processes may live on for KillWait.
+    Its processes may run for another KillWait.
     """
     if not holder.job:
         return None
@@ -84,8 +84,8 @@ def _attempt_is_over(holder: Holder) -> bool | None:
 
 
 def _kill_wait() -> float:
-    if (told := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
-        return float(told)
+    if (given := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
+        return float(given)
     try:
         return number(settings(timeout=30).get("KillWait", ""), KILL_WAIT)
     except (SlurmError, OSError):
@@ -103,19 +103,19 @@ class RunLock:
         self._beat: threading.Thread | None = None
 
     def acquire(self, give_up: Callable[[], bool] = lambda: False) -> bool:
-        """Take the lock, waiting for an attempt that SLURM is just ending.
+        """Take the lock; wait for its holder if SLURM is ending that.
 
-        Returns False if `give_up` said so meanwhile. Raises UserError if a live attempt holds it
-        or the folder cannot be used, OSError if its file system is away.
+        Returns False if `give_up` returned True meanwhile. Raises UserError if a live attempt
+        holds it or the folder cannot be used, OSError if its file system is unreachable.
         """
         began = time.monotonic()
-        seen, since, told = (0.0, -1), began, False
+        seen, since, is_reported = (0.0, -1), began, False
         limit: float | None = None
         while not give_up():
             try:
                 number, holder = self._newest()
             except OSError:
-                if time.monotonic() - began > max(AWAY, limit or 0):
+                if time.monotonic() - began > max(UNREACHABLE_SECONDS, limit or 0):
                     raise
                 time.sleep(1)
                 continue
@@ -127,7 +127,7 @@ class RunLock:
             if holder is None or holder.released or self._is_dead(holder, silent):
                 if self._take(number):
                     if holder is not None and not holder.released:
-                        print(f"taking over from {holder}, which is gone", flush=True)
+                        print(f"taking over from {holder}, which has ended", flush=True)
                     return True
                 continue
             if limit is None:
@@ -137,9 +137,9 @@ class RunLock:
                     f"{self.folder}: in use by {holder}; wait for it or cancel it (touched "
                     f"{max(0, time.time() - beat[0]):.0f} s ago)"
                 )
-            if not told:
+            if not is_reported:
                 print(f"waiting for {holder} to end, which still has {self.folder}", flush=True)
-                told = True
+                is_reported = True
             time.sleep(min(1.0, limit / 10))
         return False
 
@@ -147,12 +147,12 @@ class RunLock:
         """Raises RankError if another attempt has taken the folder over."""
         try:
             if self.path is not None:
-                self.path.open("rb").close()  # opening asks an NFS server anew
+                self.path.open("rb").close()  # opening makes NFS ask its server again
         except FileNotFoundError:
             raise RankError(f"{self.folder}: another attempt has taken this run over") from None
 
     def release(self) -> None:
-        """Let go, if it is held."""
+        """Release the lock if it is held."""
         self._ended.set()
         if self._beat is not None:
             self._beat.join()
@@ -165,7 +165,7 @@ class RunLock:
             os.replace(temporary, path)
 
     def _newest(self) -> tuple[int, Holder | None]:
-        """The highest lock, and who holds it."""
+        """The highest lock's number and its holder."""
         number = 0
         try:
             names = os.listdir(self.folder)
@@ -173,8 +173,8 @@ class RunLock:
             number = max(numbers, default=0)
             return number, Holder(**json.loads(self._file(number).read_text()))
         except (FileNotFoundError, ValueError, TypeError):
-            return number, None  # never written whole: a link shows it whole or not at all
-        except OSError as error:  # no sign that nobody has it
+            return number, None  # no holder wrote it: a link makes the whole file appear
+        except OSError as error:  # the lock may be held nevertheless
             raise result_dir_error(self.folder, error) from None
 
     def _file(self, number: int) -> Path:
@@ -182,23 +182,23 @@ class RunLock:
 
     def _touched(self, number: int) -> float:
         try:
-            with open(self._file(number), "rb") as stream:  # opening asks an NFS server anew
+            with open(self._file(number), "rb") as stream:  # opening makes NFS ask its server
                 return os.fstat(stream.fileno()).st_mtime
         except OSError:
             return 0.0
 
     def _is_dead(self, holder: Holder, silent: float) -> bool:
-        """`silent`: seconds for which we have seen no beat of it."""
+        """`silent`: seconds since its last beat."""
         if holder.boot == self.own.boot:
             return _born(holder.pid) != holder.born
         if silent <= 3 * BEAT_SECONDS:
             return False
         over = _attempt_is_over(holder)
-        # Without word from SLURM, a minute without a beat.
+        # Where SLURM gives no answer, a minute without a beat counts as dead.
         return over if over is not None else silent > 60
 
     def _patience(self, holder: Holder) -> float:
-        """Seconds to wait for a live holder: only one that is being ended will go."""
+        """Seconds to wait for a live holder: long only if it is being ended."""
         if _attempt_is_over(holder) or (holder.job and holder.job == self.own.job):
             return _kill_wait() + 60
         if holder.boot != self.own.boot:
@@ -212,14 +212,15 @@ class RunLock:
             try:
                 os.link(temporary, self._file(number + 1))
             except FileExistsError:
-                # Asked again after a lost answer, an NFS server says so of what it did itself.
-                with open(temporary, "rb") as stream:  # opening asks it anew
+                # After a lost answer NFS repeats the request, and reports the link that it made
+                # itself. Then the file has two links.
+                with open(temporary, "rb") as stream:  # opening makes NFS ask its server
                     if os.fstat(stream.fileno()).st_nlink != 2:
                         return False
             finally:
                 temporary.unlink()
             self._file(number).unlink(missing_ok=True)
-            if self._newest()[0] > number + 1:  # others took over since we looked
+            if self._newest()[0] > number + 1:  # others took over meanwhile
                 self._file(number + 1).unlink(missing_ok=True)
                 return False
         except OSError as error:

@@ -1,4 +1,4 @@
-"""One run, composed of its parts. The stages of a run are the lines of `Run.train`."""
+"""One run, composed of its parts. `Run.train` lists the stages."""
 
 import os
 from contextlib import closing
@@ -32,16 +32,16 @@ from bip.training.loop import Loop
 from bip.training.metrics import RunLog
 from bip.training.optim import Clock
 
-STAGING = timedelta(hours=12)  # how long nodes wait for one that copies its data
+STAGING = timedelta(hours=12)  # that nodes wait for a node that copies its data
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     """Run `config` to its end in its run folder and return its result.
 
     A finished run is not run again; an interrupted one resumes from its newest checkpoint.
-    With `evaluate` nothing is trained or written. Raises UserError before anything is created
-    for input that cannot work, Stopped when `stop` was set and the state is saved, RankError when
-    ranks disagree or one is gone.
+    With `evaluate` nothing is trained or written. Raises UserError for bad input, before anything
+    is created; Stopped when `stop` was set and the state is saved; RankError when ranks disagree
+    or one has ended.
     """
     check_inputs(config)
     config = with_source_of_resume(config)
@@ -53,7 +53,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
     group = join(config.result_dir / ".rendezvous", patience=patience, stop=stop)
     heartbeat = Heartbeat(group, config.rank_timeout)
     with heartbeat.watching():
-        # Rank 0 looks for all: an attempt that is just ending may write it between two looks.
+        # Only rank 0 reads it: an ending attempt may write it between the reads of two ranks.
         finished = group.ask_first(lambda: read_result(config))
         if finished is not None and not config.evaluate:
             result = dict(finished)
@@ -66,7 +66,7 @@ def train(config: RunConfig, stop: StopRequest | None = None) -> dict[str, Any]:
 
 
 class Run:
-    """The parts of one run on this rank. Making one reads and checks all input, writes nothing."""
+    """The parts of one run on this rank. `__init__` reads and checks all input, writes nothing."""
 
     def __init__(
         self,
@@ -188,11 +188,11 @@ class Run:
         return Progress(**state["progress"])
 
     def _dense(self) -> tuple[str, ...]:
-        """The weights that are not pruned, by name."""
+        """Names of the weights that are not pruned."""
         return self.pruned.layout.dense if self.pruned is not None else ()
 
     def _has_local_batch_norm(self) -> bool:
-        """Whether training normalises by the statistics of a rank's own part of a batch."""
+        """Whether batch-norm uses the statistics of each rank's own part of a batch."""
         if self.config.sync_bn or self.config.freeze_bn:
             return False
         return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.network.modules())

@@ -1,6 +1,6 @@
 """One run's folder: its lock, attempts, checkpoints and result, and where a run resumes.
 
-Every rank calls these; rank 0 reads and writes, and its failure is raised on every rank.
+Every rank calls these functions; rank 0 reads and writes, and its failure is raised on all ranks.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ class Progress:
     """How far a run has come: what a checkpoint records beside the tensors."""
 
     iteration: int = 0
-    evaluated: int = 0  # the last iteration whose epoch's end was evaluated
+    evaluated: int = 0  # iteration of the last evaluation at an epoch's end
     seconds: float = 0.0
     best_holdout: float | None = None
     best_epoch: int | None = None
@@ -46,9 +46,9 @@ class Progress:
 
 
 def read_result(config: RunConfig) -> dict[str, Any] | None:
-    """The result of a finished run, reported in a line; None if it is not finished.
+    """The result of a finished run, after printing it; None if it is not finished.
 
-    Raises UserError if it started from another file than the one that `source_net` is now.
+    Raises UserError if `source_net` is not the file that it started from.
     """
     finished: dict[str, Any] | None = read_json(config.run_folder / "result.json")
     if finished is None or config.evaluate:
@@ -86,7 +86,7 @@ class RunFolder:
 
     def _read_source(self) -> tuple[State | None, str | None]:
         path, resume = self.config.source_net, self.config.resume
-        # What --resume holds replaces the source; to evaluate, the source need not even be pruned.
+        # The checkpoint of --resume replaces the source. For --evaluate the source may be dense.
         if path is None or (resume is not None and (self.config.evaluate or not path.is_file())):
             return None, None
         state = read_checkpoint(path)
@@ -95,7 +95,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Around all that writes here: a full or read-only disk is a UserError; ends the lock."""
+        """A full or read-only disk is a UserError in the body. Releases the lock at the end."""
         try:
             with self._writing():
                 yield
@@ -111,14 +111,14 @@ class RunFolder:
                 raise
             raise UserError(
                 f"result_dir: {self.path}: {error.strerror}; the newest checkpoint is kept; free "
-                "space or fix the folder, then give the same command again"
+                "space or fix the folder, then repeat the command"
             ) from None
 
     def take(self) -> dict[str, Any] | None:
-        """Lock the folder. Returns the result if the attempt before has finished the run.
+        """Lock the folder. Returns the result if an earlier attempt has finished the run.
 
-        What --resume names is checked first, before anything is created. Raises Stopped if this
-        attempt is to stop while it waits for the lock.
+        The checkpoint of --resume is checked before anything is created. Raises Stopped if a
+        signal comes while this attempt waits for the lock.
         """
         self.group.ask_first(self._read_resume)
 
@@ -140,15 +140,15 @@ class RunFolder:
         return finished
 
     def _read_resume(self) -> None:
-        """What --resume holds, on rank 0; in the run's own folder it is read under the lock."""
+        """Read --resume, on rank 0. A checkpoint in the run's folder is read under the lock."""
         resume = self.config.resume
         if resume is not None and resume.resolve().parent != self.checkpoints.folder.resolve():
             self._resumed = self._own_state(read_checkpoint(resume), resume)
 
     def furthest(self) -> State | None:
-        """The newest checkpoint here, or what --resume holds if that is further; None for neither.
+        """The newest checkpoint here, or that of --resume if it is further; None for neither.
 
-        A requeued task is given the same --resume again, and must not lose what it did since.
+        A requeued task gets the same --resume again and must keep its progress since.
         """
         return self.group.ask_first(self._furthest)
 
@@ -171,8 +171,8 @@ class RunFolder:
             return given
         if resume is not None and resume.resolve() != self.checkpoints.newest.resolve():
             print(
-                f"--resume {resume}: {self.path} has reached step {reached} itself and resumes "
-                "there (to go back, give another --exp-name)"
+                f"--resume {resume}: not used, as {self.path} has reached step {reached} and "
+                "resumes there (to go back, give another --exp-name)"
             )
         return own
 
@@ -180,8 +180,7 @@ class RunFolder:
         """Raises UserError unless it is a checkpoint of this run that it can resume from."""
         if "progress" not in state or "optimizer" not in state:
             raise UserError(
-                f"resume: {where} holds a model without the state of its training; give it as "
-                "--source-net"
+                f"resume: {where} holds a model without optimizer state; give it as --source-net"
             )
         if state["fingerprint"] != self.config.fingerprint():
             raise UserError(
@@ -189,7 +188,7 @@ class RunFolder:
                 f"{difference(self.config, state['config'])}"
             )
         before, now = state.get("data", {}), self.data_identity
-        for name in before.keys() & now.keys():  # a folder and an LMDB of it may take turns
+        for name in before.keys() & now.keys():  # a run may change from a folder to its LMDB store
             if before[name] != now[name]:
                 raise UserError(
                     f"data_dir: the run was trained on {before[name]}; {self.config.data_dir} "
@@ -200,10 +199,10 @@ class RunFolder:
         return state
 
     def open(self, step: int, loader: str, local_batch_norm: bool, dense: tuple[str, ...]) -> None:
-        """Create the folder and record that an attempt starts at `step`; warn of what changed.
+        """Create the folder, record an attempt that starts at `step`, warn of what changed.
 
-        `local_batch_norm`: whether training normalises by the statistics of a rank's own part of
-        a batch. `dense` names the weights that are not pruned.
+        `local_batch_norm`: batch-norm uses the statistics of each rank's own part of a batch.
+        `dense` names the weights that are not pruned.
         """
 
         def write() -> None:
@@ -231,14 +230,14 @@ class RunFolder:
     # During training
 
     def log(self, progress: Progress) -> RunLog:
-        """Where the run reports, after `progress`. Raises on every rank if one cannot open it."""
+        """The run's log from `progress` on. Raises on every rank if one cannot open it."""
         with self.group.together():
             return RunLog(self.path, self.group.is_first, progress.iteration, progress.evaluated)
 
     def write(self, call: Callable[[], None]) -> None:
-        """Rank 0 writes under the lock; no rank goes on before it is done.
+        """Rank 0 writes, if it still has the lock; all ranks wait for it.
 
-        A rank that left earlier would have SLURM end rank 0 in the middle of it.
+        If another rank exited earlier, SLURM would end rank 0 during the write.
         """
 
         def write() -> None:
@@ -277,7 +276,7 @@ class RunFolder:
         except (UserError, OSError) as error:
             if isinstance(error, OSError) and error.errno != errno.EIO:
                 raise
-            print(f"warning: {error}; the final model takes its place, and best_top1 stays empty")
+            print(f"warning: {error}; the final model is used, and best_top1 stays empty")
             return None
 
     # The end
@@ -285,7 +284,7 @@ class RunFolder:
     def finish(
         self, state: Callable[[], State], step: int, result: dict[str, Any], dense: State | None
     ) -> dict[str, Any]:
-        """The last checkpoint, without optimizers, and the result, whose presence means done.
+        """Write the last checkpoint, without optimizers, then the result, which means done.
 
         `dense`, where given, is written as a plain network. Returns the completed result.
         """
@@ -295,7 +294,7 @@ class RunFolder:
         def write() -> None:
             if dense is not None:
                 write_checkpoint(self.path / DENSE, dense)
-            # Nothing is left to resume: the optimizers' state would only take space.
+            # A finished run never resumes, so the optimizers' state would only take space.
             self._save(state() | {"optimizer": {}}, step, keep_before=0)
             atomic_write_json(self.path / "result.json", result)
             print(f"finished: {self.path} top1 {result['top1']:.2f}%", flush=True)
@@ -305,7 +304,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def attempt(self, progress: Progress) -> Iterator[None]:
-        """Around training: records how the attempt ends, also where the heartbeat ends it."""
+        """Record how the attempt ends, also if the heartbeat ends it."""
         self.heartbeat.on_end = lambda cause: self._record_end(cause, progress)
         try:
             yield
@@ -315,7 +314,7 @@ class RunFolder:
         self._leave("finished", progress)
 
     def _leave(self, cause: str, progress: Progress) -> None:
-        """The agreed end: after it any rank may exit at any time, and none waits for it."""
+        """The agreed end. After it each rank may exit at any time; none waits for another."""
 
         def write() -> None:
             self._record_end(cause, progress)
@@ -323,13 +322,13 @@ class RunFolder:
 
         self.group.ask_first(write)
         self.heartbeat.note_end()
-        with suppress(RuntimeError):  # a rank killed by now has nothing to lose
+        with suppress(RuntimeError):  # all is saved, so a rank that was killed here does not matter
             self.group.barrier()
         self.heartbeat.stop()
 
     def _record_end(self, cause: str, progress: Progress) -> None:
         if self.group.is_first:
-            # On a full disk the first error is the one to report.
+            # On a full disk the first error is raised already; this one would hide it.
             with suppress(OSError, RankError):
                 self.lock.check()
                 self.attempts.record("end", cause=cause, step=progress.iteration)

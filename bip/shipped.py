@@ -28,7 +28,7 @@ def given_or_shipped(path: Path) -> Path:
         return path
     except (FileNotFoundError, NotADirectoryError):
         found = shipped(str(path))
-    except OSError:  # it may exist on a file system that fails: no other file may replace it
+    except OSError:  # it may exist on an unreachable file system: use no other file
         return path
     if not found.is_file():
         return path

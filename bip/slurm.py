@@ -1,7 +1,7 @@
-"""SLURM's commands: the one place that runs scontrol, and that names a task.
+"""SLURM's commands: the only place that runs scontrol and that names a task.
 
-Standard library only and for Python 3.8, as all that `launch/slurm/batch.py` imports: it runs on
-the batch node, with whatever Python is there.
+Standard library only, and for Python 3.8: `launch/slurm/batch.py` imports this and runs with the
+batch node's own Python.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ class SlurmError(UserError):
     """A SLURM command is missing or refused. The message is its first line."""
 
 
-# What SLURM's commands take for options: a user's habits (SQUEUE_STATES would hide tasks), and the
-# facts of the job around this process. Not where the controller is, and the token it asks for.
+# Variables that SLURM's commands read as options: the user's (SQUEUE_STATES would hide tasks) and
+# those of the job around this process. Not the controller's address (CONF) and token (JWT).
 _OPTIONS = re.compile(r"SLURM_(?!(CONF|JWT)$)|(SBATCH|SRUN|SQUEUE|SACCT|SCANCEL|SCONTROL)_")
 
 
 def without_options(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what would change the meaning of SLURM's commands."""
+    """The environment without the variables that SLURM's commands read as options."""
     return {name: value for name, value in env.items() if not _OPTIONS.match(name)}
 
 
 def ask(*command: str, timeout: float = 60) -> str:
-    """A SLURM command's output, whatever options the environment holds.
+    """A SLURM command's output; variables in the environment that are options are ignored.
 
-    Raises SlurmError if it is missing, refuses or hangs.
+    Raises SlurmError if the command is missing, fails or hangs.
     """
     env = without_options(os.environ)
     try:
@@ -53,8 +53,7 @@ def ask(*command: str, timeout: float = 60) -> str:
 def own_task(env: Mapping[str, str] = os.environ) -> str | None:
     """The name of this process's array task or job for scontrol; None outside a job.
 
-    Never the bare ID of an array: scontrol takes that for every one of its tasks. The ID of a
-    one-task array's task is that of the array.
+    Never an array's bare ID: scontrol applies that to all its tasks. (SLURM_JOB_ID may be it.)
     """
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -73,7 +72,7 @@ class Task:
     state: str
     restarts: int
     preempted: bool
-    end: float | None  # of its time limit, or its own if it has ended; Unix seconds
+    end: float | None  # Unix seconds: when its time limit ends, or when the task ended
     reason: str
 
     @classmethod
@@ -88,7 +87,7 @@ class Task:
 
 
 def show_task(name: str, timeout: float = 60) -> Task | None:
-    """None if the controller no longer knows it. Raises SlurmError if it does not answer."""
+    """The task's record; None if SLURM no longer has one. Raises SlurmError without an answer."""
     try:
         answer = ask("scontrol", "show", "job", "-o", name, timeout=timeout)
     except SlurmError as error:

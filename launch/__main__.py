@@ -78,7 +78,7 @@ def resume(
     *,
     command: list[str],
 ) -> int:
-    """Submit what is missing, failed or cancelled, in FOLDER.
+    """Submit the missing, failed and cancelled runs of FOLDER.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
@@ -92,7 +92,7 @@ def resume(
     missing = [row.run_id for row in rows if not row.reason.startswith("in the queue")]
     configs = _check_unchanged(sweep, missing)
     if not missing:
-        print(f"nothing to resume: all of {folder} is done or under way")
+        print(f"nothing to resume: all runs of {folder} are done, queued or running")
         return ExitCode.DONE
     last = sweep.jobs / "profile.json"
     facts = load_profile(profile or (last if last.exists() else None), parallelism)
@@ -104,7 +104,7 @@ def resume(
 
 
 def status(folder: Path, json: bool = False) -> int:
-    """How far the sweep in FOLDER is.
+    """Print the state of the sweep in FOLDER.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
@@ -121,12 +121,12 @@ def status(folder: Path, json: bool = False) -> int:
 
 
 def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
-    """What a run printed; without RUN, the failed runs of FOLDER and the last error of each.
+    """Print a run's log; without RUN, the failed runs of FOLDER and the last error of each.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
         run: a RUN_ID, an unambiguous part of one, or a SLURM array task.
-        follow: go on until the run ends, or Ctrl-C.
+        follow: print new lines until the run ends, or Ctrl-C.
     """
     sweep = Sweep(folder)
     if not run:
@@ -142,31 +142,30 @@ def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
 
 
 def cancel(folder: Path, save_seconds: int = 120) -> int:
-    """End the waiting runs of FOLDER, then have the running ones save and leave.
+    """End the waiting runs of FOLDER, then make the running ones save and stop.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
-        save_seconds: how long local runs may take to save before they are killed (SLURM has its
-            own KillWait).
+        save_seconds: seconds for local runs to save before they are killed (under SLURM: KillWait).
     """
     sweep = Sweep(folder)
     sweep.runs()
     executors = executors_of(sweep)
     if not executors:
-        raise UserError(f"{folder}: nothing of it was submitted, so there is nothing to cancel")
+        raise UserError(f"{folder}: nothing to cancel, as nothing was submitted")
     for executor in executors:
         print(f"cancelled {executor.cancel(save_seconds)}")
-    print(f"to go on: python -m launch resume {folder}")
+    print(f"to continue: python -m launch resume {folder}")
     return ExitCode.DONE
 
 
 def doctor(profile: Path, probe: bool = False, folder: Path = Path("trained_models")) -> int:
-    """What the machines of PROFILE will do to a sweep. Exit code 1 if they will not run it.
+    """Report what the machines of PROFILE will do to a sweep. Exit code 1 if they cannot run it.
 
     Args:
         profile: the profile's file.
-        probe: also start a task that looks around.
-        folder: result folder that the tasks must see.
+        probe: also start a test task on the compute nodes.
+        folder: result folder that the tasks must be able to read.
     """
     findings = executor_for(Sweep(folder), load_profile(profile)).examine(probe)
     code = ExitCode.DONE
@@ -185,17 +184,17 @@ def _prepare(executor: Executor, configs: list[RunConfig], runs: list[Run]) -> N
 def _submit(
     sweep: Sweep, run_ids: list[str], executor: Executor, stay: bool, keep_code: bool
 ) -> int:
-    """Submit the runs, and unless `stay` is False show how they go on. 1 if not all are done."""
+    """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
     look_again = f"python -m launch status {sweep.folder}"
     try:
         executor.submit(run_ids, keep_code)
         if not stay:
-            print(f"{len(run_ids)} runs in {sweep.folder}; to look: {look_again}")
+            print(f"{len(run_ids)} runs in {sweep.folder}; to see their state: {look_again}")
             return ExitCode.DONE
         print(f"{len(run_ids)} runs, {executor.limit}, in {sweep.folder}", flush=True)
         rows = watch(sweep, run_ids, _console(), executor)
     except KeyboardInterrupt:
-        print(f"\nThe runs go on. To look again: {look_again}")
+        print(f"\nThe runs continue. To see their state: {look_again}")
         return ExitCode.INTERRUPTED
     _show(rows, sweep.folder)
     if all(row.state == "done" for row in rows):
@@ -205,7 +204,7 @@ def _submit(
 
 
 def _check_unchanged(sweep: Sweep, run_ids: list[str]) -> list[RunConfig]:
-    """The configurations of these runs. Raises UserError if one is not what was planned."""
+    """The configurations of these runs. Raises UserError if one has changed since the plan."""
     configs = []
     for run_id in run_ids:
         path = sweep.folder / "points" / f"{run_id}.yml"
@@ -230,7 +229,7 @@ def _show(rows: list[Row], folder: Path) -> None:
 
 
 def _console() -> Console:
-    """Standard output; a file or pipe gets wide lines instead of those of a narrow terminal."""
+    """Standard output; a file or pipe gets wide lines instead of a terminal's."""
     return Console() if sys.stdout.isatty() else Console(width=180)
 
 

@@ -1,4 +1,4 @@
-"""What does the runs of a sweep: one interface, with this machine and SLURM behind it."""
+"""The interface that executes the runs of a sweep, on this machine or under SLURM."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,49 +13,49 @@ from launch.sweep import Place, Run, Sweep
 
 
 class Executor(Protocol):
-    """Does runs of one sweep. Methods raise UserError for what the user can fix."""
+    """Executes runs of one sweep. Methods raise UserError for what the user can fix."""
 
     @property
     def poll_seconds(self) -> float:
-        """Time between two looks at the sweep; a look may cost a call of squeue."""
+        """Seconds between two reads of the sweep's state, which may call squeue."""
 
     @property
     def limit(self) -> str:
-        """How many runs it does at once, for the user."""
+        """The number of runs at once, as text for the user."""
 
     def prepare(self, configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[str]:
-        """Check inputs, machine and disk before `runs` are submitted; lines for the user.
+        """Check inputs, machine and disk before `runs` are submitted; returns lines for the user.
 
-        Nothing is created. `configs` are those of the runs, and perhaps of some that are done.
+        Creates nothing. `configs` are those of the runs, and perhaps of finished runs.
         """
 
     def submit(self, run_ids: list[str], keep_code: bool) -> None:
-        """Queue what of these runs is not done; their old failures are forgotten.
+        """Queue those of the runs that are not done, and remove their failure records.
 
-        With `keep_code`, what starts late runs a copy of the code as it is now.
+        With `keep_code` tasks that start later run a copy of the present code.
         """
 
     def queue(self) -> dict[str, Place]:
-        """RUN_ID -> what it knows of a run beyond the files of the sweep."""
+        """RUN_ID -> state of a run that the sweep's files do not show."""
 
     def is_alive(self) -> bool:
-        """Whether runs that are waiting may still be started."""
+        """Whether waiting runs may still start."""
 
     def cancel(self, save_seconds: float) -> str:
-        """End what is queued, then what is running, and mark it; what was ended, for the user.
+        """End and mark the queued runs, then the running ones; returns text for the user.
 
-        A running run gets `save_seconds` to save, where that is not up to a scheduler.
+        A running run gets `save_seconds` to save, unless a scheduler sets that time.
         """
 
     def logs(self, run_id: str) -> list[Path]:
-        """Files that a run may have printed to, the best one first."""
+        """Files that a run may have printed to, the most useful first."""
 
     def examine(self, probe: bool) -> Iterator[Finding]:
-        """What it will do to a sweep. With `probe` it starts a task that looks around."""
+        """Report what will happen to a sweep. With `probe`, also from a test task."""
 
 
 def executor_for(sweep: Sweep, profile: AnyProfile, command: list[str] = TRAIN) -> Executor:
-    """The executor that a profile names; `command` is what trains one local run."""
+    """The executor that a profile names; `command` trains one local run."""
     if isinstance(profile, LocalProfile):
         return LocalExecutor(sweep, profile, command)
     return SlurmExecutor(sweep, profile)

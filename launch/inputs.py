@@ -1,4 +1,4 @@
-"""What the runs of a sweep read, checked before any of them starts: networks, images, sources."""
+"""Checks, before any run of a sweep starts, of what runs read: networks, images, sources."""
 
 import sys
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from bip.data.options import DataOptions
 
 
 def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
-    """Check all that the configurations name; every network's parameter count, by its name.
+    """Check all that the configurations name; return the parameter count of each network.
 
-    Networks are built without memory, and a source that the sweep itself will make is not looked
-    for. Raises UserError for what would make a run fail at its start.
+    Builds networks without memory. Does not look for a source that the sweep itself will make.
+    Raises UserError for what would make a run fail at its start.
     """
     networks: dict[object, tuple[RunConfig, int]] = {}
     images: dict[object, list[RunConfig]] = {}

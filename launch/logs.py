@@ -1,4 +1,4 @@
-"""What the runs of a sweep printed: one run's log, or the last error of each failed run."""
+"""The logs of a sweep: one run's log, or the last error of each failed run."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from launch.watch import polls
 
 
 def show_failures(sweep: Sweep) -> None:
-    """Name the failed runs, with the last error line of each and where its log is."""
+    """Print the failed runs, each with its last error line and its log's path."""
     failed = [row for row in status(sweep.folder) if row.state == "failed"]
     for row in failed:
         print(f"{row.run_id}: {row.reason}")
@@ -28,13 +28,13 @@ def show_failures(sweep: Sweep) -> None:
 
 
 def show(sweep: Sweep, run: str, follow: bool) -> None:
-    """Print a run's log, and with `follow` what it adds until it ends."""
+    """Print a run's log; with `follow` also new lines until the run ends."""
     row = find(status(sweep.folder), run)
     executors = executors_of(sweep)
     shown: dict[Path, int] = {}
     if not follow:
         if not _print_new(_log(executors, row.run_id), shown):
-            raise UserError(f"{row.run_id}: it has printed nothing; it is {row.state} {row.reason}")
+            raise UserError(f"{row.run_id}: no log; the run is {row.state} {row.reason}")
         return
     for _ in polls(sweep, [row.run_id], executors[-1]):
         _print_new(_log(executors, row.run_id), shown)
@@ -50,12 +50,12 @@ def find(rows: list[Row], name: str) -> Row:
         raise UserError(f"RUN: no run {name!r}{nearest(name, known)}; launch status shows them")
     if len(found) > 1:
         some = ", ".join(row.run_id for row in found[:4])
-        raise UserError(f"RUN: {name!r} is {len(found)} runs; give one of {some}, ...")
+        raise UserError(f"RUN: {name!r} fits {len(found)} runs; give one of {some}, ...")
     return found[0]
 
 
 def _log(executors: list[Executor], run_id: str) -> Path | None:
-    """The best log of a run that holds anything."""
+    """The first log of a run that is not empty."""
     paths = [path for executor in executors for path in executor.logs(run_id)]
     return next((path for path in paths if path.exists() and path.stat().st_size), None)
 

@@ -29,13 +29,13 @@ NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
 BEST = Path("checkpoint", "model_best.pth.tar")  # in a run folder: what the next stage starts from
 
-# A run has its own of these: (product flag, single flag).
+# (flag with a list, flag with one value): the sweep multiplies over the list.
 _AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
 _AXES |= {"layer_types": "layer_type", "trainers": "trainer"}
 
 
 class SeriesOptions(BaseModel):
-    """The flags of `python -m launch series` beside those of `bip train`."""
+    """The flags of `python -m launch series` in addition to those of `bip train`."""
 
     series: str | None = Field(None, description="unstructured, structured or a comma list of k")
     seeds: str | None = Field(None, description="comma list; multiplies the series")
@@ -71,7 +71,7 @@ class PlannedRun:
     """One run of a sweep."""
 
     stage: Mode
-    trainer: str  # the pruning's: a finetune run names what pruned its network
+    trainer: str  # of the pruning method, in finetune runs too
     config: RunConfig
     needs: tuple[str, ...]  # run IDs
 
@@ -82,7 +82,7 @@ class PlannedRun:
 
 @dataclass
 class Plan:
-    """The runs in the order in which they are to run, and what to print for the user."""
+    """The runs, each after those that it needs, and lines for the user."""
 
     runs: list[PlannedRun]
     notes: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Plan:
 def parse_series(text: str) -> tuple[Decimal, ...]:
     """The k values of a named series or a comma list, as written.
 
-    Raises UserError for a value that is no number, outside (0, 1], or given twice.
+    Raises UserError for a value that is not a number, outside (0, 1], or given twice.
     """
     values: list[Decimal] = []
     for part in NAMED_SERIES.get(text) or _parts("series", text):
@@ -146,9 +146,9 @@ def _method(trainer: str, stage: Mode) -> type[Method]:
 
 
 def check_same_source(run_id: str, one: Path | None, other: Path | None) -> None:
-    """One run folder holds a run from one network. Raises UserError if the sources differ.
+    """Raise UserError if a run would start from two different networks.
 
-    The run ID in the path of a run's checkpoint identifies it wherever the folders have moved.
+    The RUN_ID in a checkpoint's path identifies it even where the folders were moved.
     """
     parts = len(BEST.parts)
     names = [
@@ -174,8 +174,8 @@ def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
 
 
 def _acts_in(method: type[Method], key: str) -> bool:
-    """A run where a flag does not act never sees it: a sweep over --mask-lr shares its dense
-    network."""
+    """A flag is given only to runs in which it acts, so that a sweep over --mask-lr shares its
+    dense network."""
     return key in method.keys or not about(key).of_method
 
 
@@ -255,7 +255,7 @@ class _Planner:
             raise UserError(f"seeds: {value!r} is not a whole number") from None
 
     def _check_sources(self) -> None:
-        """One --source-net cannot serve runs that need different networks."""
+        """Raise UserError if runs that need different networks share a --source-net."""
         if "source_net" not in self.main:
             return
         if self.stages[0] == "pretrain":
@@ -314,7 +314,7 @@ class _Planner:
         return known
 
     def _file(self, stage: Mode, trainer: str) -> tuple[Path | None, dict[str, Any]]:
-        """The stage's settings: its file, beaten by the flags that act in it."""
+        """The stage's settings: its file, overridden by the flags that act in it."""
         key = (stage, trainer if stage == "prune" else "")
         if key not in self.files:
             path = self._path(stage, trainer)
@@ -323,13 +323,13 @@ class _Planner:
                 raise UserError(f"{path}: exp_mode is {values['exp_mode']}, not {stage}")
             if stage == "prune" and self.options.trainers is not None:
                 values["trainer"] = trainer
-            # The published files name an experiment per stage; a sweep has one, of one folder.
+            # The published files name an experiment per stage; a sweep has one name and folder.
             for name in ("exp_name", "result_dir"):
                 if name in self.main:
                     values[name] = self.main[name]
             values |= self._acting(stage, values)
             values["exp_mode"] = stage
-            # Jobs may start in another folder than this command.
+            # Tasks may start in another folder than this command.
             for name in ("result_dir", "data_dir", "source_net"):
                 default = RunConfig.model_fields[name].default
                 if (folder := values.get(name, default)) is not None:
@@ -365,7 +365,7 @@ class _Planner:
         method = _method(trainer, stage)
         dropped = {name for name in self.flags if not _acts_in(method, name)}
         if not method.has_mask:
-            dropped |= {"k"}  # one dense network serves all k
+            dropped |= {"k"}  # all k share one dense network
         if stage != "prune":
             dropped |= {"trainer"}
         if stage != self.stages[0]:
@@ -374,7 +374,7 @@ class _Planner:
 
     def _warnings(self, runs: list[PlannedRun]) -> Iterable[str]:
         if self.stages == ["pretrain"] and self.options.series is not None:
-            yield "series: no effect, a dense network is trained"
+            yield "series: no effect, as only a dense network is trained"
         for stage in ("pretrain", "finetune"):
             name = f"{stage}_configs"
             if getattr(self.options, name) is not None and (
@@ -386,7 +386,7 @@ class _Planner:
             if not any(_acts_in(method, name) for method in methods):
                 yield f"{name}: no effect in any stage of this sweep"
         if self.flags.get("scale_rand_init") and "prune" in self.stages:
-            yield "scale_rand_init: one dense network serves all k, so it is scaled for its own k"
+            yield "scale_rand_init: all k share one dense network, which is scaled for its own k"
         seen = {f"{run.stage}: {line}" for run in runs for line in run.config.warnings()}
         yield from sorted(seen)
         if "prune" in self.stages and "finetune" not in self.stages:

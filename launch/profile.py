@@ -24,20 +24,20 @@ from bip.config import UniqueKeyLoader, read_yaml
 from bip.errors import UserError
 from bip.shipped import given_or_shipped, shipped
 
-# Options of sbatch that the launcher writes from the profile's own keys, or that would make
-# something else of an array of tasks, each with its runs.
+# Options of sbatch that the launcher sets from the profile's keys, or that would break the array of
+# tasks.
 _OURS = {"array", "requeue", "no_requeue", "open_mode", "signal", "output", "error", "dependency"}
 _OURS |= {"kill_on_invalid_dep", "job_name", "export", "export_file", "wrap", "wait", "input"}
 _OURS |= {"ntasks", "tasks_per_node", "ntasks_per_core", "ntasks_per_socket", "ntasks_per_gpu"}
 _OURS |= {"quiet", "parsable", "test_only", "help", "usage", "version", "clusters", "chdir"}
-# The same of srun, with their letters.
+# The same for srun, with their one-letter forms.
 _OURS_OF_SRUN = {"kill-on-bad-exit": "K", "output": "o", "error": "e", "input": "i", "ntasks": "n"}
 _OURS_OF_SRUN |= {"nodes": "N", "cpus-per-task": "c", "open-mode": "", "ntasks-per-node": ""}
-_OURS_OF_SRUN |= {"export": "", "multi-prog": "", "pty": ""}  # but --export=ALL,NAME=VALUE
+_OURS_OF_SRUN |= {"export": "", "multi-prog": "", "pty": ""}  # except --export=ALL,NAME=VALUE
 
 
 def _minutes(value: object) -> object:
-    """A time limit in whole minutes, rounded up, from minutes or any other of sbatch's forms."""
+    """A time limit in whole minutes, rounded up, from any form that sbatch takes."""
     if not isinstance(value, str):
         return value
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value)
@@ -53,14 +53,14 @@ def _minutes(value: object) -> object:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a profile's machines will do. An error makes every run fail; a warning may cost work."""
+    """A finding about a profile's machines. An error fails every run; a warning may cost work."""
 
     level: Literal["ok", "warning", "error"]
     text: str
 
 
 class Profile(BaseModel):
-    """What every profile holds. Names are SLURM's where SLURM has one."""
+    """The keys of every profile. Names are SLURM's where SLURM has one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
@@ -83,10 +83,10 @@ class LocalProfile(Profile):
 
 
 class Retries(BaseModel):
-    """How often a run may be interrupted, by cause, before its task is left as failed.
+    """How often a run may be interrupted, by cause, before it counts as failed.
 
-    Counted since the task was submitted. A bug and running out of memory are never retried (but a
-    full /dev/shm is, which looks like an unreachable file system).
+    Counted since the task was submitted. A bug or a lack of memory is never retried. (A full
+    /dev/shm is, because it looks like an unreachable file system.)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -101,11 +101,11 @@ class Retries(BaseModel):
 
 
 class SlurmProfile(Profile):
-    """A SLURM cluster: what one array task asks for, and how it is requeued."""
+    """A SLURM cluster: the resources of an array task, and how it is requeued."""
 
     executor: Literal["slurm"] = Field(description="what starts the jobs")
     parallelism: int = Field(2, ge=1, description="array tasks of one stage at once")
-    # What a task asks for
+    # The resources of a task
     partition: str | None = Field(None, description="partition, or several: a,b")
     account: str | None = Field(None, description="account")
     qos: str | None = Field(None, description="quality of service")
@@ -121,15 +121,18 @@ class SlurmProfile(Profile):
     )
     # How its ranks start
     setup: list[str] = Field(
-        default_factory=list, description="shell lines before the ranks start; none may fail"
+        default_factory=list,
+        description="shell lines before the ranks start; a line that fails ends the task",
     )
     srun_args: list[str] = Field(default_factory=list, description="further srun arguments")
     python: str = Field(sys.executable, description="python of the ranks, on the compute nodes")
     runs_per_task: int = Field(
         1,
         ge=1,
-        description="runs that one array task does in turn",
-        validation_alias=AliasChoices("runs_per_task", "points_per_task"),  # its first name
+        description="runs of one array task, one after the other",
+        validation_alias=AliasChoices(
+            "runs_per_task", "points_per_task"
+        ),  # the name in version 0.1.0
     )
     # How it is interrupted
     signal_lead: int = Field(
@@ -156,10 +159,10 @@ class SlurmProfile(Profile):
     def _not_ours(cls, words: list[str]) -> list[str]:
         for word, following in zip(words, [*words, ""][1:], strict=True):
             name, sign, value = word.partition("=")
-            # srun takes a long name's beginning for all of it.
+            # srun accepts the beginning of a long name.
             long = name[2:] and [ours for ours in _OURS_OF_SRUN if ours.startswith(name[2:])]
             short = name[1:2] in [*_OURS_OF_SRUN.values()]
-            # The ranks need the whole environment of the batch script; more does no harm.
+            # The ranks need the whole environment of the batch script; additions are harmless.
             if long == ["export"] and re.match(r"ALL(,|$)", value if sign else following):
                 continue
             if (name.startswith("--") and long) or (re.match(r"-\w", name) and short):
@@ -185,7 +188,7 @@ class SlurmProfile(Profile):
     def _fits_together(self) -> Self:
         if self.signal_lead >= 60 * self.time:
             raise ValueError(f"signal_lead: {self.signal_lead} s is not less than the time limit")
-        # Where nodes are given out whole, more GPUs than ranks may have to be asked for.
+        # On clusters that allocate whole nodes, there may be more GPUs than ranks.
         if 0 < self.gpus_per_node < self.ntasks_per_node:
             raise ValueError(
                 f"gpus_per_node: {self.gpus_per_node} GPUs for {self.ntasks_per_node} ranks "

@@ -30,7 +30,7 @@ _AXES = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of one run. `top1` is in percent, `sparsity` a fraction, `seconds` wall."""
+    """One run's state. `top1` is in percent, `sparsity` a fraction, `seconds` wall time."""
 
     run_id: str
     stage: str
@@ -60,7 +60,7 @@ def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
     sweep = Sweep(folder)
     runs = sweep.runs()
     places: dict[str, Place] = {}
-    for executor in executors_of(sweep):  # before results are looked for
+    for executor in executors_of(sweep):  # before results are read, as a task may end in between
         places |= executor.queue()
     states = sweep.states(runs, places)
     wanted = [run for run in runs if run_ids is None or run.run_id in run_ids]
@@ -99,7 +99,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _last_record(path: Path) -> dict[str, Any]:
-    """The newest whole record of a step in metrics.jsonl; only the tail is read."""
+    """The newest complete record of a step in metrics.jsonl; reads only its end."""
     try:
         with open(path, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
@@ -111,7 +111,7 @@ def _last_record(path: Path) -> dict[str, Any]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # torn by the cut above, or still being written
+            continue  # cut above, or still being written
         if isinstance(record, dict) and record.get("event") == "step":
             return record
     return {}
@@ -124,10 +124,9 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def table(rows: list[Row], folder: Path, width: int) -> Group:
-    """The rows as a rich table for `width` columns, then why some are not done, then the place.
+    """The rows as a rich table for `width` columns, the reasons of failed runs, and the folder.
 
-    What all pruned networks share is named in the title, and run folders have a column where it
-    fits.
+    Values that all pruned networks share are in the title. Run folders have a column if it fits.
     """
     pruned = [row for row in rows if row.stage != "pretrain"] or rows
     shared = [name for name in _AXES if len({getattr(row, name) for row in pruned}) == 1]

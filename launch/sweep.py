@@ -1,4 +1,4 @@
-"""The sweep folder: its ledger of runs, the queue, the claims, and the state of every run.
+"""The sweep folder: its ledger of runs, queue, locks, and the state of every run.
 
     series.json           the ledger: every run that ever belonged to the sweep
     points/RUN_ID.yml     a run's configuration
@@ -7,16 +7,16 @@
     jobs/arrays.jsonl     the SLURM arrays that were submitted
     jobs/RUN_ID.lock      held (flock) by a local run's worker and by the run itself
     jobs/RUN_ID.failed    why the last attempt failed, or that it was cancelled
-    jobs/RUN_ID.begun     the newest attempt of an array task in which a rank started
-    jobs/RUN_ID.lost      how a rank of an array task lost the others; not final by itself
-    jobs/RUN_ID.failed.before  the same of attempts that were not final
+    jobs/RUN_ID.begun     the newest attempt of an array task in which a rank has started
+    jobs/RUN_ID.lost      why a rank of an array task lost the others; not final by itself
+    jobs/RUN_ID.failed.before  such reasons of attempts that were retried
     jobs/RUN_ID.log       what the run printed
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
     MODE/RUN_ID/          the run folders; result.json in one means done
 
 A run's state is read from these files and from SLURM's queue, so any number of launchers, workers
-and onlookers agree on it, and the kernel releases the locks of whatever dies.
+and `status` commands agree on it. The kernel releases the locks of a process that dies.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ CANCELLED = "cancelled"  # how the reason of a cancelled run starts
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as the ledger has it. Paths are relative to the sweep folder, which may be moved."""
+    """One run in the ledger. Paths are relative to the sweep folder, which may be moved."""
 
     run_id: str
     stage: Mode
@@ -83,7 +83,7 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an executor has a run: in its queue, running, or gone from it."""
+    """A run's state in an executor's queue."""
 
     state: State | None  # None: not known
     task: str = ""  # the newest SLURM array task
@@ -133,7 +133,7 @@ class Lock:
 
     @staticmethod
     def is_held(path: Path) -> bool:
-        """A look takes the lock (shared) for an instant: whoever loses to a look tries again."""
+        """Probe the lock. A probe briefly holds it shared; contenders retry."""
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -147,7 +147,7 @@ class Lock:
         return False
 
     def write(self, text: str) -> None:
-        """Replace the file's content, a note about the holder."""
+        """Replace the file's content, a record about the holder."""
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, text.encode(), 0)
 
@@ -207,10 +207,10 @@ class Sweep:
             ) from None
 
     def add(self, planned: Sequence[PlannedRun]) -> None:
-        """Merge the runs into the ledger and write their configurations.
+        """Add the runs to the ledger and write their configurations.
 
-        Raises UserError, with nothing written, if one of them is there with another source_net,
-        and if the folder cannot be written; OSError if its file system is unreachable.
+        Raises UserError, with nothing written, if the ledger has one of them with another
+        source_net, or if the folder cannot be written; OSError if its file system is unreachable.
         """
         changed: dict[Path, bytes] = {}
         runs = [Run.of(one) for one in planned]
@@ -232,7 +232,7 @@ class Sweep:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)
         self.jobs.mkdir(exist_ok=True)
         with Lock.wait(self.jobs / "ledger.lock"):
-            with ThreadPoolExecutor(16) as pool:  # fsync is waiting, and a disk takes many at once
+            with ThreadPoolExecutor(16) as pool:  # many fsyncs in parallel wait less
                 list(pool.map(atomic_write_bytes, changed, changed.values()))
             old = self.runs() if self.ledger.exists() else []
             merged = {run.run_id: run for run in [*old, *runs]}
@@ -246,10 +246,10 @@ class Sweep:
         return Queue(run_ids=values.pop("points"), **values)
 
     def set_queue(self, queue: Queue) -> None:
-        """Queue runs, their old failures forgotten. Runs that live workers have stay queued."""
+        """Queue runs and remove their failure records. Runs of live workers stay queued."""
         with Lock.wait(self.jobs / "ledger.lock"):
             run_ids = queue.run_ids
-            # Workers submitted just now have not started yet.
+            # Workers that were just submitted have not started yet.
             path = self.queue_path
             recent = path.exists() and time.time() - path.stat().st_mtime < 60
             if recent or self.live_workers():
@@ -261,7 +261,7 @@ class Sweep:
             atomic_write_json(path, {"points": run_ids} | values)
 
     def unfinished(self) -> int:
-        """How many of the queued runs may still change their state."""
+        """Number of queued runs whose state may still change."""
         states = self.states(self.runs())
         return sum(states[run_id].name not in FINAL for run_id in self.queue().run_ids)
 
@@ -279,8 +279,8 @@ class Sweep:
         self.note(self.failure_path(run_id), reason)
 
     def mark_cancelled(self, run_id: str, why: str = "") -> None:
-        """No attempt of the run starts from now on, until it is submitted again."""
-        self.fail(run_id, f"{CANCELLED}{why}; python -m launch resume {self.folder} goes on")
+        """Mark the run so that no attempt starts until it is submitted again."""
+        self.fail(run_id, f"{CANCELLED}{why}; python -m launch resume {self.folder} continues it")
 
     @staticmethod
     def note(path: Path, reason: str) -> None:
@@ -300,10 +300,10 @@ class Sweep:
     ) -> dict[str, State]:
         """The state of every run. A run is blocked when a run that it needs cannot finish.
 
-        `places`: of runs that an executor has in a queue, or has lost (RUN_ID -> place).
+        `places`: runs in an executor's queue, or lost from it (RUN_ID -> place).
         """
         states: dict[str, State] = {}
-        # Stage order: what a run needs comes before it.
+        # In the order of stages, a run comes after those that it needs.
         for run in runs:
             needed = [(name, states.get(name)) for name in run.needs]
             stuck = [(name, s.name) for name, s in needed if s and s.name in FINAL[1:]]
@@ -326,7 +326,7 @@ class Sweep:
         return states
 
     def claim(self, run: Run) -> dict[str, Any]:
-        """What the worker of a running local run noted: when it started, and its process."""
+        """The record by the worker of a running local run: its start time and process."""
         try:
             found: dict[str, Any] = json.loads(self.claim_path(run.run_id).read_text())
         except (OSError, ValueError):

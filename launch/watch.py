@@ -1,4 +1,4 @@
-"""Waiting for a sweep: a live display on a terminal, a line per finished run elsewhere."""
+"""Waiting for a sweep: a live display on a terminal, otherwise a line per finished run."""
 
 import contextlib
 import sys
@@ -16,17 +16,17 @@ from launch.executor import Executor
 from launch.status import Row, epochs, status, summary
 from launch.sweep import FINAL, LEFT_QUEUE, Sweep
 
-# Workers need a moment to start; after this long without one, nothing more will happen.
+# Workers need a moment to start; after this time without one, no run will start.
 DEAD_SECONDS = 30.0
-# A task may be out of the queue for a moment (a controller that restarts, a result on its way).
+# A task may be missing from the queue for a moment (SLURM restarts, a result is being written).
 LEFT_SECONDS = 60.0
-UNREACHABLE_SECONDS = 3600.0  # how long the file system of the sweep may be unreachable
-# Workers look around every quarter of a second.
+UNREACHABLE_SECONDS = 3600.0  # for which the sweep's file system may be unreachable
+# Workers check the queue every quarter of a second.
 LEAVING_SECONDS = 5.0
 
 
 def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor) -> list[Row]:
-    """Watch until every run is final, or nothing is left that might start one.
+    """Watch until every run is final, or no more runs can start.
 
     Returns the final rows.
     """
@@ -54,7 +54,7 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Exe
 
 
 def _look(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> list[Row]:
-    """`status`, asked again for an hour where the sweep's file system is unreachable."""
+    """`status`, retried for an hour while the sweep's file system is unreachable."""
     began, warned = time.monotonic(), False
     while True:
         try:
@@ -64,7 +64,7 @@ def _look(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> list[Ro
                 raise
             if not warned:
                 print(
-                    f"warning: {error}; the runs are left alone, and looked for again for an hour",
+                    f"warning: {error}; the runs continue; their state is read again for an hour",
                     file=sys.stderr,
                 )
             warned = True
@@ -77,14 +77,14 @@ def _is_alive(executor: Executor) -> bool:
     except OSError as error:
         if not may_pass(error):
             raise
-        return True  # nobody knows
+        return True  # unknown
 
 
 def _let_workers_leave(sweep: Sweep) -> None:
-    """Wait a moment for workers that found nothing left to do.
+    """Wait a moment for workers without runs to exit.
 
-    They have the environment of the command that started them; the next command, given right
-    after this one, would else find them alive and leave its runs to them.
+    A command given right after this one would otherwise leave its runs to these workers, which
+    have the environment of an earlier command.
     """
     end = time.monotonic() + LEAVING_SECONDS
     with contextlib.suppress(OSError):
@@ -93,9 +93,9 @@ def _let_workers_leave(sweep: Sweep) -> None:
 
 
 def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
-    """Rows whose tasks have left the queue only just, and what they block, as waiting.
+    """Show rows whose tasks have just left the queue, and those that they block, as waiting.
 
-    `since` keeps when (monotonic) each was first seen so.
+    `since` holds when (monotonic) each was first seen without a task.
     """
     left = {row.run_id for row in rows if row.reason.startswith(LEFT_QUEUE)}
     now = time.monotonic()
@@ -111,7 +111,7 @@ def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
 
 
 def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterator[list[Row]]:
-    """The rows, again and again until all are final."""
+    """Yield the rows repeatedly until all are final."""
     alive = time.monotonic()
     since: dict[str, float] = {}
     while True:
@@ -124,7 +124,7 @@ def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterato
         elif time.monotonic() - alive > DEAD_SECONDS:
             print(
                 f"error: no worker is alive ({summary(rows)}); see {sweep.jobs}/*_log.err, then "
-                "give the same command again",
+                "repeat the command",
                 file=sys.stderr,
             )
             return
@@ -145,7 +145,7 @@ def _finished(row: Row, count: int, total: int) -> Text:
 
 
 def _running(row: Row) -> Text:
-    """What changes stands first: a narrow terminal cuts the end off."""
+    """What changes is first, as a narrow terminal cuts off the end."""
     ratio = "" if row.stage == "pretrain" else f" k {row.k}"
     epoch = f"epoch {epochs(row)}" if row.epoch is not None else "starting"
     loss = "" if row.loss is None else f"  loss {row.loss:.4f}"

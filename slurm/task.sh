@@ -1,31 +1,31 @@
-# Sourced by batch scripts: one array task, its srun steps, and its requeueing.
+# Sourced by batch scripts: executes one array task in srun steps, and requeues it.
 #
 #   run_step SRUN-ARGUMENTS COMMAND...   runs the command on every rank of the task. Returns its
 #                                        exit status; does not return when the task is requeued.
 #   run_points FOLDER LIST COMMAND...    run_step for each run that line TASK-INDEX + 1 of the file
 #                                        LIST names, in turn, printing to FOLDER/jobs/RUN_ID.log
 #
-# A run that was stopped by a signal exits with 75 after its save (or dies of the signal before it
-# could take notice), and the task is requeued: from here, because on some SLURM versions a task
-# that exits within the grace period of a preemption is taken as failed. So is a task whose node
-# failed, and one of which no rank started, whose ranks did not meet, or whose file system was away.
-# Any other failure is final. launch/slurm/events.py has the rules; launch/slurm/batch.py applies
-# them here, with python3 of the batch node.
+# A run that was stopped by a signal saves and exits with 75 (or the signal kills it before its
+# handler is installed). Then this script requeues the task, because on some SLURM versions a task
+# that exits within the grace period of a preemption counts as failed. It also requeues a task whose
+# node failed, of which no rank started, whose ranks did not meet, or whose file system was
+# unreachable. Any other failure is final. launch/slurm/events.py has the rules;
+# launch/slurm/batch.py applies them here, with python3 of the batch node.
 #
-# What is final is recorded in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. Whatever
-# the ranks record, a task is requeued from here BIP_MAX_RESTARTS times at most: 100; of a sweep,
-# 1000 more than its budgets; where Python does not start, 10.
+# A final failure is recorded in FOLDER/jobs/RUN_ID.failed, and no later attempt tries again. In any
+# case a task is requeued from here BIP_MAX_RESTARTS times at most. The default is 100; in a sweep,
+# 1000 more than the profile's retries; 10 where Python does not start.
 
-# The user's shell lines before this one may have set what these functions cannot work with.
+# The user's shell lines before this may have set options that break these functions.
 set +efu +o pipefail
 shopt -u nullglob failglob
-# bash would otherwise die of what is meant for the ranks, and with it the requeueing.
+# These signals are for the ranks; bash must survive them to requeue the task.
 trap '' TERM USR1 USR2
 bip_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bip_root=${bip_root%/bip/_files} # where a wheel has this file
 bip_run=() # of a sweep: FOLDER RUN_ID LOG-SIZE
 
-decider() { # of this clone's or snapshot's, whatever else is installed
+decider() { # of this clone or snapshot, not of an installed package
   python3 -I -S "$bip_root/launch/slurm/batch.py" "$@"
 }
 
@@ -45,7 +45,7 @@ run_points() {
   local folder=$1 list=$2 run failed=0 bip_run attempt size
   shift 2
   for run in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
-    # Before a requeue, in this submission.
+    # It failed in an earlier attempt of this task.
     [[ ! -e $folder/jobs/$run.failed ]] || { failed=1; continue; }
     read -r attempt size <<<"$(decider begin "$folder" "$run")"
     bip_run=("$folder" "$run" "${size:-0}")
@@ -70,7 +70,7 @@ without_python() { # CODE [FOLDER RUN_ID LOG-SIZE]: a bounded requeue of what ma
   if [[ $code =~ ^(74|75|135|138|140|143)$ || ($jobs && -e $jobs.lost) ]]; then
     if ((restarts < most)); then
       echo "$reason: requeued without its rules ($restarts restarts so far, $most at most)" >&2
-      # Anything else is requeued already, or was cancelled.
+      # In any other state it is requeued already, or cancelled.
       [[ $(scontrol show job -o "$(task_name)") == *JobState=RUNNING* ]] || exit 75
       scontrol requeue "$(task_name)" && { sleep 60; exit 75; }
     fi

@@ -1,6 +1,6 @@
 """Random crops and flips as pure functions of uniform numbers, and their batched application.
 
-The numbers come from `Order.uniforms`; every image owns a fixed count of them, whatever it uses.
+The numbers come from `Order.uniforms`; every image has a fixed count of them, used or not.
 Two kinds, both as in torchvision: "pad_crop" (RandomCrop with zero padding, then flip) for small
 images, "resized_crop" (RandomResizedCrop, then flip) for ImageNet.
 """
@@ -111,7 +111,7 @@ def pad_crop(images: Tensor, crops: Crops, padding: int) -> Tensor:
     rows = np.arange(len(images))
     padded = functional.pad(images, (padding,) * 4)
     if images.device.type == "cpu":
-        # NumPy copies whole windows; torch's indexing on the CPU takes five times as long.
+        # NumPy copies whole crops; torch's indexing on the CPU takes five times as long.
         windows = np.lib.stride_tricks.sliding_window_view(
             padded.numpy(), (height, width), axis=(2, 3)
         )

@@ -1,9 +1,9 @@
 """Batches of a data set on the training device: `open_data` and what it returns, `Data`.
 
-Three steps that know nothing of each other: `Order` gives the images and the random numbers of a
-batch (a `Request`); a loader (`bip.data.loaders`) fetches uint8 images for requests; `Data` applies
-the batched crop, scales to float and normalises. What is drawn is a function of the request, so
-neither worker count nor prefetch depth nor earlier batches can change it.
+Three independent steps: `Order` gives the images and the random numbers of a batch (a `Request`); a
+loader (`bip.data.loaders`) fetches uint8 images for requests; `Data` applies the batched crop,
+scales to float and normalises. A batch is a function of its request, so the number of workers,
+the prefetch depth and earlier batches cannot change it.
 """
 
 import itertools
@@ -31,8 +31,8 @@ class Data:
         batches_per_epoch: global batches of an epoch.
         channels, image_dim: shape of an image, (channels, image_dim, image_dim).
         eval_batch: images of one evaluation batch on this rank.
-        loader: its name; the chosen one where "auto" was asked for.
-        identity: what distinguishes these images from others (`bip.data.splits.identity`).
+        loader: its name; for "auto" the one that was chosen.
+        identity: describes these images, to detect other ones (`bip.data.splits.identity`).
     """
 
     def __init__(
@@ -73,11 +73,11 @@ class Data:
         self._scale = (1 / (255 * std)).view(-1, 1, 1).to(device)
         self._shift = (-mean / std).view(-1, 1, 1).to(device)
         self._live: weakref.WeakSet[Generator[Batch, None, None]] = weakref.WeakSet()
-        # Runs when this object is collected or the interpreter exits, whichever is first.
+        # Runs when this object is collected or when the interpreter exits.
         weakref.finalize(self, _close_all, self._live)
 
     def train(self, level: str = "lower", start: int = 0) -> Iterator[Batch]:
-        """This rank's share of global batches start, start + 1, ... of a level, endlessly.
+        """This rank's share of global batches start, start + 1, ... of a level, without end.
 
         Yields float32 images (batch_size / world, C, H, W) and int64 labels, on the device. The
         images are valid until the iterator's next batch is taken.
@@ -99,7 +99,7 @@ class Data:
         return self._start(loader, requests)
 
     def eval_size(self, split: Literal["test", "holdout"]) -> int:
-        """Images of a split, over all ranks."""
+        """Number of images of a split, over all ranks."""
         return len(self._splits[split][1])
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ def open_data(options: DataOptions, rank: int, world: int, device: torch.device)
     """Open both splits of a data set.
 
     Raises:
-        UserError: set missing or damaged, wrong class count, loader that does not fit.
+        UserError: data set missing or damaged, wrong number of classes, unsuitable loader.
         OSError: its file system is unreachable.
     """
     found = open_splits(options)
@@ -168,6 +168,6 @@ def open_data(options: DataOptions, rank: int, world: int, device: torch.device)
     loader = loader_class(options.loader)
     splits = [local_copy(split, options, loader.in_memory, first=rank == 0) for split in found]
     if rank == 0 and options.skip_bad and loader.in_memory:
-        print("warning: skip_bad: no effect, the images are decoded before training begins")
+        print("warning: skip_bad: no effect, the images are decoded before training")
     train, test = (loader(split, options, device) for split in splits)
     return Data(options, train, test, identity(*splits), rank, world, device)

@@ -1,7 +1,7 @@
-"""Encoded bytes to uint8 pixels. One module, so that every store decodes alike.
+"""Encoded bytes to uint8 pixels, the same way for every store.
 
-JPEGs go through simplejpeg (libjpeg-turbo, the same pixels as Pillow's in less time), all else
-through Pillow. One resize for all: torch's antialiased bilinear, within 2 levels of Pillow's.
+simplejpeg decodes JPEGs (libjpeg-turbo: the same pixels as Pillow in less time), Pillow the rest.
+All images are resized by torch's antialiased bilinear, within 2 levels of Pillow's.
 """
 
 import re
@@ -23,15 +23,15 @@ _MODES = {1: "L", 3: "RGB"}
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
 _JPEG_START = b"\xff\xd8\xff"
 _MAX_SCALE = 8  # libjpeg's
-# Of the segments that may stand in a JPEG with Huffman codes, the second byte.
+# The second byte of the segments that may occur in a JPEG with Huffman codes.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
 _SEGMENTS = frozenset({*_FRAMES, 0xC4, _SCAN, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE})
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # what ends a scan
-# No others: Pillow hands PostScript, for one, to Ghostscript, which runs what stands in it.
+# No other formats: Pillow passes PostScript to Ghostscript, which runs the code in it.
 _FORMATS = ("JPEG", "PNG", "BMP", "PPM", "GIF", "WEBP")
 
-# What damaged images raise in the functions below.
+# What the functions below raise for damaged images.
 DECODE_ERRORS = (
     OSError,
     ValueError,
@@ -44,7 +44,7 @@ DECODE_ERRORS = (
 
 
 def reason(error: BaseException) -> str:
-    """A decoding error in a few words."""
+    """A decoding error, shortened."""
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     return " ".join(str(error).split()) or type(error).__name__
@@ -60,10 +60,9 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a grayscale or colour JPEG; None for what Pillow must decode.
+    """(height, width) of a grayscale or colour JPEG; None for images that Pillow must decode.
 
-    That is: other formats, CMYK, damaged headers, and more pixels than Pillow takes without a
-    warning.
+    These are other formats, CMYK, damaged headers, and images so large that Pillow warns.
     """
     if not data.startswith(_JPEG_START):
         return None
@@ -76,11 +75,11 @@ def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def is_sound_jpeg(data: bytes) -> bool:
-    """Whether a JPEG's segments and scans follow each other up to its end, none of them odd.
+    """Whether a JPEG is made of known segments and scans up to its end.
 
-    libjpeg fails on segments alone; of damage within a scan's codes it warns. Decoders differ in
-    what they do where it fails, so what is not sound is for `decode` to judge. Some sound JPEGs of
-    rare kinds are not found so.
+    libjpeg fails on damaged segments; for damage within a scan's codes it only warns. Decoders
+    differ where it fails, so `decode` handles all JPEGs that are not sound. Some rare kinds of
+    sound JPEGs count as not sound.
     """
     at, components, progressive, scans, more = 2, 0, False, 0, True
     try:
@@ -119,7 +118,7 @@ def decode(data: bytes, channels: int, scale: int = 1) -> NDArray[np.uint8]:
 
     Args:
         scale: 1, 2, 4 or 8: JPEGs are decoded at this fraction of their size, rounded up, which
-            costs less. Other formats are decoded whole whatever it is: look at the shape.
+            costs less. Other formats are always decoded at full size: see the shape.
 
     Raises:
         DECODE_ERRORS: damaged, or no image.
@@ -138,16 +137,16 @@ def decode(data: bytes, channels: int, scale: int = 1) -> NDArray[np.uint8]:
                 )
             )
         except ValueError:
-            pass  # any oddity; Pillow accepts the harmless ones and raises on the others
+            pass  # Pillow accepts what is harmless and raises on the rest
     with open_image(data) as image:
         pixels = np.array(image.convert(_MODES[channels]))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def test_view(pixels: NDArray[np.uint8], image_dim: int, zoom: float) -> NDArray[np.uint8]:
-    """The deterministic view: resize the short side to image_dim * zoom, then cut the centre.
+    """The test view: resize the short side to image_dim * zoom, then crop the centre.
 
-    An image that already is image_dim x image_dim is left as it is when `zoom` is 1.
+    An image of image_dim x image_dim is unchanged when `zoom` is 1.
 
     Args:
         pixels: shape (height, width, channels).
@@ -164,7 +163,7 @@ def test_view(pixels: NDArray[np.uint8], image_dim: int, zoom: float) -> NDArray
 def test_geometry(
     height: int, width: int, image_dim: int, zoom: float
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Of `test_view`: the (height, width) to resize to and the (top, left) of the cut."""
+    """For `test_view`: the (height, width) to resize to and the (top, left) of the crop."""
     short = round(image_dim * zoom)
     if min(height, width) != short:
         # torchvision's Resize truncates the long side.
@@ -176,7 +175,7 @@ def test_geometry(
 def resized_crop(
     data: bytes, uniforms: NDArray[np.float64], channels: int, image_dim: int, flip: bool
 ) -> NDArray[np.uint8]:
-    """Decode the random view of "resized_crop", at a JPEG scale where the crop has pixels to spare.
+    """Decode the random view of "resized_crop"; large crops at a smaller JPEG scale, to save time.
 
     Args:
         uniforms: the image's random numbers, shape (RESIZED_CROP_DRAWS,).
@@ -205,7 +204,7 @@ def resized_crop(
 
 
 def resize(planes: Tensor, height: int, width: int) -> Tensor:
-    """uint8 (channels, any, any) to (channels, height, width); as it is where it has that size."""
+    """uint8 (channels, any, any) to (channels, height, width); unchanged if it has that size."""
     if planes.shape[1:] == (height, width):
         return planes
     resized: Tensor = functional.interpolate(

@@ -1,4 +1,4 @@
-"""The settings that the data need, as one object. Imports no torch."""
+"""The settings of the data, as one object. Imports no torch."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,24 +12,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """What `open_data` opens and how. Names are the flags of `RunConfig`.
+    """What `open_data` opens, and how. Names are those of `RunConfig`.
 
     Attributes:
         dataset: a name or alias of `bip.data.sets.names`.
-        data_dir: where it lies (`bip.data.splits.open_split`).
+        data_dir: its folder (`bip.data.splits.open_split`).
         batch_size: training images per step over all ranks; must divide by their number.
         test_batch_size: likewise for evaluation; need not divide.
         image_dim: input height and width in pixels; None for the set's own (`side`).
         normalize: subtract the set's mean and divide by its deviation; else pixels in [0, 1].
         num_classes: the network's, which must be the set's; None for the set's own (`classes`).
-        holdout: training images to hold out, the same ones for every seed.
+        holdout: training images to hold out, the same for every seed.
         loader: a name of `bip.data.loaders.names`.
         num_workers: processes of each iterator of "lmdb" and "folder" (so twice as many in BiP,
             with its two levels); 0 reads in this process. Of "dali", threads.
         stage_to: a folder on the node's own disk; LMDB stores are copied there first, once for
             all processes of the node (`bip.data.stores.staging`).
-        skip_bad: replace training images that cannot be read by others of their batch, and warn,
-            instead of failing. With "memory", and in evaluation, they remain an error.
+        skip_bad: replace unreadable training images by others of their batch, with a warning,
+            instead of failing. With "memory", and in evaluation, they are still an error.
         seed: of the order, the crops and the flips.
     """
 
@@ -49,7 +49,7 @@ class DataOptions:
 
     @classmethod
     def of(cls, config: "RunConfig") -> Self:
-        """The data's part of a run's configuration."""
+        """The data settings of a run's configuration."""
         return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
     @property

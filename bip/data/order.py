@@ -1,8 +1,8 @@
-"""Which image stands at which position: a pure function of (seed, epoch, level, position).
+"""The image at each position, as a pure function of (seed, epoch, level, position).
 
-Nothing here depends on the number of ranks, workers or batches drawn before, so that any batch can
-be drawn alone and a run resumes by its position. The streams rest on NumPy's `SeedSequence` and
-`Philox`, whose outputs NumPy guarantees never to change (NEP 19).
+Nothing here depends on the number of ranks or workers, or on earlier batches, so that any batch can
+be drawn alone and a run resumes from its position. The random streams are NumPy's `SeedSequence`
+and `Philox`, whose outputs NumPy guarantees never to change (NEP 19).
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from bip.errors import UserError
 
 LEVELS = ("lower", "upper")
 
-_PERMUTATION, _AUGMENTATION, _HOLDOUT = range(3)  # what a stream is for: the first word of its key
+_PERMUTATION, _AUGMENTATION, _HOLDOUT = range(3)  # a stream's purpose: the first number of its key
 
 
 def _key(*words: int) -> NDArray[np.uint64]:
@@ -72,8 +72,8 @@ class Order:
     def uniforms(self, epoch: int, first: int, count: int, draws: int) -> NDArray[np.float64]:
         """Uniform numbers in [0, 1) for positions first ... first + count - 1 of an epoch.
 
-        Shape (count, draws). Each position owns `draws` numbers of the epoch's stream, at a place
-        that depends on its position alone. `draws` is a multiple of 4, Philox's block.
+        Shape (count, draws). Each position has its own `draws` numbers in the epoch's stream,
+        wherever the draw starts. `draws` is a multiple of 4, Philox's block.
         """
         if draws % 4:
             raise ValueError(f"draws must be a multiple of 4, not {draws}")
@@ -86,7 +86,7 @@ class Order:
         if epoch == self._epoch:
             return
         level = LEVELS.index(self.level)
-        # The seed comes last: it is the only word that may need more than 32 bits.
+        # The seed is last: it is the only number that may need more than 32 bits.
         self._indices = _permutation(_key(_PERMUTATION, level, epoch, self.seed), self.size)
         self._augmentation_key = _key(_AUGMENTATION, level, epoch, self.seed)
         self._epoch = epoch
@@ -103,8 +103,8 @@ def rank_slice(size: int, rank: int, world: int) -> slice:
 def holdout_split(size: int, holdout: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Split a training set into (train indices, holdout indices), both ascending.
 
-    A function of the two numbers alone, not of the seed, and a smaller holdout lies inside a
-    larger one: a network pretrained with a holdout has not seen an equal or smaller one later.
+    It does not depend on the seed, and a smaller holdout is a part of a larger one. So a network
+    pretrained with a holdout was not trained on the images of an equal or smaller one.
 
     Raises:
         UserError: the holdout would take the whole training set.
@@ -114,7 +114,7 @@ def holdout_split(size: int, holdout: int) -> tuple[NDArray[np.int64], NDArray[n
             f"holdout: {holdout} of the {size} training images cannot be held out; "
             f"use 0 to {size - 1}"
         )
-    if holdout == 0:  # spare a million images the sorting
+    if holdout == 0:  # save sorting a million images
         return np.arange(size), np.empty(0, np.int64)
     order = _permutation(_key(_HOLDOUT, size), size)
     return np.sort(order[holdout:]), np.sort(order[:holdout])

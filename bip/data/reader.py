@@ -1,4 +1,4 @@
-"""What a loader is given and returns; and how stored images are read and decoded for it."""
+"""The interface of loaders, and the reading and decoding of stored images for them."""
 
 import math
 from abc import ABC, abstractmethod
@@ -38,12 +38,12 @@ class Request:
 
 
 class Loader(ABC):
-    """Fetches one split's images. Each file of `bip.data.loaders` has a subclass.
+    """Fetches one split's images. Each file of `bip.data.loaders` defines a subclass.
 
     Attributes:
-        layout: which layout on disk it reads.
-        in_memory: it reads all images before training begins, so only small sets; and takes splits
-            that come decoded.
+        layout: the layout on disk that it reads.
+        in_memory: it reads all images before training, so it suits small sets only; it also takes
+            splits that come decoded.
     """
 
     layout: ClassVar[Layout] = "any"
@@ -59,14 +59,14 @@ class Loader(ABC):
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """For each request uint8 images (n, C, H, W) and int64 labels (n,), on the device.
 
-        Requests may be taken ahead of their batches. A batch is valid until the next one is taken.
-        Images are the random view of "resized_crop", and whole for "pad_crop", whose crop is
+        It may take requests ahead of their batches. A batch is valid until the next one is taken.
+        For "resized_crop" images are the random view. For "pad_crop" they are whole; its crop is
         applied to the batch afterwards.
         """
 
 
 class Reader:
-    """Reads and decodes the images of requests; what a worker process holds."""
+    """Reads and decodes the images of requests; each worker process has one."""
 
     def __init__(self, store: ImageStore, options: DataOptions) -> None:
         self.store = store
@@ -75,16 +75,15 @@ class Reader:
         self.skip_bad = options.skip_bad
 
     def read(self, request: Request, shared: bool = False) -> Item:
-        """uint8 images (n, C, H, W), labels (n,), and one line on each image replaced.
+        """uint8 images (n, C, H, W), labels (n,), and a line for each image replaced.
 
-        Labels are no tensor: every tensor from a worker costs a connection to it.
+        Labels are a NumPy array: every tensor from a worker costs a connection to it.
 
         Args:
-            shared: decode into memory that other processes can map, so that nothing is copied on
-                the way to them.
+            shared: decode into memory that other processes can map, which saves a copy.
 
         Raises:
-            DamagedImage: one is, unless `skip_bad` and the request is for training.
+            DamagedImage: an image is damaged, unless `skip_bad` and the request is for training.
             UserError: the store cannot be read.
             OSError: its file system is unreachable for now.
         """
@@ -116,11 +115,11 @@ class Reader:
     ) -> tuple[list[_T], list[str]]:
         """`read_one` of every row; with `skip_bad` a bad row becomes the nearest good one after it.
 
-        It is taken from the same batch, so that no image of a holdout is ever drawn.
+        It is taken from the same batch, so that it is never an image of the holdout.
 
         Args:
             read_one: returns no str.
-            map_: as `map`; another may call it for several rows at once.
+            map_: like `map`; it may work on several rows at once.
         """
 
         def read_or_report(row: int) -> _T | str:
@@ -140,7 +139,7 @@ class Reader:
         found = [None if isinstance(row, str) else row for row in rows]
         good = [item for item in found if item is not None]
         if not good and skipped:
-            raise UserError(f"{skipped[0]}; nor is another image of its batch sound")
+            raise UserError(f"{skipped[0]}; all other images of its batch are damaged too")
         for row in reversed(range(len(found))):
             if found[row] is None:
                 found[row] = found[(row + 1) % len(found)] or good[0]
@@ -161,13 +160,13 @@ class Reader:
 
 
 def _shared_bytes(shape: tuple[int, ...]) -> Tensor:
-    # What DataLoader's own collation does in a worker; torch has no public call without a copy.
+    # As DataLoader's own collation does in a worker. torch has no public call that saves the copy.
     storage = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class Skips:
-    """Prints a warning for each image that was replaced, once, and their number."""
+    """Prints a warning, once, for each image that was replaced, with the number so far."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()

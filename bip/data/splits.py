@@ -1,4 +1,4 @@
-"""The two splits of a data set: found on disk, checked against each other, copied to the node."""
+"""The two splits of a data set: find them on disk, compare them, copy them to the node."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ from bip.files import raise_passing
 
 
 def open_split(name: str, data_dir: Path, train: bool, layout: Layout = "any") -> Split:
-    """The training or the test split of a set, from what lies in `data_dir` or `data_dir`/NAME.
+    """The training or the test split of a set, from `data_dir` or `data_dir`/NAME.
 
-    Looked for in this order: LMDB (`train.lmdb`; `test.lmdb` or `val.lmdb`), the set's own archive
-    (`bip.data.sets`; never downloaded), an ImageFolder tree (`train/`; `test/` or `val/`, whichever
-    has class folders). `layout` narrows it to one of them. A set that an installed package brings
-    takes no `data_dir`.
+    Searches in this order: LMDB (`train.lmdb`; `test.lmdb` or `val.lmdb`), the set's own archive
+    (`bip.data.sets`; never downloaded), an ImageFolder tree (`train/`; `test/` or `val/`, the one
+    that has class folders). `layout` limits the search to one of them. A set that is part of an
+    installed package needs no `data_dir`.
 
     Raises:
-        UserError: nothing found, or what is found is damaged.
+        UserError: nothing is found, or it is damaged.
         OSError: its file system is unreachable.
     """
     spec = dataset_spec(name)
@@ -48,13 +48,13 @@ def open_split(name: str, data_dir: Path, train: bool, layout: Layout = "any") -
                     return archive.read(root / place, train)
         if layout in ("any", "folder"):
             folders = [root / split for split in splits if (root / split).is_dir()]
-            if folders:  # ImageNet's and TinyImageNet's test/ has neither classes nor labels
+            if folders:  # the test/ folders of ImageNet and TinyImageNet have no labels
                 return FolderStore(next(filter(_has_classes, folders), folders[0]))
     raise UserError(_not_found(spec, data_dir, splits, layout))
 
 
 def _has_classes(folder: Path) -> bool:
-    """Whether there are folders in it, other than TinyImageNet's images/."""
+    """Whether it holds class folders, that is, folders other than TinyImageNet's images/."""
     try:
         with os.scandir(folder) as entries:
             return any(
@@ -62,13 +62,13 @@ def _has_classes(folder: Path) -> bool:
                 for entry in entries
             )
     except OSError as error:
-        raise_passing(error, folder)  # else a short failure would select the other folder
+        raise_passing(error, folder)  # else a passing failure would select the other folder
         return False
 
 
 def _not_found(spec: DatasetSpec, data_dir: Path, splits: tuple[str, ...], layout: Layout) -> str:
     if not data_dir.is_dir():
-        problem = f"data_dir: {data_dir} does not exist or is no folder"
+        problem = f"data_dir: {data_dir} does not exist or is not a folder"
     else:
         places: list[str] = []
         if layout in ("any", "lmdb"):
@@ -115,8 +115,8 @@ def _check_classes(options: DataOptions, train: list[str], test: list[str]) -> N
         odd = sorted(set(train) ^ set(test)) or train
         raise UserError(
             f"data_dir: the training and test splits of {dataset} in {data_dir} have different "
-            f"classes ({len(train)} and {len(test)}; {odd[0]!r} is not in both alike); where the "
-            f"images lie flat, build a store: python -m bip data build-lmdb {data_dir} OUT"
+            f"classes ({len(train)} and {len(test)}; {odd[0]!r} differs); for a split without "
+            f"class folders build a store: python -m bip data build-lmdb {data_dir} OUT"
         )
     if len(train) != options.classes:
         raise UserError(
@@ -126,9 +126,9 @@ def _check_classes(options: DataOptions, train: list[str], test: list[str]) -> N
 
 
 def identity(*splits: Split) -> dict[str, str]:
-    """{"images": "50000 + 10000 images of 10 classes (1f6e0c2a)", ...}, whatever the loader.
+    """{"images": "50000 + 10000 images of 10 classes (1f6e0c2a)", ...}, for any loader.
 
-    Of LMDB stores a digest of their totals, too.
+    For LMDB stores also a digest of their totals.
     """
     counts = (len(s.labels if isinstance(s, ArraySplit) else s) for s in splits)
     classes = splits[0].classes
@@ -144,9 +144,9 @@ def identity(*splits: Split) -> dict[str, str]:
 
 
 def stage_data(options: DataOptions, give_up: Callable[[], None]) -> None:
-    """Copy the stores to `stage_to`, the node's disk; nothing if that is None.
+    """Copy the stores to `stage_to`, on the node's disk, if it is set.
 
-    Call it before the ranks meet: one node may copy for longer than others would wait.
+    Call it before the ranks meet: a node may copy for longer than the others would wait.
     """
     if options.stage_to is None:
         return
@@ -157,16 +157,16 @@ def stage_data(options: DataOptions, give_up: Callable[[], None]) -> None:
 
 
 def local_copy(split: Split, options: DataOptions, in_memory: bool, first: bool) -> Split:
-    """The split's copy on the node's disk, if asked for; else a hint where it would help.
+    """The split's copy on the node's disk, if requested; else the split, perhaps with a hint.
 
     Args:
-        in_memory: it will be read once, before training begins.
+        in_memory: the split is read once, before training.
         first: print warnings.
     """
     stage_to = options.stage_to
     if isinstance(split, ArraySplit):
         if stage_to is not None and first:
-            print("warning: stage_to: no effect, the images are in memory before training begins")
+            print("warning: stage_to: no effect, the images are in memory before training")
         return split
     if stage_to is not None:
         if isinstance(split, FolderStore):

@@ -1,4 +1,4 @@
-"""Loaders that read and decode in worker processes. The base of `lmdb` and `folder`."""
+"""Reading and decoding in worker processes: the base of the loaders `lmdb` and `folder`."""
 
 import contextlib
 import errno
@@ -26,8 +26,8 @@ _T = TypeVar("_T")
 class _Work(Dataset[Item | str | OSError]):
     """Requests as the DataLoader's items.
 
-    A UserError is returned as its one line of text, and an OSError that may pass as it is: raised,
-    it would reach the parent without its number.
+    Errors are returned, not raised: a UserError as its text, and an OSError that may pass as
+    itself, because a raised one would reach the parent without its number.
     """
 
     def __init__(self, reader: Reader) -> None:
@@ -57,13 +57,13 @@ def _unchanged(item: Any) -> Any:
 
 
 def _shield_worker(_: int) -> None:
-    # A scheduler signals the whole job; the parent decides when its workers end.
+    # A scheduler signals every process of a job; here the parent ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
 
 
 class WorkerLoader(Loader):
-    """A split read and decoded by worker processes (in this one with `num_workers` 0)."""
+    """A split read and decoded by worker processes (with `num_workers` 0 by this process)."""
 
     def __init__(self, split: Split, options: DataOptions, device: torch.device) -> None:
         assert not isinstance(split, ArraySplit)
@@ -78,7 +78,7 @@ class WorkerLoader(Loader):
         return _to_device(self._fetch(requests), self.device)
 
     def _fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        pending: deque[Request] = deque()  # taken, but their batches are not received yet
+        pending: deque[Request] = deque()  # whose batches are not received yet
         loader = DataLoader(
             _Work(self.reader),
             sampler=_remember(requests, pending),
@@ -87,7 +87,7 @@ class WorkerLoader(Loader):
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_shield_worker if self.num_workers else None,
-            # Workers hold a few paths and use no CUDA; spawning would import torch in each.
+            # Forking is safe as workers do not use CUDA; spawning would import torch in each.
             multiprocessing_context="fork" if self.num_workers else None,
             generator=torch.Generator(),  # else the DataLoader would draw from the global one
         )
@@ -114,10 +114,10 @@ class WorkerLoader(Loader):
             _end_workers(batches)
 
     def _explain(self, error: Exception, batches: object, pending: Iterable[Request]) -> Exception:
-        """The error to raise; torch reports a dead worker within five seconds."""
+        """The error to raise for a dead worker, which torch reports within five seconds."""
         if not isinstance(batches, _MultiProcessingDataLoaderIter):
             return error
-        # Its pipe may break a moment before the process is gone.
+        # Its pipe may break a moment before the process ends.
         for gone in multiprocessing.connection.wait([w.sentinel for w in batches._workers], 1):
             next(w for w in batches._workers if w.sentinel == gone).join(1)
         dead = {number for number, w in enumerate(batches._workers) if not w.is_alive()}
@@ -129,18 +129,18 @@ class WorkerLoader(Loader):
         try:
             self.reader.store.check_unchanged()
         except OSError:
-            pass  # how the process died is more useful
+            pass  # how the process died is more useful to the user
         except UserError:
             return UserError(
                 f"{path}: replaced or cut short during the run, and a loader process died "
                 f"({how}); put the store back and start again"
             )
-        # Batches are received in order, so the first one due from a dead worker is at fault.
+        # Batches are received in order, so the first one due from a dead worker is the cause.
         first = batches._rcvd_idx
         due = [r for n, r in enumerate(pending, first) if batches._task_info[n][0] in dead]
         where = f" over the batch {_some(due[0].indices.tolist())}" if due else ""
         died = f"{path}: a loader process died{where} ({how}); "
-        if -signal.SIGBUS in codes:  # what a mapped file has for an I/O error
+        if -signal.SIGBUS in codes:  # an I/O error of a mapped file
             died += "its file system failed, or /dev/shm is full: use fewer --num-workers"
             return OSError(errno.EIO, died)
         return LostWorker(
@@ -165,11 +165,11 @@ def _remember(requests: Iterable[Request], pending: deque[Request]) -> Iterator[
 
 @contextlib.contextmanager
 def _forking() -> Iterator[None]:
-    """Enter it to start forked workers.
+    """Start forked workers in the body.
 
-    The garbage collector is frozen, so that a worker never collects what this process holds: DALI's
-    pipelines cannot be destroyed there (SIGSEGV), and the collector's marks would copy shared
-    pages. torch's handler of SIGCHLD is removed again: it raises wherever the main thread is when a
+    The garbage collector is frozen, so that a worker never collects this process's objects:
+    destroying DALI's pipelines there crashes (SIGSEGV), and the collector's marks would copy shared
+    pages. torch's SIGCHLD handler is removed, as it raises anywhere in the main thread when a
     worker dies. The death is reported when the worker's batch is due.
     """
     main = threading.current_thread() is threading.main_thread()
@@ -184,7 +184,7 @@ def _forking() -> Iterator[None]:
 
 
 def _to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    """On CUDA, batches are copied one ahead, on a stream of their own."""
+    """Batches on the device. CUDA copies the next batch early, on a stream of its own."""
     if device.type != "cuda":
         yield from batches
         return
@@ -204,7 +204,7 @@ def _to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch
         current = torch.cuda.current_stream(device)
         current.wait_event(event)
         for tensor in (images, labels):
-            tensor.record_stream(current)  # else its memory could be reused under the step
+            tensor.record_stream(current)  # else its memory could be reused during the step
         yield images, labels
 
 
@@ -219,7 +219,7 @@ def _one_ahead(items: Iterator[_T]) -> Iterator[_T]:
 def _end_workers(batches: object) -> None:
     """End an iterator's processes now, not when it is collected.
 
-    A traceback may keep the iterator alive to the interpreter's exit, where multiprocessing sends
+    A traceback may keep the iterator alive until the interpreter exits. Then multiprocessing sends
     SIGTERM, which the workers ignore, and waits forever. PyTorch has no public call for this.
     """
     if isinstance(batches, _MultiProcessingDataLoaderIter):

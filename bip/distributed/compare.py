@@ -1,4 +1,4 @@
-"""Ranks that drift apart are a bug: their state is compared, and the first difference named."""
+"""Compare the state of all ranks, which must be equal, and name the first difference."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -9,16 +9,16 @@ from bip.distributed.group import Group
 from bip.errors import RankError, UserError
 from bip.pruning.state import PrunedParameters
 
-CHUNK = 1 << 18  # words mixed at once: they stay in a CPU's cache
+CHUNK = 1 << 18  # 8-byte words hashed at once, so that they stay in a CPU's cache
 
 
 @torch.no_grad()
 def hash_tensor(tensor: Tensor) -> Tensor:
     """A 64-bit hash (int64, on the tensor's device) of a tensor's bits and their places.
 
-    Each eight bytes are mixed with their place (the finaliser of splitmix64, a bijection), and the
-    results added up: integer sums do not depend on the order of addition. A change of one word
-    always shows; changes of several cancel out with a chance of 2^-64.
+    Each 8-byte word is mixed with its place (by the finaliser of splitmix64, a bijection), and the
+    results are added: an integer sum does not depend on the order of addition. A change of one
+    word always changes the hash; changes of several cancel out with probability 2^-64.
     """
     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
     total = torch.full((), len(flat), dtype=torch.int64, device=tensor.device)
@@ -29,7 +29,7 @@ def hash_tensor(tensor: Tensor) -> Tensor:
         place = torch.arange(start // 8, start // 8 + len(words), device=tensor.device)
         words += place.mul_(_signed(0x9E3779B97F4A7C15))
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-            # Shifts of int64 repeat the sign bit, which is masked off.
+            # A right shift of int64 repeats the sign bit; the mask removes the copies.
             words ^= (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
             if factor != 1:
                 words *= _signed(factor)
@@ -42,9 +42,10 @@ def _signed(bits: int) -> int:
 
 
 def describe_difference(values: Sequence[str]) -> str | None:
-    """Which ranks have what: "rank 2 has a, the others have b"; None if all have the same.
+    """The ranks by value: "rank 2 has a, the others have b"; None if all have the same.
 
-    "The others" are more than half of all: of two ranks either may be right.
+    "The others" are more than half of all ranks. Of two ranks either may be right, so both are
+    named.
     """
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
@@ -68,7 +69,7 @@ def run_state(
     optimizers: dict[str, torch.optim.Optimizer],
     buffers: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of all that must be equal on all ranks; `buffers` only once they are sent."""
+    """(name, tensor) of all state that must be equal on all ranks; `buffers`: after a broadcast."""
     if pruned is not None:
         yield "weights", pruned.weights
         yield "scores", pruned.scores
@@ -104,7 +105,7 @@ def compare_ranks(state: Iterable[tuple[str, Tensor]], group: Group) -> None:
 def check_finite(state: Iterable[tuple[str, Tensor]], step: int) -> None:
     """Raise UserError naming the first tensor that holds a NaN or an infinity."""
     for name, tensor in state:
-        # A sum keeps them, in a single read pass.
+        # The sum of a tensor with a NaN or an infinity is not finite.
         if tensor.is_floating_point() and not bool(tensor.detach().sum().isfinite()):
             raise UserError(
                 f"{name}: not finite at step {step}; training diverged, lower lr or mask_lr (this "

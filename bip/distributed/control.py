@@ -1,8 +1,8 @@
-"""What the ranks exchange every iteration, one iteration late, so that none waits.
+"""The ranks' exchange of every iteration, read one iteration late, so that no rank waits.
 
-Each iteration a rank posts four numbers to a small gloo group of its own, and reads what all
-posted in the iteration before. All read the same rows at the same iteration, so all make the same
-decision from them.
+In each iteration a rank posts four numbers to a separate gloo group, and reads what all ranks
+posted in the iteration before. All ranks read the same numbers at the same iteration, so they make
+the same decision.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ LAG = 4  # iterations that the host may run ahead of the GPU, the same on all ra
 
 @dataclass(frozen=True)
 class Posted:
-    """What all ranks posted: the strongest stop signal, whether rank 0 wants a checkpoint."""
+    """What all ranks posted: the highest stop signal, and whether rank 0 wants a checkpoint."""
 
     stop: int
     save: bool
@@ -34,7 +34,7 @@ class _Slot:
         self.copied = torch.cuda.Event()
 
     def read(self) -> tuple[int, int]:
-        """What was written last, or zeros. Waits until the GPU has reached that iteration."""
+        """The proof written last, or zeros. Waits until the GPU has reached that iteration."""
         self.copied.synchronize()
         return int(self.proof[0]), int(self.proof[1])
 
@@ -58,8 +58,8 @@ class Control:
     def post(self, stop: int, save: bool, proof: Tensor | None) -> Posted:
         """Post this iteration's numbers; return those of the iteration before (alone: of this one).
 
-        `proof` (2,) is the mask's count and checksum, perhaps still on the GPU: then it travels
-        LAG iterations later. Raises RankError if two ranks' masks differed.
+        `proof` (2,) is the mask's count and checksum. If it is on the GPU, it is posted LAG
+        iterations later. Raises RankError if two ranks' masks differed.
         """
         self.group.passed += 1
         posted = self._collect()
@@ -74,13 +74,13 @@ class Control:
         return posted if self.channel is not None else self._collect()
 
     def ask(self, stop: int) -> int:
-        """The strongest stop signal of all ranks, now. Waits for them; nothing may be pending."""
+        """The highest stop signal of all ranks, now. Waits for all; no post may be pending."""
         assert self.pending is None, "collect the pending exchange first"
         self.post(stop, False, None)
         return self._collect().stop
 
     def finish(self) -> Posted:
-        """What was posted last; nothing is pending afterwards."""
+        """Read the last post, so that none is pending."""
         return self._collect()
 
     def _proof(self, proof: Tensor | None) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bip.errors import RankError, UserError
 
 T = TypeVar("T")
-# Once the ranks have met, no clock but the heartbeat's ends a run: a suspended job, a long save or
-# slow data may keep a collective waiting.
+# Collectives may wait for long (a suspended job, a long save, slow data), so once the ranks have
+# met only the heartbeat's time limit ends a run.
 COLLECTIVE = timedelta(days=7)
 # torch renamed it in 2.14 and warns about the old name at every rank's first call.
 all_gather_flat: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,8 +39,8 @@ class Group:
         self.rank, self.world = ranks.rank, ranks.world
         self.device = device
         self.store_holder = store_holder
-        # Collectives entered, in the same order on every rank; of ranks that all wait, those with
-        # the lowest count are the ones that the others wait for.
+        # Collectives entered, in the same order on every rank. The lowest count is the rank that
+        # the others wait for.
         self.passed = 0
 
     @property
@@ -90,10 +90,10 @@ class Group:
         return box[0]
 
     def ask_first(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank.
+        """Run `call` on rank 0 and return its result on every rank.
 
-        What it raises is raised on rank 0; on the others a UserError as one, anything else as a
-        RankError with its text.
+        Its exception is raised on rank 0. The other ranks raise a UserError for a UserError, and a
+        RankError with the text for any other.
         """
         value: Any = None
         problem: Exception | None = None
@@ -119,10 +119,10 @@ class Group:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Around work without collectives that may fail on one rank: a failure is raised on all.
+        """Raise a failure of the body, which has no collectives, on all ranks.
 
-        A UserError of any rank is raised on every rank; any other exception on its own rank, and
-        a RankError with its text on the others.
+        A UserError of any rank is raised on every rank. Any other exception is raised on its own
+        rank, and a RankError with its text on the others.
         """
         problem: Exception | None = None
         try:
@@ -154,7 +154,7 @@ def _describe(problem: Exception | None) -> tuple[bool, str | None]:
 
 
 def wrap(network: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The network under DDP without its buffers: `share_statistics` sends them when needed."""
+    """The network under DDP, which does not send buffers: `share_statistics` does when needed."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     # torch renamed the option in 2.15 and warns about the old name.
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -168,7 +168,7 @@ def wrap(network: nn.Module, device: torch.device) -> DistributedDataParallel:
 
 
 def pick_device(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU. A scheduler that isolates GPUs shows each rank only its own."""
+    """This rank's GPU, or the CPU. Some schedulers let each rank see only its own GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     visible = torch.cuda.device_count()

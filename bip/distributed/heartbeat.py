@@ -18,26 +18,26 @@ import torch.distributed as dist
 from bip.distributed.group import Group
 from bip.errors import RankError, Stopped
 
-STALL = 600.0  # seconds without progress, at the least, before a rank that beats is stuck
-BEFORE = 6  # times as long before the first step
-GRACE = 10.0  # seconds to record an end: the disk may be what failed
+STALL = 600.0  # least seconds without progress before a rank that still beats counts as stuck
+BEFORE = 6  # times STALL before the first step
+GRACE = 10.0  # seconds to record an end; after it the process exits (the disk may be stuck)
 _LOST = "lost"
-_ACKNOWLEDGED = "acknowledged"  # how many ranks know that the run ends
+_ACKNOWLEDGED = "acknowledged"  # number of ranks that know that the run ends
 
 
 class Heartbeat:
     """Two threads of each rank: one beats and checks the next rank, the other watches the first.
 
-    The first writes this rank's beat into the store, and reads that of the next rank: one that is
-    killed or stopped does not beat, whatever it was doing. A rank whose main thread is stuck still
-    beats, but soon every rank waits for it: then rank 0 reads how many collectives each has
-    entered (`Group.passed`) and names the one with the fewest. The cause goes into the store, and
-    each rank that reads it exits with code 1 from this thread, as its main thread may hang in a
-    collective. One write and one read per rank and interval: the load on the store grows with the
-    ranks, not with their square.
+    The first writes this rank's beat into the store and reads that of the next rank. A rank that
+    is killed or frozen stops beating. A rank whose main thread is stuck still beats, but soon every
+    rank waits for it: then rank 0 reads how many collectives each rank has entered
+    (`Group.passed`) and names the one with the fewest. The cause is written to the store. Each rank
+    that reads it exits with code 1 from this thread, as its main thread may hang in a collective.
+    A rank makes one write and one read per interval, so the load on the store grows in proportion
+    to the ranks.
 
-    The second thread uses no store. A store whose host is frozen blocks its callers for ever; this
-    thread ends the process when the first has had no answer for `timeout` seconds.
+    The second thread does not use the store, because a store on a frozen host blocks its callers
+    forever. It ends the process when the first thread has had no answer for `timeout` seconds.
 
     `on_end` is called with the cause when the run ends here, before it is published.
     """
@@ -58,9 +58,9 @@ class Heartbeat:
         self.main: int | None = None
         self.threads: list[threading.Thread] = []
         self.stopped, self.wake = threading.Event(), threading.Event()
-        self.failure: str | None = None  # of this rank itself
+        self.failure: str | None = None  # this rank's own
         self.reported, self.all_know = threading.Event(), threading.Event()
-        self.has_acknowledged = False  # that it knows the cause
+        self.has_acknowledged = False
         self.lost: str | None = None
         self.rounds_to_end = 0
         # The main thread waits to learn which rank is lost.
@@ -76,19 +76,19 @@ class Heartbeat:
         self.step = step
 
     def note_alive(self) -> None:
-        """Rank 0 waits for something outside the run: restart the clock that finds stuck ranks."""
+        """Rank 0 waits for something outside the run, so the ranks are not stuck."""
         self.alive += 1
 
     def note_end(self) -> None:
-        """The run's end is recorded elsewhere: `on_end` is not called any more."""
+        """The run's end is recorded already: do not call `on_end`."""
         self.end_recorded.acquire(blocking=False)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Beat while the body runs; may be nested.
 
-        A failure in the body is published to the other ranks. Where it is only the echo of another
-        rank's end, a RankError that names that rank is raised instead.
+        A failure in the body is published to the other ranks. If it only follows from the end of
+        another rank, a RankError that names that rank is raised instead.
         """
         is_outer = not self.threads
         if is_outer:
@@ -110,10 +110,10 @@ class Heartbeat:
                 self.stop()
 
     def _report_failure(self, error: Exception) -> None:
-        """Publish why this rank ends. The store's host stays until the others have read it."""
+        """Publish why this rank ends. The store's host waits until the others have read it."""
         if self.threads and _is_echo(error):
             self.main_waits = True
-            # To detect, publish and read, and the store host's grace period: a few intervals each.
+            # Time to detect, publish and read, and the store host's grace period.
             if self.cause_known.wait(self.timeout + 12 * self.interval):
                 self._record_end(f"rank lost: {self.lost}")
                 self.failure = self.lost
@@ -128,7 +128,7 @@ class Heartbeat:
                 self.all_know.wait(2 * self.interval)
 
     def stop(self) -> None:
-        """End the threads: the others may leave. Never waits long, whatever the store does."""
+        """End the threads, as other ranks may exit now. Never waits for a stuck store for long."""
         self.stopped.set()
         self.wake.set()
         for thread in self.threads:
@@ -167,8 +167,8 @@ class Heartbeat:
                 self._round(store)
                 self.rounds += 1
             except RuntimeError:
-                fresh = False  # a new connection next time; `_watch` ends this at the time-out
-            except Exception as error:  # a bug here must not look like a store that does not answer
+                fresh = False  # reconnect; `_watch` ends the process at the time-out
+            except Exception as error:  # report a bug here as a bug, not as a lost store
                 self._end(f"heartbeat: {type(error).__name__}: {error}")
             waiting = self.failure is not None and not self.all_know.is_set()
             self.wake.wait(min(0.1, self.interval) if waiting else self.interval)
@@ -192,8 +192,8 @@ class Heartbeat:
                 self.lost = store.get(_LOST).decode()
             if self.lost is not None:
                 self._acknowledge(store)
-                # One round more: the main thread may fail of the same cause, with a better message.
-                # The cause would be lost with the store: its host stays until all have read it.
+                # Wait a round: the main thread may fail for the same reason, with a better message.
+                # The store's host waits longer, as the others still have to read the cause.
                 self.rounds_to_end = 3 if self.group.holds_store else 1
 
     def _acknowledge(self, store: Any) -> None:
@@ -214,7 +214,7 @@ class Heartbeat:
     def _missing(self, store: Any) -> str | None:
         """The message that the next rank has stopped beating, if it has."""
         watched = (self.group.rank + 1) % self.group.world
-        # Reading a beat that is not there yet would wait, and blame the store.
+        # Reading a key that does not exist would block, as if the store were lost.
         beat = store.get(f"beat/{watched}") if store.check([f"beat/{watched}"]) else b""
         if self.next_rank.seconds(beat) <= self.timeout:
             return None
@@ -225,10 +225,10 @@ class Heartbeat:
         )
 
     def _stuck(self, store: Any) -> str | None:
-        """On rank 0: the message that there is no progress and for whom the others wait, if so."""
+        """On rank 0: the message that there is no progress, naming the ranks behind, if so."""
         if not self.group.is_first:
             return None
-        # Before the first step data are scanned and networks compiled, which may take long.
+        # Before the first step data are listed and the network is compiled, which may take long.
         limit = self.stall if self.step else BEFORE * self.stall
         if self.own_progress.seconds((self.group.passed, self.alive)) <= limit:
             return None
@@ -237,7 +237,7 @@ class Heartbeat:
         least = min(beat["passed"] for beat in beats)
         behind = {r: beat for r, beat in enumerate(beats) if beat["passed"] == least}
         places = Counter(beat["where"] for beat in beats)
-        # The ranks that wait are all at one place; those at another come first.
+        # Waiting ranks are all at the same line, so name ranks at a rare line first.
         behind = dict(sorted(behind.items(), key=lambda known: places[known[1]["where"]]))
         who = "; ".join(
             f"rank {rank} ({beat['host']}) at step {beat['step']} in {beat['where']}"
@@ -268,7 +268,7 @@ class Heartbeat:
             self.on_end(cause)
 
     def _end(self, message: str) -> None:
-        """Exit with code 1, whatever the disk and stderr do.
+        """Exit with code 1, even if the disk or stderr hangs.
 
         If the main thread waits to learn which rank is lost, it raises the message instead.
         """
@@ -284,7 +284,9 @@ class Heartbeat:
                 is_mine = False
                 self.cause_known.set()
                 return
-            with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # stderr is closed, or its reader has ended
                 print(f"error: {message}", file=sys.stderr, flush=True)
             self._record_end(f"rank lost: {message}")
         finally:
@@ -293,9 +295,9 @@ class Heartbeat:
 
 
 class _Silence:
-    """For how long something has not changed, in seconds for which this process was awake.
+    """Seconds for which a value has not changed while this process was running.
 
-    While a job is suspended nothing is watched: a pause counts as `longest` seconds at most.
+    A process of a suspended job sees a long pause; it counts as `longest` seconds at most.
     """
 
     def __init__(self, longest: float) -> None:
@@ -313,7 +315,7 @@ class _Silence:
 
 
 def _where(thread: int | None) -> str:
-    """The innermost line of this package that the thread is at."""
+    """The thread's innermost line in this package."""
     frame = sys._current_frames().get(thread or 0)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
@@ -326,8 +328,8 @@ def _where(thread: int | None) -> str:
 def _is_echo(error: Exception) -> bool:
     """Whether this may be a collective that failed because another rank has ended.
 
-    Gloo raises plain RuntimeErrors, also out of a backward pass, where DDP sums gradients. A
-    failure of this rank's own that looks like one is only published later.
+    Gloo raises plain RuntimeErrors, also in a backward pass, where DDP sums gradients. If it is
+    this rank's own failure instead, it is only published later.
     """
     if isinstance(error, dist.DistError):
         return True

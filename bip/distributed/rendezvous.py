@@ -1,7 +1,7 @@
-"""How the ranks of a run meet: found in the environment of plain python, torchrun or srun.
+"""How the ranks of a run meet under plain python, torchrun or srun.
 
-Each rank finds its place, connects to the store that one of them or torchrun holds, and waits
-until all are here; then the process group is made.
+Each rank finds its number in the environment, connects to the store of torchrun or rank 0, and
+waits for all ranks; then the process group is made.
 """
 
 import os
@@ -22,7 +22,7 @@ from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import atomic_write_bytes, result_dir_error
 
-MEETING = timedelta(minutes=10)  # until all ranks are here
+MEETING = timedelta(minutes=10)  # for all ranks to connect
 _VERDICT = "verdict"  # in the store: "go", "late", or "stop" and the signal
 
 
@@ -46,7 +46,7 @@ def find_ranks(env: Mapping[str, str]) -> Ranks:
 
 
 def _tasks_of_this_node(env: Mapping[str, str]) -> int:
-    """Of an srun step, from SLURM's list of its nodes' numbers, such as "4(x2),2"."""
+    """Ranks of an srun step by node, from SLURM's list such as "4(x2),2"."""
     counts: list[int] = []
     for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, times = part.rstrip(")").partition("(x")
@@ -61,12 +61,12 @@ def join(
     patience: timedelta = MEETING,
     stop: StopRequest | None = None,
 ) -> Group:
-    """Find this process's rank and join the others, who may start later by up to `patience`.
+    """Find this process's rank and join the others, which may start up to `patience` later.
 
-    Under torchrun the store is torch's own. Under srun rank 0 binds a free port itself and
-    publishes it in the shared folder `rendezvous`, keyed by job, restart and step, so that
-    neither two tasks on a node nor two attempts of one job can meet. Raises Stopped when any rank
-    gets a signal to stop before all are here.
+    Under torchrun the store is torch's own. Under srun rank 0 binds a free port and publishes it
+    in the shared folder `rendezvous`, under a name made of job, restart and step, so that two tasks
+    on a node, or two attempts of a task, cannot mix. Raises Stopped when a rank gets a signal
+    before all have joined.
     """
     ranks = find_ranks(env)
     device = pick_device(ranks)
@@ -78,7 +78,7 @@ def join(
         try:
             _meet(ranks, device, rendezvous, env, patience, stop)
         except RuntimeError as error:  # of the store, or of gloo as it connects
-            # The store's host has left, mostly because of a signal that this rank gets as well.
+            # The store's host has exited, mostly by a signal that this rank gets too.
             for _ in range(50):
                 stop.raise_if_set()
                 time.sleep(0.1)
@@ -106,19 +106,19 @@ def _meet(
         dist.init_process_group(
             backend, store=store, rank=ranks.rank, world_size=ranks.world, timeout=MEETING
         )
-        # Gloo connects each pair in its own time: where a rank has met all and soon leaves (the
-        # run is finished), one that still waits for a third would take that for a crash.
+        # Gloo connects ranks pair by pair. Without this barrier a rank that is connected could
+        # exit at once (a finished run), and one that still connects would report a crash.
         dist.all_reduce(torch.zeros(1))
     finally:
         if holds_store and address is not None:
-            # Nobody reads it from here on, and a cluster may number its jobs from 1 again.
+            # All have read it, and a cluster may number its jobs from 1 again.
             address.unlink(missing_ok=True)
     store.set_timeout(COLLECTIVE)
     _set_timeout(COLLECTIVE)
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    """Of the default group. The function got its public name in torch 2.14."""
+    """Set the default group's time-out. The function is public since torch 2.14."""
     inner: Any = dist.distributed_c10d
     change = getattr(dist, "set_timeout", None) or inner._set_pg_timeout
     change(timeout)
@@ -127,18 +127,18 @@ def _set_timeout(timeout: timedelta) -> None:
 def go_or_leave(
     store: Any, ranks: Ranks, deadline: float, stop: StopRequest, holds_store: bool = False
 ) -> None:
-    """Wait until all are here. The first verdict in the store holds for all: go on, or leave.
+    """Wait for all ranks. The first verdict in the store holds for all: start, or exit.
 
-    A rank that left on its own could leave the others waiting in the first collective; the one
-    that holds the store stays until the others have read the verdict.
+    So no rank exits while the others wait for it in the first collective. The rank that holds the
+    store waits until the others have read the verdict.
 
-    Raises Stopped, RankError naming who did not come by `deadline` (time.monotonic()), or
-    UserError where ranks disagree on how many they are.
+    Raises Stopped, RankError naming the ranks missing at `deadline` (time.monotonic()), or
+    UserError where ranks have different world sizes.
     """
     store.set(f"here/{ranks.rank}", "")
     world = store.compare_set("world", "", str(ranks.world)).decode()
     try:
-        if world != str(ranks.world):  # not one of the others, whatever their verdict is
+        if world != str(ranks.world):  # it does not belong to the others
             verdict = f"unlike {world} {ranks.world}".encode()
             store.compare_set(_VERDICT, "", verdict.decode())
             store.add("here", 1)
@@ -151,8 +151,8 @@ def go_or_leave(
         verdict = store.compare_set(_VERDICT, "", f"stop {stop.signal}")
     except RankError:
         verdict = store.compare_set(_VERDICT, "", "late")
-    word, *numbers = verdict.decode().split()
-    if word != "go":
+    kind, *numbers = verdict.decode().split()
+    if kind != "go":
         absent = [rank for rank in range(ranks.world) if not store.check([f"here/{rank}"])]
         store.add("read", 1)
         until = time.monotonic() + 5
@@ -160,14 +160,14 @@ def go_or_leave(
             if store.add("read", 0) >= store.add("here", 0):
                 break
             time.sleep(0.05)
-    if word == "stop":
+    if kind == "stop":
         raise Stopped(signal_name(int(numbers[0])), 0)
-    if word == "unlike":
+    if kind == "unlike":
         raise UserError(
-            f"ranks: some were started as one of {numbers[0]}, some as one of {numbers[1]}; start "
+            f"ranks: some were started for a world of {numbers[0]}, some of {numbers[1]}; start "
             "all by one command"
         )
-    if word == "late":
+    if kind == "late":
         names = ", ".join(map(str, absent[:16])) + ", ..." * (len(absent) > 16)
         raise RankError(f"ranks: of {ranks.world} these did not come in time: {names or 'none'}")
 

@@ -1,4 +1,4 @@
-"""A scheduler's signal to stop: noted at once, acted on when all ranks agree.
+"""A scheduler's signal to stop: recorded at once, acted on when all ranks agree.
 
 Imports no torch, so that a launcher can install the handlers before its slow imports.
 """
@@ -21,13 +21,13 @@ class StopRequest:
         self.signal: int = 0
 
     def install(self) -> "StopRequest":
-        """Take over these signals in this process. Call it from the main thread."""
+        """Install the handlers in this process. Call it from the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._note)
         return self
 
     def raise_if_set(self) -> None:
-        """Raises Stopped at step 0: nothing has begun yet."""
+        """Raises Stopped at step 0, as training has not started."""
         if self.signal:
             raise Stopped(signal_name(self.signal), 0)
 

@@ -1,7 +1,7 @@
 """The methods: one file each, found by listing this folder.
 
-A method's file declares all that the rest of the program needs to know of it (`base.Method`).
-Nothing here imports torch before a run is built, so that the launcher plans without it.
+A method's file declares all that the rest of the program needs to know about it (`base.Method`).
+No file here imports torch at its top, so that the launcher plans without torch.
 """
 
 import pkgutil

@@ -1,10 +1,9 @@
-"""The seam between a method and everything else.
+"""The interface between a method and the rest of the program.
 
-A method is one class in one file of this folder. Its class attributes say what it is; they are
-read without importing torch. An instance is the method at work in one run: it does one iteration
-at a time (`step`), with parts that are ready-made: a level (bip/training/levels.py) owns an
-optimizer and the tensors that it moves, and `parts` has the network, θ, scores and mask, the
-batches and the clock.
+A method is one class in one file of this folder. Its class attributes describe it and are read
+without importing torch. An instance runs the method in one run, one iteration at a time (`step`).
+It is built from levels and parts: a level (bip/training/levels.py) owns an optimizer and the
+tensors that it moves; `parts` has the network, θ, scores and mask, the batches and the clock.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ if TYPE_CHECKING:
 Mode = Literal["pretrain", "prune", "finetune"]
 Start = Literal["fresh", "dense", "pruned"]
 
-# Settings that act in some methods only: those of every method with a mask, and those of methods
-# that let the user choose how the scores start.
+# Settings that act in some methods only. MASK: in every method with a mask. SCORES: in methods
+# where the user chooses how the scores start.
 MASK = frozenset({"k", "layer_type", "scope", "recalibrate_bn"})
 SCORES = frozenset({"scaled_score_init", "scores_init_type"})
 
@@ -38,8 +37,8 @@ SCORES = frozenset({"scaled_score_init", "scores_init_type"})
 class Parts:
     """What a method works with on this rank.
 
-    `batches(level, number)` yields a level's batches from the given number on; `start` is the
-    iteration that the run begins or resumes at.
+    `batches(level, number)` yields a level's batches from batch `number` on. `start` is the
+    iteration at which the attempt starts.
     """
 
     config: RunConfig
@@ -54,12 +53,13 @@ class Parts:
 class Method(ABC):
     """One way to train or prune a network.
 
-    `name`: what --trainer takes and tables show.
-    `trainer`: its name in RUN_IDs; the same, but for methods of the published code.
-    `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
-    (source_net, not pruned) or "pruned" (source_net, with its mask).
+    `name`: its name for --trainer and in tables.
+    `trainer`: its name in RUN_IDs; another one only for methods of the published code.
+    `summary`: one line for tables and help.
+    `starts_from`: the network at the start: "fresh" (initialised by the run), "dense" (source_net,
+    not pruned) or "pruned" (source_net, with its mask).
     `has_mask`: whether the run has θ, scores and a mask beside the network.
-    `keys`: the settings that act in it, of those that do not act in every method.
+    `keys`: the settings that act in it and do not act in every method.
     """
 
     name: ClassVar[str]
@@ -82,7 +82,7 @@ class Method(ABC):
 
     @classmethod
     def lower_batches(cls, config: RunConfig) -> int:
-        """Batches of the lower level that one iteration takes: an epoch is one pass over these."""
+        """Lower batches of one iteration; an epoch is one pass over the lower batches."""
         return 1
 
     def __init__(self, parts: Parts) -> None:
@@ -91,17 +91,17 @@ class Method(ABC):
     @property
     @abstractmethod
     def optimizers(self) -> dict[str, Optimizer]:
-        """By level: what a checkpoint keeps of them."""
+        """The optimizers by level, for checkpoints."""
 
     @abstractmethod
     def step(self, iteration: int) -> list[Report]:
         """One iteration, the same on every rank; a report for each forward-backward."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Called once in a run's life, before iteration 0: to score or prune at the start."""
+        """Called once per run, before iteration 0: for methods that score or prune at the start."""
 
     def facts(self) -> dict[str, float]:
-        """Figures of the last iteration for the log. Called every `print_freq` iterations."""
+        """Numbers of the last iteration for the log. Called every `print_freq` iterations."""
         return {}
 
     def lower_level(self, **options: Any) -> LowerLevel:

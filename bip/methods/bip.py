@@ -1,7 +1,7 @@
 """BiP: bi-level-optimization pruning (Zhang et al., NeurIPS 2022, arXiv 2210.04092, Algorithm A1).
 
-One iteration: the lower level trains θ for the mask as it is, on the lower batch; then the upper
-level moves the scores by the hypergradient of eq. A4, on another batch, and the mask follows.
+One iteration: the lower level trains θ for the present mask, on the lower batch; then the upper
+level moves the scores by the hypergradient of eq. A4, on the upper batch, and updates the mask.
 `accelerate` is the published cheaper variant: upper level first, without the implicit term.
 """
 

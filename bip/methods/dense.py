@@ -1,4 +1,4 @@
-"""Dense training: the plain step on every parameter. Its network is what the others prune."""
+"""Dense training: a plain step on every parameter. Other methods prune the network it makes."""
 
 from __future__ import annotations
 

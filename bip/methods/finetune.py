@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Finetune(Method):
     name = "finetune"
     trainer = "base"
-    summary = "trains what a pruned network keeps"
+    summary = "trains the kept weights of a pruned network"
     mode: ClassVar[Mode] = "finetune"
     starts_from: ClassVar[Start] = "pruned"
 

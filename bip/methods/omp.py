@@ -23,4 +23,4 @@ class OneShotMagnitude(Finetune):
 
     @classmethod
     def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"  # s = θ: the mask that the run begins with is that of the largest weights
+        return "scaled"  # s = θ, so the first mask keeps the largest weights

@@ -12,8 +12,8 @@ WIDTH = 36
 class DigitsNet(nn.Module):
     """Images (N, channels, H, W) -> logits (N, num_classes); 48 thousand parameters.
 
-    Residual, so that a layer whose weights are all pruned (which happens at a few hundred kept
-    weights) does not cut the network in two.
+    Its shortcuts still carry the signal where all weights of a layer are pruned, which happens when
+    a few hundred weights are kept.
     """
 
     def __init__(self, num_classes: int, channels: int = 1):

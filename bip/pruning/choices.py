@@ -1,4 +1,4 @@
-"""The choices that a configuration names: what is pruned and how. Imports no torch."""
+"""The values of settings that choose what is pruned and how. Imports no torch."""
 
 from typing import Literal
 

@@ -1,8 +1,8 @@
 """Compiled CPU passes. Those over scores read |x| as its key (`select.MAGNITUDE`).
 
 Each pass is written once, over equal parts of its arrays, and compiled twice: for one thread, and
-for several. Threads are OpenMP's, which are at work at once; a thread pool's would first have to
-be woken, on cores where torch's own threads still spin.
+for several. Threads are OpenMP's, which start at once; those of a thread pool would have to be
+woken first, on cores where torch's own threads still spin.
 """
 
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from bip.pruning.select import HASH, MAGNITUDE
 
-BLOCK = 64  # counted without branches, then searched only if it holds a candidate
-THREAD_WORTH = 1 << 18  # elements that repay a thread
+BLOCK = 64  # elements counted without branches; searched only if one is a candidate
+THREAD_WORTH = 1 << 18  # elements; for fewer a thread costs more than it saves
 
 Bits = NDArray[np.int32]
 Mask = NDArray[np.uint8]
@@ -29,7 +29,7 @@ numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ign
 
 
 def share(size: int) -> int:
-    """In how many parts, one a thread, a pass over an array of this size is done."""
+    """Number of parts, one per thread, for a pass over an array of this size."""
     most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     parts = min(torch.get_num_threads(), most, size // THREAD_WORTH)
     if parts > 1:
@@ -40,9 +40,9 @@ def share(size: int) -> int:
 def in_parts(function: Any) -> Callable[..., None]:
     """Compile `function(parts, ...)`, whose outer loop is a prange over `parts`, both ways.
 
-    The caller takes `parts` from `share`, as it makes what the parts write to.
+    The caller gets `parts` from `share` and makes the output arrays to fit.
     """
-    # numba caches by name: the second needs one of its own.
+    # numba caches by name, so the second needs another name.
     twin = FunctionType(function.__code__, function.__globals__, f"{function.__name__}_threaded")
     twin.__qualname__ = twin.__name__
     alone, together = compiled(function), threaded(twin)
@@ -92,9 +92,9 @@ def sweep(
 ) -> None:
     """One read pass: (keys above `high`, keys in [low, high], the largest key) into `heads`.
 
-    The keys in [low, high] are put into `found` as far as it reaches. `found` (parts, m) and
-    `heads` (parts, 3) have a row for each part. This is the pass of every step, and it runs at
-    the speed of reading.
+    Puts the keys in [low, high] into `found`, as many as fit. `found` (parts, m) and `heads`
+    (parts, 3) have a row for each part. Every step makes this pass; it is as fast as reading
+    memory.
     """
     for part in numba.prange(parts):
         piece = bits[part * bits.size // parts : (part + 1) * bits.size // parts]
@@ -147,7 +147,7 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
 
 @compiled
 def _hash(place: int) -> np.uint32:
-    # 32 bits that no sum of other places' makes up for.
+    # A 32-bit hash: sums of other places' hashes are unlikely to equal it.
     x = u32(u32(place) * u32(HASH[0]))
     x = u32((x ^ (x >> u32(15))) * u32(HASH[1]))
     return u32(x ^ (x >> u32(13)))
@@ -204,10 +204,10 @@ def write(
 ) -> None:
     """mask = 1 where the key is larger than `key`, or equal to it and not past index `last`.
 
-    And z = mask · weights, which must hold before too: from one step to the next few weights come
-    or go, and only those are written. `z` and `weights` may be empty: the mask alone is written.
-    `proofs` (parts, 2) get each part's ones and the sum modulo 2^32 of their places' hashes,
-    `first` being the place of bits[0]; the arithmetic hides behind the reading.
+    Also z = mask · weights. That must hold before the call too: few weights change between two
+    steps, and only those are written. With empty `z` and `weights` only the mask is written.
+    `proofs` (parts, 2) get each part's number of ones and the sum modulo 2^32 of their places'
+    hashes, where `first` is the place of bits[0]. Memory is the limit, so the hashes cost no time.
     """
     for part in numba.prange(parts):
         a, b = part * bits.size // parts, (part + 1) * bits.size // parts

@@ -1,4 +1,4 @@
-"""What can be pruned and in what groups: the layout of the flat buffers, and `keep_count`."""
+"""The layout of the flat buffers: which weights can be pruned, in which groups; `keep_count`."""
 
 import math
 from collections.abc import Sequence
@@ -55,7 +55,7 @@ class PrunableTensor:
 
 @dataclass(frozen=True)
 class Segment:
-    """Positions `start:stop` that are ranked among themselves; the `keep` largest stay.
+    """Positions `start:stop` that are ranked together; the `keep` largest are kept.
 
     Raises ValueError unless 1 <= keep <= size.
     """
@@ -75,13 +75,13 @@ class Segment:
 
 
 def with_counts(segments: tuple[Segment, ...], counts: Sequence[int]) -> tuple[Segment, ...]:
-    """The same segments, of which these many are kept."""
+    """The same segments with other numbers kept."""
     return tuple(replace(s, keep=count) for s, count in zip(segments, counts, strict=True))
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Every prunable tensor of a network in module order; `dense` names the weights left alone."""
+    """Every prunable tensor of a network in module order; `dense` names the other weights."""
 
     tensors: tuple[PrunableTensor, ...]
     dense: tuple[str, ...]
@@ -94,7 +94,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        """Units that are kept or pruned whole."""
+        """Number of groups; each is kept or pruned as a whole."""
         return self.tensors[-1].first_group + self.tensors[-1].groups
 
     def segments(self, k: Decimal | Fraction, scope: Scope) -> tuple[Segment, ...]:
@@ -110,9 +110,9 @@ class Layout:
 def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
     """The weights of conv and linear modules, tied weights once.
 
-    Structured types take convolutions only. `channel` leaves the first convolution (its inputs
-    are the image's colours) and refuses grouped convolutions with UserError. `filter` leaves
-    the last convolution of a network without linear layers (its outputs are the classes).
+    Structured types prune convolutions only. `channel` leaves out the first convolution (its inputs
+    are the image's colours) and raises UserError for grouped convolutions. `filter` leaves out the
+    last convolution of a network without linear layers (its outputs are the classes).
     """
     tensors: list[PrunableTensor] = []
     seen: set[int] = set()
@@ -151,7 +151,7 @@ def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
 
 @dataclass(frozen=True)
 class Followers:
-    """The per-filter parameters behind one prunable convolution: its bias, its batch-norm pair."""
+    """The per-filter parameters after a prunable convolution: bias, batch-norm affine pair."""
 
     tensor: PrunableTensor
     parameters: tuple[nn.Parameter, ...]
@@ -159,10 +159,10 @@ class Followers:
 
 @torch.no_grad()
 def find_followers(network: nn.Module, layout: Layout, sample: Tensor) -> tuple[Followers, ...]:
-    """Which batch-norm takes each convolution's output, seen in one forward of `sample`.
+    """The batch-norm that takes each convolution's output, found by one forward of `sample`.
 
-    Following the tensors works for any network, whatever its modules are called. Only filter
-    pruning has followers. The forward runs in eval mode and changes nothing.
+    Following the tensors works for any network and any module names. Only filter pruning has
+    followers. The forward runs in eval mode and changes nothing.
     """
     if layout.layer_type != "filter":
         return ()

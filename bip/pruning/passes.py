@@ -1,7 +1,7 @@
 """Passes over elements: z = m ⊙ θ and both levels' gradients.
 
-On the CPU they are compiled (`kernels`), each a single pass over memory; elsewhere, and for other
-dtypes or memory formats, they are torch's own operations. numba is imported when first needed.
+On the CPU each is a compiled single pass over memory (`kernels`); elsewhere, and for other dtypes
+or memory formats, they are torch operations. numba is imported when first needed.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 
 def is_compiled(*tensors: Tensor) -> bool:
-    """Whether the CPU's kernels take these tensors of floats."""
+    """Whether the compiled passes can take these tensors of floats."""
     return all(
         t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) and t.is_contiguous()
         for t in tensors
@@ -20,7 +20,7 @@ def is_compiled(*tensors: Tensor) -> bool:
 
 
 def spans(tensors: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
-    """Where each of `tensors`, one after the other, lies in a flat buffer."""
+    """The part of a flat buffer of each of `tensors`, which follow one another."""
     start = 0
     for tensor in tensors:
         yield slice(start, start + tensor.numel()), tensor
@@ -36,7 +36,7 @@ def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
 
     arrays = [tensor.view(-1).numpy() for tensor in (values, mask, out)]
     kernels.mask_out(kernels.share(values.numel()), *arrays)
-    increment_version(out)  # autograd does not see what is written through numpy
+    increment_version(out)  # autograd does not see writes through numpy
 
 
 def write_products(weights: Tensor, mask: Tensor, z: Iterable[Tensor]) -> None:

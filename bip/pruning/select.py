@@ -1,9 +1,9 @@
-"""The choice of what is kept: what every device's selector does, and which one a device gets.
+"""Selection of what is kept: the interface of every device's selector, and the choice of one.
 
-A selector goes from values to the mask, and to z where it is given, in one call. It keeps exactly
-the `keep` largest |values| of each segment; ties go to the lowest index. Values are the same on
-every rank, the work is not: rank r of W counts in its slice [r·n/W, (r+1)·n/W) alone, and counts
-are gathered, so the result is the same on every rank and does not depend on W.
+A selector turns values into the mask, and z where it is given, in one call. It keeps exactly the
+`keep` largest |values| of each segment; ties go to the lowest index. Values are the same on every
+rank, and ranks share the work: rank r of W counts only in its slice [r·n/W, (r+1)·n/W), and the
+counts are gathered. So the result is the same on every rank and does not depend on W.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ from bip.pruning.layout import Segment
 MAGNITUDE = np.int32(0x7FFFFFFF)
 INFINITY = np.int32(0x7F800000)  # a larger key is NaN
 LARGEST = int(MAGNITUDE)
-HASH = (0x9E3779B1, 0x85EBCA77)  # factors of the hash of a place, for the mask's checksum
+HASH = (0x9E3779B1, 0x85EBCA77)  # factors of a place's hash, for the mask's checksum
 
 
 class NanError(ValueError):
-    """A value is NaN; the message names the ranks in whose slice, and the segment if known."""
+    """A value is NaN. The message names the ranks whose slice holds it, and a known segment."""
 
 
 class Exchange(Protocol):
-    """What selection needs of the ranks."""
+    """What selection needs to exchange between ranks."""
 
     @property
     def rank(self) -> int: ...
@@ -58,7 +58,7 @@ class Selector(Protocol):
     def segments(self) -> tuple[Segment, ...]: ...
 
     def keep(self, counts: Sequence[int]) -> None:
-        """From the next update on keep `counts`, one for each segment. Makes no buffers."""
+        """From the next update on keep `counts`, one for each segment. Allocates no buffers."""
         ...
 
     def update(
@@ -70,11 +70,12 @@ class Selector(Protocol):
     ) -> Tensor:
         """mask (n,) uint8 = 1 on what is kept of float32 `values` (n,), else 0, in place.
 
-        With `z`, tensors that follow one another in the flat `weights` (n,): z = mask · weights,
-        in place, which must hold before too. Returns the proof (2,) int64: the ones and, modulo
-        2^32, the sum of their places' hashes; equal on all devices and ranks.
+        With `z`, tensors that follow one another in the flat `weights` (n,): also z = mask ·
+        weights, in place; this must hold before the call too. Returns the proof (2,) int64: the
+        number of ones, and the sum of their places' hashes modulo 2^32. It is equal on all
+        devices and ranks.
 
-        Raises NanError if a value is NaN, on CUDA only in `check`: nothing waits for the device.
+        Raises NanError if a value is NaN; on CUDA only `check` does, so as not to wait.
         """
         ...
 
@@ -86,7 +87,7 @@ class Selector(Protocol):
 def make_selector(
     segments: tuple[Segment, ...], exchange: Exchange, device: torch.device
 ) -> Selector:
-    """The device's selector. numba and its kernels are imported for the CPU's alone."""
+    """The device's selector. Only the CPU's imports numba and its kernels."""
     if device.type == "cpu":
         from bip.pruning.select_cpu import CpuSelector
 
@@ -97,9 +98,9 @@ def make_selector(
 
 
 def own_slice(size: int, exchange: Exchange) -> tuple[int, int]:
-    """(begin, end) of what this rank counts of `size` values.
+    """(begin, end) of this rank's slice of `size` values.
 
-    Raises UserError for more than 32-bit counts can hold.
+    Raises UserError for more values than a 32-bit count can hold.
     """
     if size // exchange.world >= LARGEST:
         least = size // LARGEST + 1

@@ -1,12 +1,12 @@
 """The CPU's selector: a search for each segment's threshold, then one pass that writes.
 
-1. A bracket: around where the threshold will be if it moves as it last did, as wide as that was
-   wrong lately, or the first time an estimate from a sample. One pass counts what lies above it
-   and collects what lies inside.
-2. The bracket (or, if the threshold moved out of it, the side where it is) is narrowed digit by
-   digit: counts of the next bits, gathered and added up, give the bin of the `keep`-th largest.
-3. If the cut falls among equal values, the last round's counts give the rank in whose slice; that
-   rank publishes the flat index of the last one kept. Ties go to the lowest index.
+1. Guess a bracket: around the threshold extrapolated from the last two, with a width from recent
+   errors of this guess; the first time, from a sample. One pass counts the keys above the bracket
+   and collects those inside.
+2. Narrow the bracket digit by digit (if the threshold is outside of it, the side where it is): the
+   counts of the next bits, added up over all ranks, give the bin of the `keep`-th largest.
+3. If the threshold falls among equal values, the last counts give the rank whose slice holds the
+   cut; it publishes the flat index of the last value kept. Ties go to the lowest index.
 """
 
 import math
@@ -47,10 +47,10 @@ class Cut:
 
 @dataclass(frozen=True)
 class _Hint:
-    """Where a segment's next threshold is looked for first, in keys."""
+    """The guess of a segment's next threshold, in keys."""
 
     key: int  # the last threshold
-    move: int = 0  # from the one before to it
+    move: int = 0  # its distance from the threshold before
     spread: int = FIRST_SPREAD
 
     @property
@@ -58,8 +58,8 @@ class _Hint:
         return min(max(0, self.key + self.move), LARGEST)
 
     def after(self, key: int) -> "_Hint":
-        """The hint when `key` was found: four times as far around as this one was wrong, but never
-        less than three quarters as far as this one. A miss was a jump, which is not repeated.
+        """The next hint, once `key` is found. Its spread is four times the error of this hint, and
+        at least three quarters of this spread. A miss was a jump, so its move is not repeated.
         """
         error = abs(key - self.middle)
         move = key - self.key if error <= self.spread else 0
@@ -72,19 +72,19 @@ class _Search:
 
     segment: Segment
     bits: Bits  # this rank's part of the segment
-    start: int  # flat index of its first
+    start: int  # flat index of its first element
     low: int = 0
     high: int = LARGEST
     above: int = 0  # keys above `high`, over all ranks
-    source: Bits | None = None  # where the keys in [low, high] can be found
+    source: Bits | None = None  # holds all keys in [low, high]
     ties: NDArray[np.int64] | None = None  # keys equal to the threshold, by rank
 
     def shift(self, digit_bits: int) -> int:
-        """Bits below the next digit: the digits of [low, high] number at most 2^digit_bits."""
+        """Bits below the next digit, so that [low, high] has at most 2^digit_bits digits."""
         return max(0, (self.high - self.low).bit_length() - digit_bits)
 
     def descend(self, by_rank: NDArray[np.int32], digit_bits: int) -> bool:
-        """Go into the digit that holds the threshold; True if it is a single key."""
+        """Narrow to the digit that holds the threshold; True if it is a single key."""
         shift = self.shift(digit_bits)
         total = by_rank.sum(0, dtype=np.int64)
         from_top = np.cumsum(total[::-1])
@@ -99,7 +99,7 @@ class _Search:
 
 
 class CpuSelector:
-    """See `Selector`. The last thresholds are hints where to look first; no result depends on them.
+    """See `Selector`. Hints from the last thresholds save time; no result depends on them.
 
     `update` is `select`, then `write`.
     """
@@ -124,7 +124,7 @@ class CpuSelector:
         return self.write(self.select(values), values, mask, weights, z)
 
     def check(self) -> None:
-        """Nothing is left to do: `select` raises."""
+        """Nothing to do: `select` raises."""
 
     def select(self, values: Tensor) -> list[Cut]:
         """The cut of every segment of the flat float32 `values`.
@@ -148,7 +148,7 @@ class CpuSelector:
         weights: Tensor | None = None,
         z: Sequence[Tensor] = (),
     ) -> Tensor:
-        """mask and z for these cuts, in pieces of one segment and one tensor of z each."""
+        """Write mask and z for these cuts, one segment and one tensor of z at a time."""
         bits, flags = values.view(torch.int32).numpy(), mask.numpy()
         theta = NOTHING if weights is None else weights.numpy()
         fused = {span.start: t.detach().view(-1) for span, t in spans(z) if is_compiled(t)}
@@ -170,7 +170,7 @@ class CpuSelector:
             proof += proofs.sum(0)
         for span, tensor in spans(z):
             if span.start in fused:
-                increment_version(tensor)  # autograd does not see what is written through numpy
+                increment_version(tensor)  # autograd does not see writes through numpy
             elif weights is not None:  # channels_last: in another order than the flat buffers
                 shape = tensor.shape
                 mask_out(weights[span].view(shape), mask[span].view(shape), tensor.detach())
@@ -183,7 +183,7 @@ class CpuSelector:
         return _Search(segment, bits[start:stop], start)
 
     def _bracket(self, searches: list[_Search]) -> None:
-        """Where to look first: by the last thresholds, or around a sample's estimate."""
+        """The brackets: from the last thresholds, or from a sample."""
         if any(hint is None for hint in self.hints):
             self._bracket_by_sample(searches)
             return
@@ -210,8 +210,8 @@ class CpuSelector:
             search.low = int(keys[last]) if last < keys.size else 0
 
     def _count_brackets(self, searches: list[_Search]) -> list[_Search]:
-        """One pass over this rank's slice and one gather: what lies above the brackets, and the
-        first digit inside them. Returns the searches that are not down to one key yet.
+        """Count keys above the brackets and the first digits inside, in one pass over this rank's
+        slice and one gather. Returns the searches that are not down to one key yet.
         """
         counts = np.zeros((len(searches), 3), np.int64)
         for row, search in zip(counts, searches, strict=True):
@@ -241,7 +241,9 @@ class CpuSelector:
         return rest
 
     def _sweep(self, search: _Search) -> tuple[int, int, int]:
-        """(keys above the bracket, keys in it, the largest key) here; `source` if all were kept."""
+        """(keys above the bracket, keys in it, the largest key) in this slice. Sets `source` if it
+        collected all keys in the bracket.
+        """
         bits, parts = search.bits, kernels.share(search.bits.size)
         found = np.empty((parts, min(bits.size, max(4096, bits.size // (16 * parts)))), np.int32)
         heads = np.empty((parts, 3), np.int64)
@@ -260,7 +262,7 @@ class CpuSelector:
             raise NanError(f"NaN in {', '.join(names)} (in the slice of rank {ranks})")
 
     def _narrow(self, searches: list[_Search]) -> list[_Search]:
-        """One digit further in every search; those that are not down to one key yet."""
+        """Narrow every search by a digit. Returns those that are not down to one key yet."""
         tables = [self._digits(search) for search in searches]
         by_rank = _split(self._gather(np.concatenate(tables)), tables)
         return [
@@ -270,7 +272,7 @@ class CpuSelector:
         ]
 
     def _digits(self, search: _Search) -> Bits:
-        """How often each next digit occurs on this rank among the keys still in the search."""
+        """Counts on this rank of each next digit among the keys still in the search."""
         source = search.bits if search.source is None else search.source
         low, high = np.int32(search.low), np.int32(search.high)
         shift = search.shift(self.digit_bits)
@@ -310,5 +312,5 @@ class CpuSelector:
 
 
 def _split(gathered: Bits, like: list[Bits]) -> list[Bits]:
-    """Columns of (W, m) in parts as long as the arrays of `like`."""
+    """The columns of a (W, m) array, split into parts of the lengths of `like`."""
     return np.split(gathered, np.cumsum([len(part) for part in like])[:-1], axis=1)

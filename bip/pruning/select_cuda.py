@@ -1,8 +1,8 @@
 """CUDA's selector: torch operations that never wait for the device.
 
 A radix select over the whole key, most significant digit first, all segments at once. Shapes
-and the number of rounds are fixed, so the host queues it without knowing a result. Runs on any
-device; on the CPU it is the slow twin that tests compare `CpuSelector` with.
+and the number of rounds are fixed, so the host never waits for a result. Runs on any device; on
+the CPU it is slow, and tests compare `CpuSelector` with it.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from bip.pruning.layout import Segment, with_counts
 from bip.pruning.passes import write_products
 from bip.pruning.select import HASH, INFINITY, MAGNITUDE, Exchange, NanError, own_slice
 
-CHUNK = 1 << 24  # elements whose temporaries exist at once
-SPREAD = 4096  # counters that keys outside the search share, so that they do not queue for one
+CHUNK = 1 << 24  # elements handled at once, which bounds temporary memory
+SPREAD = 4096  # counters for keys outside the search: with one, they would wait for each other
 
 
 class CudaSelector:
@@ -77,7 +77,7 @@ class CudaSelector:
         ties = torch.empty(0)
         for width in self.digits:
             bins = 1 << width
-            # A shift by 31 leaves nothing of a non-negative key: every key is in the search.
+            # A non-negative key shifted by 31 is 0, so at first every key is in the search.
             inside = (keys >> shift) == prefix[self.segment]
             shift -= width
             index = torch.where(

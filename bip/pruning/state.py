@@ -1,9 +1,9 @@
 """θ, scores and mask of one network, as flat buffers outside it; the network itself holds z.
 
-The problem is bi-linear: mask and weights meet only in z = m ⊙ θ, so one gradient g = ∇_z l(z)
-gives both levels theirs (design: arXiv 2210.04092, Algorithm A1 and eq. A4).
+The problem is bi-linear: mask and weights meet only in z = m ⊙ θ, so both levels' gradients follow
+from one gradient g = ∇_z l(z) (arXiv 2210.04092, Algorithm A1 and eq. A4).
 
-Four rules keep DDP, autocast, torch.compile and any memory format out of it: z's storage is
+Four rules make this work under DDP, autocast, torch.compile and any memory format: z's storage is
 rewritten in place and never reassigned; `requires_grad` is never toggled; every forward has its
 own autocast context; g is complete (accumulated, unscaled, all-reduced) before it is used.
 """
@@ -25,9 +25,9 @@ from bip.pruning.select import Alone, Exchange, NanError, make_selector
 class PrunedParameters:
     """The pruned-parameter state of one network.
 
-    weights (θ), scores (s): leaf tensors (n,), in logical order whatever the network's memory
-    format; torch.optim owns them. mask (m): (n,) of 0 and 1, uint8. `gradient` (n,) holds the
-    gradient of the level whose step is being taken: the two levels never need theirs at once.
+    weights (θ), scores (s): leaf tensors (n,), in logical order for any memory format of the
+    network; torch.optim owns them. mask (m): (n,) of 0 and 1, uint8. `gradient` (n,) is shared by
+    the two levels, which never need it at the same time.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class PrunedParameters:
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
         self.mask = torch.ones(layout.size, dtype=torch.uint8, device=device)
-        # Of the last selection: the number of ones and their checksum, for comparison.
+        # The last selection's number of ones and checksum, for comparison between ranks.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         if layout.layer_type != "unstructured":
@@ -58,13 +58,13 @@ class PrunedParameters:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The rankings, and how many each keeps."""
+        """The rankings, each with the number that it keeps."""
         return self.selector.segments
 
     def keep(self, counts: Sequence[int]) -> None:
         """From the next update of the mask on keep `counts`, one for each of `segments`.
 
-        For a schedule of k, or a budget of each layer. A new ratio's counts are
+        For a schedule of k, or a budget for each layer. For a new k the counts are
         `[keep_count(k, segment.size) for segment in pruned.segments]`. Does not wait for the
         device. Raises ValueError unless each is at least 1 and at most its segment's size.
         """
@@ -91,17 +91,17 @@ class PrunedParameters:
             flat.copy_(_grad(z))
 
     def _gradients(self) -> Iterator[tuple[slice, Tensor]]:
-        """g in parts: (place in the flat buffers, that part of g). Only to be read.
+        """g in parts: (place in the flat buffers, that part of g). Read only.
 
-        On a GPU one part, for few kernels. On the CPU the network's own .grad of each tensor, so
-        that g is not moved through memory once more.
+        On a GPU one part, which needs few kernels. On the CPU the network's own .grad of each
+        tensor, which saves a copy of g.
         """
         if self.gradient.device.type != "cpu":
             self.take_gradient()
             yield slice(0, self.layout.size), self.gradient
             return
         for tensor, z in zip(self.layout.tensors, self.z, strict=True):
-            # A copy where the memory format is another.
+            # This copies if the memory format differs.
             yield slice(tensor.start, tensor.stop), _grad(z).reshape(-1)
 
     @torch.no_grad()
@@ -115,8 +115,8 @@ class PrunedParameters:
     def set_upper_gradient(self, inv_gamma: float) -> None:
         """s.grad = sign(s) ⊙ (θ − (1/γ) m ⊙ g) ⊙ g, in `gradient`.
 
-        The ranking is by |s|, whose slope is sign(s); +1 is taken at s = 0, where it is free,
-        so that a score of exactly zero can move. inv_gamma = 0 gives HYDRA's θ ⊙ g.
+        The ranking is by |s|, whose derivative is sign(s). At s = 0 it is undefined and taken as
+        +1, so that a score of zero can move. inv_gamma = 0 gives HYDRA's θ ⊙ g.
         """
         for part, g in self._gradients():
             upper_gradient(
@@ -127,7 +127,7 @@ class PrunedParameters:
 
     @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:
-        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term."""
+        """(2,): the norms ‖(1/γ) m ⊙ g ⊙ g‖ of the implicit and ‖θ ⊙ g‖ of the direct term."""
         squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
         for part, g in self._gradients():
             direct = g * self.weights[part]
@@ -140,16 +140,16 @@ class PrunedParameters:
     def update_mask(self) -> None:
         """m = top-k(|s|): exactly `keep_count` groups, ties to the lowest flat index.
 
-        Agreed by all ranks. Structured groups rank by the L2 norm of their scores. Does not
+        The same on all ranks. Structured groups rank by the L2 norm of their scores. Does not
         write z. Raises UserError naming the tensor if a score is NaN (on CUDA: `check` does).
         """
         self._update(())
 
     @torch.no_grad()
     def update_mask_and_z(self) -> None:
-        """`update_mask`, then z = m ⊙ θ, which must hold before too (after `write_z` it does).
+        """`update_mask` and z = m ⊙ θ. z must be up to date before too (after `write_z` it is).
 
-        In one pass that writes only what changes, where the network's layout allows it.
+        Where the network's memory format allows it, one pass that writes only what changes.
         """
         self._update(self.z)
 
@@ -194,7 +194,7 @@ class PrunedParameters:
     def write_followers(self) -> None:
         """Zero the bias and batch-norm pair of every pruned filter, in place.
 
-        Only for a final mask: while pruning this would stop the filter's gradient for good.
+        Only for a final mask: during pruning the filter would never get a gradient again.
         """
         for follower in self.followers:
             kept = self.view(self.mask, follower.tensor).flatten(1).amax(1)
@@ -202,7 +202,7 @@ class PrunedParameters:
                 parameter.mul_(kept)
 
     def kept(self) -> int:
-        """Weights kept. Waits for the device."""
+        """Number of weights kept. Waits for the device."""
         return int(torch.count_nonzero(self.mask))
 
 

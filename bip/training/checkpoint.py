@@ -1,7 +1,7 @@
 """Checkpoints: tensors and plain types, verified on load, never half-written.
 
-A save writes a step-named file, then replaces `manifest.json`, the commit point, then lets
-`checkpoint.pth.tar` name the newest. The one before stays until the next save.
+A save writes a step-named file, then replaces `manifest.json` (the commit point), then links
+`checkpoint.pth.tar` to the newest. The checkpoint before it is kept until the next save.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import DigestWriter, atomic_open, atomic_write_json, may_pass, read_json
 
-if TYPE_CHECKING:  # it compiles kernels, which no submission needs
+if TYPE_CHECKING:  # importing it compiles kernels, which the launcher does not need
     from bip.pruning.state import PrunedParameters
 
 FORMAT = 1
 SCORES = "popup_scores"
-SEAL = "sha256"  # in a state that vouches for itself
+SEAL = "sha256"  # key of a sealed state's own digest
 State = dict[str, Any]
 
 
@@ -40,14 +40,14 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 
 def unpack_mask(bits: Tensor, size: int) -> Tensor:
-    """The uint8 mask (size,) of `pack_mask`'s bits."""
+    """The inverse of `pack_mask`: the uint8 mask (size,)."""
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=size))
 
 
 def network_state(network: nn.Module, pruned: "PrunedParameters | None") -> dict[str, Tensor]:
-    """state_dict with θ in z's place, the scores as `LAYER.popup_scores`; on the CPU.
+    """state_dict on the CPU with θ instead of z, and the scores as `LAYER.popup_scores`.
 
-    What lies there already is shared, not copied, and changes with the next step.
+    Tensors that are on the CPU already are shared, not copied, and change with the next step.
     """
     state = {name: value.detach().cpu() for name, value in network.state_dict().items()}
     if pruned is None:
@@ -60,7 +60,7 @@ def network_state(network: nn.Module, pruned: "PrunedParameters | None") -> dict
 
 
 def model_state(config: RunConfig, network: nn.Module, pruned: "PrunedParameters | None") -> State:
-    """What every checkpoint holds: the network, its mask, and the settings that made it."""
+    """The content of every checkpoint: the network, its mask, and the run's settings."""
     return {
         "format": FORMAT,
         "arch": config.arch,
@@ -83,7 +83,7 @@ def split_state(state: State) -> tuple[dict[str, Tensor], Tensor | None]:
 
 
 def layer_masks(state: State) -> dict[str, Tensor]:
-    """The mask of each pruned weight, uint8 in its shape, by the weight's name."""
+    """The masks by weight name, uint8 in the weight's shape."""
     weights, bits = split_state(state)
     if bits is None:
         return {}
@@ -101,8 +101,8 @@ def restore_model(
 ) -> None:
     """Load a checkpoint into the network (in place) and, where given, into θ, scores and mask.
 
-    A published checkpoint has scores but no mask; the mask is then their top-k. Raises UserError
-    naming `where` and the first tensor that does not fit.
+    A published checkpoint has scores but no mask; then the top-k of the scores is the mask. Raises
+    UserError naming `where` and the first tensor that does not fit.
     """
     weights, bits = split_state(state)
     _check_fit(network, weights, where)
@@ -151,16 +151,16 @@ def hash_tensors(state: dict[str, Tensor]) -> str:
 
 
 def seal(state: State) -> State:
-    """The state with a digest of its own, that `decode` verifies wherever the file has gone.
+    """The state with its own digest, which `decode` verifies even where the file was moved.
 
-    For models that other runs start from; of a run's own checkpoints the manifest has the digests,
-    which cost no second pass.
+    For models that other runs start from. A run's own checkpoints have their digests in the
+    manifest, computed during the write.
     """
     return state | {SEAL: _digest(state)}
 
 
 def _digest(state: State) -> str:
-    """SHA-256 (hex) of all tensors and plain values but the seal."""
+    """SHA-256 (hex) of all tensors and plain values except the seal."""
     tensors = dict(state["state_dict"])
     if state.get("mask") is not None:
         tensors["mask"] = state["mask"]
@@ -174,15 +174,15 @@ def write_checkpoint(path: Path, state: State) -> str:
     with atomic_open(path) as stream, DigestWriter(stream) as writer:
         try:
             torch.save(state, writer)  # type: ignore[arg-type]
-        except RuntimeError as error:  # torch's, as it closes its archive after the stream's own
+        except RuntimeError as error:  # torch hides the stream's OSError behind it
             raise error.__context__ if isinstance(error.__context__, OSError) else error from None
     return writer.hexdigest()
 
 
 def decode(data: bytes, where: Path) -> State:
-    """Tensors and plain types from a checkpoint's bytes; no code in it is run.
+    """Tensors and plain types from a checkpoint's bytes, without running code from it.
 
-    Published checkpoints hold a numpy float, which is let through. Raises UserError.
+    Published checkpoints hold a numpy float, which is allowed. Raises UserError.
     """
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     numpy_floats = [scalar, np.dtype, np.float64, np.dtypes.Float64DType]
@@ -190,12 +190,12 @@ def decode(data: bytes, where: Path) -> State:
     allowed = [*numpy_floats, (scalar, "numpy.core.multiarray.scalar")]
     try:
         with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the one line of error says it all
+            warnings.simplefilter("ignore")  # the error below is enough
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its own text advises to load unsafely
-        reason = "no checkpoint, or more in it than tensors and plain types"
+    except pickle.UnpicklingError:  # its own text recommends unsafe loading
+        reason = "no checkpoint, or it holds more than tensors and plain types"
         raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
-    except Exception as error:  # what an unpickler raises on a file that is none is open-ended
+    except Exception as error:  # an unpickler may raise anything on a file that is no pickle
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
     if not isinstance(state, dict) or "state_dict" not in state:
@@ -207,16 +207,16 @@ def decode(data: bytes, where: Path) -> State:
         )
     if (digest := state.pop(SEAL, None)) is not None and digest != _digest(state):
         raise UserError(
-            f"{where}: damaged: its content is not what was written; run what made it again, or "
+            f"{where}: damaged: its content is not what was written; make it again, or "
             "restore the file"
         )
     return state
 
 
 def read_checkpoint(path: Path) -> State:
-    """One checkpoint file. Raises UserError naming it.
+    """Read one checkpoint file. Raises UserError naming it.
 
-    A damaged one is refused, if it is sealed or still lies in its run's folder.
+    Damage is detected if the checkpoint is sealed or still in its run's folder.
     """
     try:
         data, real = path.read_bytes(), path.resolve()
@@ -226,14 +226,16 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     known = {entry["name"]: entry["sha256"] for entry in CheckpointFolder(real.parent).entries()}
     if known.get(real.name) not in (None, hashlib.sha256(data).hexdigest()):
-        raise UserError(f"{path}: damaged: its SHA-256 is not the manifest's; give another one")
+        raise UserError(
+            f"{path}: damaged: its SHA-256 is not that in the manifest; give another one"
+        )
     return decode(data, path)
 
 
 @contextlib.contextmanager
 def _without_crc32() -> Iterator[None]:
-    """A preempted run is in a hurry: torch's checksums of the archive's parts would take as long
-    as writing them, torch.load never looks at them, and the manifest has the SHA-256 of all.
+    """Write without torch's checksums of the archive's parts: they would take as long as the
+    writing, torch.load never checks them, and the manifest has the SHA-256 of the whole file.
     """
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -244,7 +246,7 @@ def _without_crc32() -> Iterator[None]:
 
 
 def _free_name(step: int, committed: set[str]) -> str:
-    """A file name for this step's checkpoint: what the manifest names is never written over."""
+    """A file name for this step's checkpoint that the manifest does not name yet."""
     names = (f"step-{step:09d}{f'-{n}' if n else ''}.pth.tar" for n in itertools.count())
     return next(name for name in names if name not in committed)
 
@@ -261,7 +263,7 @@ class CheckpointFolder:
     def entries(self) -> list[dict[str, Any]]:
         """The committed checkpoints, newest first: name, sha256, step.
 
-        Where the manifest is damaged, the files that are there, with sha256 None: unverified.
+        If the manifest is damaged: all checkpoint files, with sha256 None (unverified).
         """
         try:
             found = (read_json(self.manifest) or {"checkpoints": []})["checkpoints"]
@@ -290,7 +292,7 @@ class CheckpointFolder:
         for other in self.folder.glob("step-*.pth.tar"):
             if other.name not in kept:
                 other.unlink(missing_ok=True)
-        for torn in self.folder.glob(".*.tmp"):  # of attempts that were killed while writing
+        for torn in self.folder.glob(".*.tmp"):  # left by attempts killed while writing
             torn.unlink(missing_ok=True)
         return path
 
@@ -301,15 +303,15 @@ class CheckpointFolder:
         os.replace(temporary, self.newest)
 
     def load(self) -> State | None:
-        """The newest checkpoint whose digest is right; None if there are none.
+        """The newest checkpoint whose digest is right; None if there are no checkpoints.
 
-        A damaged one is renamed to *.damaged and the one before is used, with a message. Raises
+        A damaged one is renamed to *.damaged, reported, and the one before it is used. Raises
         OSError if the file system is unreachable.
         """
         entries = self.entries()
         unread: OSError | None = None
         if any(entry["sha256"] is None for entry in entries):
-            print(f"{self.manifest}: damaged; taking the checkpoints beside it as they are")
+            print(f"{self.manifest}: damaged; using the checkpoints beside it without verification")
         for entry in entries:
             path = self.folder / entry["name"]
             try:
@@ -322,7 +324,9 @@ class CheckpointFolder:
             except OSError as error:
                 if may_pass(error):
                     unread = error
-                    if error.errno != errno.EIO:  # that is also a bad place of a good disk
+                    if (
+                        error.errno != errno.EIO
+                    ):  # EIO may also be a bad sector, so the file counts as damaged
                         raise
                 reason = error.strerror or str(error)
             except UserError as error:

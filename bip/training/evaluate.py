@@ -1,4 +1,4 @@
-"""Accuracy over a whole split: every image counted exactly once, whatever the ranks."""
+"""Accuracy over a whole split: every image counted exactly once, for any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ def evaluate(
     bf16: bool = False,
     poll: Callable[[], None] | None = None,
 ) -> Accuracy:
-    """Evaluate the plain module (not DDP's: its forward would hang on uneven shards).
+    """Evaluate the plain module (a DDP module would hang on uneven shards).
 
     `batches` is this rank's shard of `size` images. `poll` is called after each batch and may
-    raise to end the evaluation. Raises RuntimeError if the ranks together did not see each image
-    once.
+    raise to end the evaluation. Raises RuntimeError if the ranks together did not evaluate each
+    image once.
     """
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -60,7 +60,7 @@ def evaluate(
 
 
 def share_statistics(network: nn.Module, group: Group) -> None:
-    """Give every rank rank 0's running statistics, which differ between ranks by nature."""
+    """Give every rank rank 0's running statistics; each rank has its own from training."""
     if group.world > 1:
         for buffer in _statistics(network):
             group.broadcast_(buffer)
@@ -76,7 +76,7 @@ def average_statistics(network: nn.Module, group: Group) -> None:
 
 
 def _statistics(network: nn.Module) -> Iterator[Tensor]:
-    """Those of batch-norm, of an instance-norm that tracks them, and of anything alike."""
+    """The running statistics of batch-norm, and of other norms that track them."""
     for module in network.modules():
         if isinstance(getattr(module, "running_mean", None), Tensor):
             yield from module.buffers(recurse=False)

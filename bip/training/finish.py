@@ -1,4 +1,4 @@
-"""The end of a run: the final mask, the final accuracy, the models and, last, the result."""
+"""The end of a run: final mask, final accuracy, models and, last, the result."""
 
 import copy
 from typing import Any
@@ -14,7 +14,7 @@ def finish(loop: Loop) -> dict[str, Any]:
     progress, folder = loop.progress, loop.folder
     network, pruned = loop.network, loop.pruned
     follow = pruned is not None and pruned.followers
-    # The final checkpoint records it: an attempt that starts there cannot measure it again.
+    # Kept in the final checkpoint, as an attempt that starts there cannot measure it again.
     if follow and loop.config.exp_mode == "prune" and progress.top1_before_bn_mask is None:
         progress.top1_before_bn_mask = loop.evaluate("test").top1
     final = _finalise(loop)
@@ -26,7 +26,7 @@ def finish(loop: Loop) -> dict[str, Any]:
         folder.save_best(loop.state)
     else:
         final_state = copy.deepcopy(loop.state())
-        # On a GPU a repeated epoch may differ from what it was when it was the best.
+        # On a GPU an epoch that is repeated after a resume may differ from the saved one.
         progress.best_epoch = best_state["progress"]["best_epoch"]
         restore_model(network, pruned, best_state, str(folder.checkpoints.best))
         best = _finalise(loop)
@@ -39,7 +39,7 @@ def finish(loop: Loop) -> dict[str, Any]:
 
 
 def _finalise(loop: Loop) -> Accuracy:
-    """The mask is final now: what follows pruned filters becomes zero; test accuracy."""
+    """Zero what follows pruned filters, as the mask is final now; return the test accuracy."""
     if loop.pruned is not None:
         loop.pruned.write_followers()
         if loop.config.recalibrate_bn:
@@ -50,7 +50,7 @@ def _finalise(loop: Loop) -> Accuracy:
 
 def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any]:
     config, pruned, progress = loop.config, loop.pruned, loop.progress
-    # A dense network's total is that of unstructured pruning.
+    # The total of a dense network counts what unstructured pruning could prune.
     total = (pruned.layout if pruned else find_prunable(loop.network, "unstructured")).size
     kept = pruned.kept() if pruned else total
     weights, mask = split_state(loop.state())

@@ -17,7 +17,7 @@ LEVELS = {"lower": 0, "upper": 1}
 
 @dataclass(frozen=True)
 class Report:
-    """What one forward-backward saw on this rank, still on the device: loss sum, hits, images."""
+    """One forward-backward's sums on this rank, on the device: loss, hits, images."""
 
     loss: Tensor
     correct: Tensor
@@ -51,7 +51,7 @@ class ForwardBackward:
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         for part, (x, y) in enumerate(zip(images, labels, strict=True)):
             with self._sync_only(last=part == parts - 1):
-                # A context per forward: a cached bf16 cast of z would outlive z's rewriting.
+                # A context per forward: autocast caches the bf16 cast of z, and z changes.
                 with torch.autocast(
                     self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
                 ):
@@ -67,6 +67,6 @@ class ForwardBackward:
 
 
 def reseed(seed: int, step: int, level: str, rank: int) -> None:
-    """Dropout is a function of these four, so no generator needs saving."""
+    """Make dropout a function of these four, so that no generator state needs saving."""
     key = np.random.SeedSequence([seed, step, LEVELS[level], rank])
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> np.uint64(1)))

@@ -1,4 +1,4 @@
-"""The two levels that methods are made of. Each owns an optimizer and the tensors that it moves."""
+"""The two levels that methods are built from. Each owns an optimizer and the tensors it moves."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -11,9 +11,9 @@ from bip.training.optim import build_optimizer, lower_rate, mask_rate, set_rate,
 
 
 class LowerLevel:
-    """Trains θ, biases and batch-norm under the mask as it is; every parameter of a dense network.
+    """Trains θ, biases and batch-norm for a fixed mask; every parameter of a dense network.
 
-    `repeats` steps an iteration. Where `mask_is_final`, what follows a pruned filter stays zero.
+    `repeats`: steps per iteration. `mask_is_final`: what follows a pruned filter stays zero.
     """
 
     def __init__(self, parts: Parts, repeats: int = 1, mask_is_final: bool = False) -> None:
@@ -42,11 +42,11 @@ class LowerLevel:
 
 
 class UpperLevel:
-    """Moves the scores by the hypergradient, then the mask; θ as it is.
+    """Moves the scores by the hypergradient, then updates the mask; θ stays fixed.
 
-    `inv_gamma` is 1/γ; 0 leaves the implicit term out. `rate` is the setting that rules the step.
-    Where it `owns_norm`, batch-norm affine moves with the scores. Where it `measures_terms`, the
-    norms of both gradient terms are taken whenever a line is logged.
+    `inv_gamma` is 1/γ; 0 leaves out the implicit term. `rate` names the learning rate's setting.
+    `owns_norm`: batch-norm affine moves with the scores. `measures_terms`: the norms of both
+    gradient terms are computed whenever a line is logged.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class UpperLevel:
         return [report]
 
     def facts(self) -> dict[str, float]:
-        """The implicit term's share of the last step: its norm over the direct term's."""
+        """The norm of the last step's implicit term, over that of its direct term."""
         if self.term_norms is None:
             return {}
         implicit, direct = self.term_norms.tolist()

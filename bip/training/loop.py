@@ -46,10 +46,10 @@ class Loop:
         self.network, self.pruned = self.parts.network, self.parts.pruned
 
     def run(self) -> None:
-        """Train. Leaves the network as it is after the last iteration.
+        """Train to the end.
 
-        Raises Stopped, on every rank at the same iteration and with a checkpoint saved, when a
-        rank was signalled to stop.
+        Raises Stopped when a rank received a signal: on every rank, at the same iteration, with a
+        checkpoint saved.
         """
         train_mode(self.network, self.config.freeze_bn)
         self.saved_at = self.progress.iteration
@@ -68,22 +68,22 @@ class Loop:
             self.heartbeat.note_step(done)
             due = time.monotonic() - saved > 60 * self.config.checkpoint_minutes
             proof = self.pruned.proof if self.pruned is not None else None
-            news = self.control.post(self.stop.signal, due, proof)
+            posted = self.control.post(self.stop.signal, due, proof)
             if self.clock.is_due(done, self.config.print_freq):
                 self._report(done, means.take(self.group))
-            if news.stop:
-                self._stop(news.stop)
+            if posted.stop:
+                self._stop(posted.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=self.config.freeze_bn)
-            if news.save or self.clock.is_due(done, self.clock.per_epoch):
+            if posted.save or self.clock.is_due(done, self.clock.per_epoch):
                 with means.paused():
-                    if news.save or done == self.clock.iterations:
+                    if posted.save or done == self.clock.iterations:
                         self._checkpoint()
                         saved = time.monotonic()
                     self._end_epoch_if_due()
 
     def _stop(self, signal: int) -> NoReturn:
-        """Leave with this iteration saved; a checkpoint of it may be there already."""
+        """Save this iteration, if it is not saved yet, and raise Stopped."""
         self.control.finish()
         if self.saved_at != self.progress.iteration:
             self._checkpoint()
@@ -92,7 +92,7 @@ class Loop:
     def _report(self, done: int, means: dict[str, float]) -> None:
         if not math.isfinite(means["loss"]):
             raise UserError(
-                f"loss: {means['loss']} by step {done}; training diverged, lower lr or mask_lr "
+                f"loss: {means['loss']} at step {done}; training diverged, lower lr or mask_lr "
                 "(the last checkpoint is kept)"
             )
         if self.pruned is not None:
@@ -110,7 +110,7 @@ class Loop:
 
     @property
     def epochs(self) -> int:
-        """Epochs of training, the last one whole or not."""
+        """Epochs of training, including a last one that is cut short."""
         return -(-self.clock.iterations // self.clock.per_epoch)
 
     def _end_epoch_if_due(self) -> None:
@@ -142,12 +142,12 @@ class Loop:
         )
 
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
-        """Accuracy on "test" or "holdout" of the network as it is.
+        """Accuracy of the present network on "test" or "holdout".
 
-        Raises Stopped when a rank was signalled to stop meanwhile; what was trained is saved then.
+        Raises Stopped when a rank received a signal meanwhile, after saving.
         """
         size = self.data.eval_size(split)
-        # Shards differ by an image, so perhaps by a batch: only those that all ranks have poll.
+        # Ranks may differ by one batch. Polling is collective, so only at batches that all have.
         polls = iter(range(size // self.group.world // self.data.eval_batch))
 
         def poll() -> None:
@@ -160,9 +160,9 @@ class Loop:
         )  # fmt: skip
 
     def recalibrate(self, batches: int) -> None:
-        """Estimate batch-norm statistics again, on this many training batches past the last.
+        """Estimate batch-norm statistics again, on the next `batches` training batches.
 
-        Every rank takes its share of them; the statistics are the ranks' mean.
+        Every rank takes its share; the statistics are the mean over ranks.
         """
         first = self.clock.iterations * self.method.lower_batches(self.config)
         stream = self.data.train("lower", first)
@@ -179,9 +179,9 @@ class Loop:
         self.saved_at = self.progress.iteration
 
     def agree(self) -> None:
-        """Give all ranks rank 0's running statistics; raise RankError if anything else differs.
+        """Give all ranks rank 0's running statistics; raise RankError if other state differs.
 
-        Frozen statistics never differ by nature.
+        Frozen statistics are equal on all ranks, so they are compared too.
         """
         if not self.config.freeze_bn:
             share_statistics(self.network, self.group)
@@ -194,7 +194,7 @@ class Loop:
         return run_state(self.network, self.pruned, self.method.optimizers, buffers)
 
     def state(self) -> State:
-        """What a model's file holds: the network, its mask, the settings, how far it has come."""
+        """The content of a model's file: the network, its mask, settings and progress."""
         return model_state(self.config, self.network, self.pruned) | {
             "progress": asdict(self.progress),
             "data": self.data.identity,
@@ -205,14 +205,14 @@ class Loop:
         return self.state() | {"optimizer": optimizers}
 
     def load_optimizers(self, state: State) -> None:
-        """Resume from a checkpoint's optimizers; a finished run's has none."""
+        """Load the optimizers of a checkpoint; that of a finished run has none."""
         if self.progress.iteration < self.clock.iterations:
             for name, optimizer in self.method.optimizers.items():
                 optimizer.load_state_dict(state["optimizer"][name])
 
 
 def train_mode(network: nn.Module, freeze_bn: bool) -> None:
-    """Training mode; frozen batch-norm normalises by its running statistics, as they are."""
+    """Set training mode, in which frozen batch-norm uses its running statistics unchanged."""
     network.train()
     if freeze_bn:
         for module in network.modules():

@@ -1,4 +1,4 @@
-"""What a run reports while it goes: lines on the terminal, metrics.jsonl, TensorBoard."""
+"""What a run reports during training: lines on the terminal, metrics.jsonl, TensorBoard."""
 
 import contextlib
 import json
@@ -26,9 +26,9 @@ class RunningMean:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: its time does not count. Waits for the device."""
+        """Exclude the body's time from throughput. Waits for the device."""
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the steps that the host is ahead of do count
+            torch.cuda.synchronize()  # count the time of steps that the GPU has not finished yet
         started = time.perf_counter()
         try:
             yield
@@ -58,8 +58,8 @@ class RunLog:
     """Rank 0's log of one attempt; on the other ranks it does nothing."""
 
     def __init__(self, folder: Path, active: bool, step: int = 0, evaluated: int = 0) -> None:
-        """Go on after `step`, and after the evaluation at step `evaluated`; what a killed attempt
-        has reported past them will be reported again, and is dropped.
+        """Continue the log after `step`, and after the evaluation at step `evaluated`. Remove later
+        records: they are of a killed attempt, and this attempt will report them again.
         """
         self.active = active
         if not active:

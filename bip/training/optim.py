@@ -1,4 +1,4 @@
-"""Optimizers and schedules of both levels. Each optimizer owns only its level's tensors."""
+"""Optimizers and schedules of both levels. An optimizer owns only its level's tensors."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,11 +9,11 @@ from torch import nn
 
 from bip.config import RunConfig, Schedule
 
-STEP_DROPS = (0.75, 0.9)  # a step schedule divides the rate by 10 here, as published
+STEP_DROPS = (0.75, 0.9)  # where a step schedule divides the rate by 10, as published
 
 
 def schedule_factor(schedule: Schedule, done: float) -> float:
-    """The factor on the learning rate when the fraction `done` in [0, 1) of training is done.
+    """The learning rate's factor after the fraction `done` in [0, 1) of training.
 
     cosine: half a period from 1, reaching 0 at the end. step: 0.1 from 75%, 0.01 from 90%.
     """
@@ -24,13 +24,13 @@ def schedule_factor(schedule: Schedule, done: float) -> float:
 
 @dataclass(frozen=True)
 class Clock:
-    """The length of training: the iterations in all and in an epoch."""
+    """The length of training: iterations in all, and per epoch."""
 
     iterations: int
     per_epoch: int
 
     def is_due(self, done: int, every: int) -> bool:
-        """Whether something done every so many iterations, and at the end, is due after `done`."""
+        """Whether `done` iterations are a multiple of `every`, or all of them."""
         return done % every == 0 or done == self.iterations
 
 
@@ -44,7 +44,7 @@ def lower_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
 
 
 def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
-    """BiP's `mask_lr` at an iteration. HYDRA's scores go by `lower_rate`."""
+    """BiP's `mask_lr` at an iteration. (HYDRA's scores use `lower_rate`.)"""
     done = iteration / clock.iterations
     return config.mask_lr * schedule_factor(config.mask_lr_schedule, done)
 
@@ -52,7 +52,7 @@ def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
 def split_parameters(
     network: nn.Module, prunable: Iterable[nn.Parameter] = ()
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The network's parameters that are not `prunable`: (batch-norm affine, all others)."""
+    """The parameters that are not `prunable`, as (batch-norm affine, all others)."""
     taken = {id(parameter) for parameter in prunable}
     norm: list[nn.Parameter] = []
     for module in network.modules():

@@ -1,4 +1,4 @@
-"""This machine as an executor: workers, started through submitit, that share the sweep's queue."""
+"""The executor for this machine: submitit starts workers that share the sweep's queue."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ KILL_SECONDS = 15.0  # loader processes may outlive a killed run by some seconds
 
 
 class LocalExecutor:
-    """Does runs of one sweep on this machine. Only `submit` needs a profile."""
+    """Executes runs of one sweep on this machine. Only `submit` needs a profile."""
 
     poll_seconds = 0.5
 
@@ -45,10 +45,10 @@ class LocalExecutor:
         return []
 
     def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
-        """Queue the runs and start as many workers as are missing.
+        """Queue the runs and start missing workers.
 
-        Calling it again while workers are alive adds to their queue; there are never more than
-        `parallelism` runs at once.
+        A call while workers are alive adds to their queue. There are never more than `parallelism`
+        runs at once.
         """
         sweep, profile = self.sweep, self.profile
         atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))
@@ -59,7 +59,7 @@ class LocalExecutor:
             _start_apart(sweep, count)
 
     def queue(self) -> dict[str, Place]:
-        return {}  # locks and notes in the sweep's folder show everything
+        return {}  # the sweep's files show everything
 
     def is_alive(self) -> bool:
         return self.sweep.live_workers() > 0
@@ -71,14 +71,14 @@ class LocalExecutor:
         queued = {*sweep.queue().run_ids}
         waiting = [n for n in runs if n in queued and states[n].name not in (*FINAL, "running")]
         running = [n for n in runs if states[n].name == "running"]
-        # A worker looks for this mark before it starts a run, so no further run starts.
+        # Workers check this mark before they start a run, so no further run starts.
         for run_id in [*waiting, *running]:
             sweep.mark_cancelled(run_id)
         self._stop([runs[name] for name in running + waiting], save_seconds)
         return f"{len(waiting) + len(running)} runs, of which {len(running)} were running"
 
     def _stop(self, runs: list[Run], save_seconds: float) -> None:
-        """Have those that run save and leave. Raises UserError for those on other machines."""
+        """Make running runs save and stop. Raises UserError for runs on other machines."""
         deadline = time.monotonic() + save_seconds
         processes: dict[str, RunProcess] = {}
         killed: set[str] = set()
@@ -87,7 +87,7 @@ class LocalExecutor:
             claims = {run.run_id: self.sweep.claim(run) for run in running}
             for run in running:
                 name, claim = run.run_id, claims[run.run_id]
-                if "run" not in claim:  # it is just starting
+                if "run" not in claim:  # the run is just starting
                     continue
                 if name not in processes:
                     processes[name] = RunProcess(claim["run"], claim["ranks"])
@@ -98,12 +98,12 @@ class LocalExecutor:
                     processes[name].ask_to_stop()
                 elif name not in killed:
                     killed.add(name)
-                    print(f"killed {name}, which did not leave in time")
+                    print(f"killed {name}, which did not stop in time")
                     processes[name].kill()
             hosts = {str(claim.get("host", platform.node())) for claim in claims.values()}
             if platform.node() not in hosts or late > KILL_SECONDS:
                 raise UserError(
-                    f"{len(running)} runs cannot be ended from here; give the same command on "
+                    f"{len(running)} runs are on other machines; give the same command on "
                     f"{', '.join(sorted(hosts))}"
                 )
             time.sleep(POLL_SECONDS)
@@ -120,10 +120,10 @@ class LocalExecutor:
 
 
 def _start_apart(sweep: Sweep, count: int) -> None:
-    """Start workers from a process in a session of its own.
+    """Start workers from a process in a new session.
 
-    submitit starts local jobs in the session of its caller, where Ctrl-C and a closed terminal
-    would end them.
+    submitit starts local jobs in its caller's session, where Ctrl-C or a closed terminal would end
+    them.
     """
     env = without_job(os.environ)
     if "CUDA_VISIBLE_DEVICES" in env:
@@ -141,7 +141,7 @@ def _start_apart(sweep: Sweep, count: int) -> None:
         try:
             code = process.wait()
         except KeyboardInterrupt:
-            process.wait()  # half of the workers would be worse than all
+            process.wait()  # an interrupt here would leave only some workers
             raise
     if code:
         raise UserError(f"the workers could not be started; see {log}")
@@ -149,7 +149,7 @@ def _start_apart(sweep: Sweep, count: int) -> None:
 
 def _start_workers(folder: Path, count: int) -> None:
     """`count` submitit jobs on this machine, each a worker of the sweep in `folder`."""
-    import submitit  # only this process needs it
+    import submitit  # slow to import, and only needed here
 
     executor = submitit.AutoExecutor(folder=folder / "jobs", cluster="local")
     executor.update_parameters(timeout_min=_A_YEAR_IN_MINUTES, name=folder.name)

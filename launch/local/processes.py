@@ -1,4 +1,4 @@
-"""The processes of a local run: found, asked to stop, killed."""
+"""The processes of a local run: find, stop and kill them."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ class RunProcess:
         self.asked: set[int] = set()
 
     def ask_to_stop(self) -> None:
-        """SIGTERM to each rank, once. To be called again while the run lives: ranks start late.
+        """Send SIGTERM to each rank, once. Call it again while the run lives: ranks start late.
 
-        Not to torchrun: that would pass it on, and kill the ranks 30 s later.
+        torchrun gets none: it would forward the signal, and kill the ranks 30 s later.
         """
         for pid in {*self._rank_pids()} - self.asked:
             self.asked.add(pid)
@@ -31,7 +31,7 @@ class RunProcess:
                 os.kill(pid, signal.SIGKILL)
 
     def has_open(self, path: Path) -> bool:
-        """Whether the process is here (not on another machine) and has the file open."""
+        """Whether the process is on this machine and has the file open."""
         with suppress(OSError):
             files = Path(f"/proc/{self.pid}/fd").iterdir()
             return any(os.path.samefile(file, path) for file in files)
@@ -48,10 +48,10 @@ class RunProcess:
 
 
 def was_stopped(code: int, lines: list[str]) -> bool:
-    """Whether a run's process that printed these lines has ended because it was asked to."""
+    """Whether a run's process that printed these lines was stopped by request."""
     if code in (ExitCode.STOPPED, -signal.SIGTERM):
         return True
-    # torchrun exits with 1: after a signal of its own, or a report on the rank that ended first.
+    # torchrun exits with 1, both after a signal and when its first rank ends.
     if lines and "SignalException" in lines[-1] and lines[-1].endswith("got signal: 15"):
         return True
     report = [line.split()[2] for line in lines if line.startswith("exitcode  :")]

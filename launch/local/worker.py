@@ -19,10 +19,10 @@ from launch.sweep import FINAL, Lock, Queue, Run, Sweep
 
 TRAIN = [sys.executable, "-m", "bip", "train"]
 POLL_SECONDS = 0.25
-# The launcher's CUDA_VISIBLE_DEVICES, which submitit's local executor empties.
+# Holds the launcher's CUDA_VISIBLE_DEVICES, as submitit's local executor empties that variable.
 VISIBLE_GPUS = "BIP_LAUNCH_CUDA_VISIBLE_DEVICES"
 
-# A run that inherits these would take itself for one rank of something that it is not.
+# With these variables a run would take itself for a rank of another group.
 _FOREIGN = re.compile(
     r"SUBMITIT_|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|MASTER_ADDR|"
     r"MASTER_PORT)$|TORCHELASTIC_"
@@ -30,10 +30,10 @@ _FOREIGN = re.compile(
 
 
 def work(folder: str) -> None:
-    """Do queued runs of the sweep, one at a time, until none of them can start any more.
+    """Execute queued runs of the sweep, one at a time, until no more of them can start.
 
-    Of each number below `parallelism` there is one worker; one without a number leaves. On SIGTERM
-    a worker asks its run to stop, waits for it, and leaves.
+    Each worker takes a number below `parallelism`; a worker without one exits. On SIGTERM a worker
+    stops its run, waits for it, and exits.
     """
     stop = StopRequest().install()
     sweep = Sweep(Path(folder))
@@ -54,8 +54,8 @@ def work(folder: str) -> None:
                 if states[run.run_id].name == "waiting"
                 and all(states[need].name == "done" for need in run.needs)
             ]
-            # After a run look again from the top: much may have changed. With nothing to run stay
-            # nevertheless: what other workers run may unlock runs, or they may die.
+            # After a run read all states again. Without a run wait: runs of other workers may
+            # unblock more, or those workers may die.
             if not _run_first(sweep, ready, queue, number, stop):
                 time.sleep(POLL_SECONDS)
     finally:
@@ -63,7 +63,7 @@ def work(folder: str) -> None:
 
 
 def _take_number(sweep: Sweep) -> tuple[int, Lock] | None:
-    for _ in range(8):  # an onlooker holds a lock for an instant
+    for _ in range(8):  # a probe holds a lock briefly
         for number in range(sweep.queue().parallelism):
             if lock := Lock.try_acquire(sweep.worker_path(number)):
                 return number, lock
@@ -74,9 +74,9 @@ def _take_number(sweep: Sweep) -> tuple[int, Lock] | None:
 def _run_first(
     sweep: Sweep, ready: list[Run], queue: Queue, number: int, stop: StopRequest
 ) -> bool:
-    """Do the first run that nobody else claims; False if there is none to be had now."""
+    """Execute the first run that no other worker has locked; False if there is none now."""
     slot = Lock.try_acquire(sweep.slot_path(number))
-    if slot is None:  # the run of an earlier, killed worker goes on in it
+    if slot is None:  # the run of a killed worker still uses it
         return False
     try:
         return any(_execute(sweep, run, queue, slot, stop) for run in ready)
@@ -85,7 +85,7 @@ def _run_first(
 
 
 def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest) -> bool:
-    """Claim the run, do it in a process of its own and record a failure.
+    """Lock the run, execute it in its own process and record a failure.
 
     False if another worker was faster.
     """
@@ -99,8 +99,8 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
         claim.write(json.dumps(note))
         with open(sweep.log(run.run_id), "ab") as log:
             begin = log.tell()
-            # The run holds the claim and the slot too: should this worker be killed, the run goes
-            # on, and nobody starts it twice or one too many.
+            # The run's process holds both locks too: if this worker is killed, the run continues,
+            # no other worker starts it again, and its slot stays taken.
             process = subprocess.Popen(
                 [*_ranks(queue), "--configs", str(sweep.folder / run.config)],
                 stdin=subprocess.DEVNULL,
@@ -112,7 +112,7 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
             ranks = queue.ntasks_per_node
             claim.write(json.dumps(note | {"run": process.pid, "ranks": ranks}))
             code = _wait(process, RunProcess(process.pid, ranks), stop)
-        if not sweep.is_done(run) and sweep.failure(run) is None:  # that is `launch cancel`'s
+        if not sweep.is_done(run) and sweep.failure(run) is None:  # else `launch cancel` marked it
             lines = tail(sweep.log(run.run_id), begin)
             if was_stopped(code, lines):
                 sweep.mark_cancelled(run.run_id, f" ({_how_it_stopped(lines)})")
@@ -124,7 +124,7 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
 
 
 def _wait(process: "subprocess.Popen[bytes]", run: RunProcess, stop: StopRequest) -> int:
-    """The exit code of the run's process, which is asked to stop when this worker is."""
+    """Wait for the run's exit code; stop the run if this worker gets a signal."""
     while True:
         if stop.signal:
             run.ask_to_stop()
@@ -141,14 +141,14 @@ def _ranks(queue: Queue) -> list[str]:
 
 
 def without_job(env: Mapping[str, str]) -> dict[str, str]:
-    """The environment without options of SLURM's commands, and without the variables of a job, or
-    of ranks, that this process is part of."""
+    """The environment without options of SLURM's commands, and without the variables of this
+    process's own job or ranks."""
     kept = slurm.without_options(env)
     return {name: value for name, value in kept.items() if not _FOREIGN.match(name)}
 
 
 def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str]:
-    """The environment of a run: the launcher's, without what belongs to the job around it."""
+    """The environment of a run: the launcher's, without that of the job around it."""
     env = without_job(inherited)
     env.pop("CUDA_VISIBLE_DEVICES", None)
     if (gpus := env.pop(VISIBLE_GPUS, None)) is not None:
@@ -157,7 +157,7 @@ def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str
 
 
 def tail(log: Path, begin: int = 0) -> list[str]:
-    """The last lines of a log that are not empty, none from before byte `begin`."""
+    """The last lines of a log from byte `begin` on, without empty ones."""
     with open(log, "rb") as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(begin, size - 16384))
@@ -166,8 +166,8 @@ def tail(log: Path, begin: int = 0) -> list[str]:
 
 
 def last_error(lines: list[str]) -> str | None:
-    """The last line that names an error."""
-    # Under torchrun its own report (ChildFailedError) follows what the failed rank printed.
+    """The last line that reports an error."""
+    # Under torchrun its own report (ChildFailedError) follows the failed rank's lines.
     pattern = r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"
     raised = [line for line in lines if re.match(pattern, line)]
     found = [line for line in lines if line.startswith("error: ")] or raised
@@ -180,7 +180,7 @@ def _how_it_stopped(lines: list[str]) -> str:
 
 
 def _reason(code: int, lines: list[str]) -> str:
-    """One line: how the attempt ended and the most telling line that it printed."""
+    """One line: how the attempt ended, and its most useful line of output."""
     last = lines[-1] if lines else "it printed nothing"
     if code < 0:
         return f"killed by {signal.Signals(-code).name}; last line: {last}"

@@ -1,4 +1,4 @@
-"""A sweep's SLURM arrays: submitted through submitit, looked up in the queue, cancelled."""
+"""A sweep's SLURM arrays: submit them (through submitit), find them in the queue, cancel them."""
 
 import contextlib
 import itertools
@@ -25,18 +25,18 @@ from launch.slurm.rank import PROFILE, SUBMITTED, run_point
 from launch.slurm.snapshot import ROOT, snapshot
 from launch.sweep import Lock, Run, Sweep
 
-# A line of the profile's setup that fails ends the task. (`set -e` would go on into the functions
-# and scripts of `module` and `conda`, which do not bear it.)
+# A failing line of the profile's setup ends the task. (`set -e` would also act inside the functions
+# and scripts of `module` and `conda`, which break under it.)
 _GUARD = (
     "trap 'code=$?; ((${#BASH_SOURCE[@]} > 1)) || { "
     'echo "setup: exit status $code of: $(sed -n "${LINENO}p" "$0")" >&2; exit "$code"; }\' ERR'
 )
-# For ranks where scontrol is missing. The batch script runs outside their container.
+# For ranks in a container without scontrol; the batch script runs outside of it.
 _KILL_WAIT = (
     f"export {KILL_WAIT_NAME}=$(scontrol show config | "
     "sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')"
 )
-# A cancelled task's processes may take KillWait to end, and SLURM a while to notice.
+# The processes of a cancelled task may take KillWait to end, and SLURM more time to notice.
 ENDING_SECONDS = 120.0
 
 
@@ -45,7 +45,7 @@ def arrays_file(sweep: Sweep) -> Path:
 
 
 def submitted_tasks(sweep: Sweep) -> dict[str, str]:
-    """RUN_ID -> the newest array task that was submitted for it."""
+    """RUN_ID -> the newest array task submitted for it."""
     found: dict[str, str] = {}
     for array in read_jsonl(arrays_file(sweep)):
         for index, run_ids in enumerate(array["tasks"]):
@@ -54,7 +54,7 @@ def submitted_tasks(sweep: Sweep) -> dict[str, str]:
 
 
 def in_queue(sweep: Sweep) -> dict[str, slurm.Queued]:
-    """RUN_ID -> its task in SLURM's queue, for runs that were submitted; one squeue call."""
+    """RUN_ID -> its task, for runs in SLURM's queue; one squeue call."""
     tasks = submitted_tasks(sweep)
     jobs = {task.split("_")[0] for task in tasks.values()}
     queue = slurm.queue(jobs)
@@ -69,13 +69,13 @@ def doomed_tasks(
 ) -> dict[str, list[str]]:
     """PENDING tasks that will never start, and their runs that are not done.
 
-    What they wait for failed, or is one of them. SLURM ends them too, but within a minute only.
-    `queue` is that of `in_queue`; `done` and `failed` runs were looked for after it.
+    They wait for a failed task, or for one that will never start. SLURM ends them too, but up to a
+    minute later. `queue` is that of `in_queue`; `done` and `failed` must be read after it.
     """
     waiting = {q.task: q for q in queue.values()}
     dead: set[str] = set()
     doomed = {}
-    for array in read_jsonl(arrays_file(sweep)):  # what a task waits for comes before it
+    for array in read_jsonl(arrays_file(sweep)):  # in order: a task comes after those it waits for
         for index, run_ids in enumerate(array["tasks"]):
             task = f"{array['job']}_{index}"
             left = [run_id for run_id in run_ids if run_id not in done]
@@ -116,12 +116,12 @@ def submit_arrays(
     keep_code: bool = True,
     report: Callable[[str], None] = print,
 ) -> list[Array]:
-    """Submit what of `run_ids` is neither done nor queued. Their old failures are forgotten.
+    """Submit those of `run_ids` that are neither done nor queued; remove their failure records.
 
-    Tasks in the queue that wait for a failed one are cancelled first, and their runs submitted
+    Tasks in the queue that wait for a failed one are cancelled first. Their runs are submitted
     again, if what these need is done, in the queue or submitted now.
-    Raises UserError, which names the arrays that SLURM took before, when it refuses one, when a
-    file cannot be written, and on Ctrl-C. What was submitted stays, and is in the ledger.
+    Raises UserError when SLURM refuses an array, when a file cannot be written, and on Ctrl-C. The
+    message names the arrays submitted before; these stay in the queue and in the ledger.
     """
     arrays: list[Array] = []
     try:
@@ -154,7 +154,7 @@ def submit_arrays(
                 return []
             code = snapshot(sweep.folder / "code") if keep_code else ROOT
             facts = sweep.jobs / f"profile-{_stamp(datetime.now(UTC))}.json"
-            # The first is for `resume`; the second stays as it is while the tasks wait.
+            # The first is for `resume`. The second is for the tasks and never changes.
             for path in (sweep.jobs / "profile.json", facts):
                 atomic_write_json(path, profile.model_dump(mode="json"))
             for array in arrays:
@@ -180,9 +180,10 @@ def _wait_for_ending(
     report: Callable[[str], None],
     cancelled: Collection[str] = (),
 ) -> dict[str, slurm.Queued]:
-    """RUN_ID -> its task in the queue, once cancelled tasks have left it (or will not).
+    """RUN_ID -> its task in the queue, after waiting for ending tasks to leave it.
 
-    They are those that end already and have a run of `run_ids`, and `cancelled`.
+    These are `cancelled`, and tasks with a run of `run_ids` that are ending already. The wait is
+    bounded.
     """
     deadline = time.monotonic() + ENDING_SECONDS
     for tries in itertools.count():
@@ -202,13 +203,13 @@ def _wait_for_ending(
 def _renewable(
     runs: Sequence[Run], doomed: Mapping[str, list[str]], ready: Collection[str]
 ) -> list[str]:
-    """The doomed tasks whose runs can all be submitted: these need nothing but `ready` runs
-    and one another."""
+    """The doomed tasks whose runs can all be submitted again: they need only `ready` runs and one
+    another."""
     task_of = {run_id: task for task, run_ids in doomed.items() for run_id in run_ids}
     needs = {run.run_id: run.needs for run in runs}
     good = {*ready} - {*task_of}
     renewed: list[str] = []
-    # What a run needs comes before it. (A ledger that was made again may lack runs.)
+    # A run comes after those that it needs. (A ledger that was made again may lack runs.)
     for task in dict.fromkeys(task_of[run_id] for run_id in needs if run_id in task_of):
         own = doomed[task]
         if good.issuperset(need for run_id in own for need in needs.get(run_id, [run_id])):
@@ -223,10 +224,10 @@ def _left_out(
     failed: Collection[str],
     queued: dict[str, str],
 ) -> dict[str, str]:
-    """RUN_ID -> why it cannot be submitted now: it, or what it needs, failed in a task that goes on
-    with other runs, and would end as failed whatever was submitted after it."""
+    """RUN_ID -> why it cannot be submitted now: it, or a run that it needs, failed in a task that
+    still executes other runs. That task will fail, and with it all that waits for it."""
     left: dict[str, str] = {}
-    for run in runs:  # what a run needs comes before it
+    for run in runs:  # in order: a run comes after those that it needs
         stuck = [need for need in run.needs if need in left]
         if run.run_id in done:
             continue
@@ -240,9 +241,9 @@ def _left_out(
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C, a lost terminal and SIGTERM take effect at the end of the block. For the main thread.
+    """Delay Ctrl-C, SIGHUP and SIGTERM until the block ends. For the main thread.
 
-    Those that were ignored before stay so.
+    Signals that were ignored before stay ignored.
     """
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -264,7 +265,7 @@ def _stamp(now: datetime) -> str:
 def submit_array(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, facts: Path
 ) -> None:
-    """One sbatch; sets `array.job` and records it. `facts` is the profile that its tasks read."""
+    """Run one sbatch; set `array.job` and record it. `facts` is the profile for its tasks."""
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
     now = datetime.now(UTC)
@@ -275,18 +276,18 @@ def submit_array(
     atomic_write_bytes(task_list, lines.encode())
     submitted = now.isoformat(timespec="milliseconds")
 
-    def taken(job: str) -> None:  # in the queue, whatever goes wrong after it
+    def taken(job: str) -> None:  # the array is in the queue now, even if an error follows
         array.job = job
         facts_of_it = {"job": job, "stage": array.stage, "tasks": array.tasks}
         more = {"time": submitted, "dependency": array.dependency, "code": code.name}
         try:
             append_jsonl(arrays_file(sweep), facts_of_it | more)
-        except OSError as error:  # nobody would know of it again
+        except OSError as error:  # unrecorded, it would be lost to `resume` and `cancel`
             raise UserError(_withdraw(array, f"{arrays_file(sweep)}: {error}")) from None
 
     executor = _executor(folder, profile, sweep.folder.absolute(), task_list, taken)
     executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
-    # A task that starts at once must not find the note of its last failure.
+    # A task may start at once and must not find an old failure record.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
     notes = {path: path.read_bytes() for path in paths if path.exists()}
     for path in notes:
@@ -297,7 +298,7 @@ def submit_array(
         raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
     finally:
         if not array.job:
-            with contextlib.suppress(OSError):  # such as a full disk, which is reported already
+            with contextlib.suppress(OSError):  # such as a full disk, which was reported already
                 for path, note in notes.items():
                     atomic_write_bytes(path, note)
 
@@ -315,13 +316,13 @@ def _withdraw(array: Array, problem: str) -> str:
 def sbatch_parameters(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:
-    """submitit's parameters: its own names where it has them, SLURM's for the rest."""
+    """submitit's parameters, by its own names where it has them, else by SLURM's."""
     count = len(array.tasks)
     further: dict[str, Any] = {
         "array": f"0-{count - 1}%{array.parallelism}",
         "requeue": True,
         "open-mode": "append",
-        "signal": f"USR2@{profile.signal_lead}",  # submitit's own may be another, by environment
+        "signal": f"USR2@{profile.signal_lead}",  # submitit's default depends on the environment
         **{name.replace("_", "-"): v for name, v in profile.sbatch.items() if v is not False},
     }
     if profile.mem is not None:
@@ -335,7 +336,7 @@ def sbatch_parameters(
         *exports,
         *([_GUARD, *profile.setup, "trap - ERR"] if profile.setup else []),
         f"export {SUBMITTED}={now} {PROFILE}={shlex.quote(str(facts.absolute()))}",
-        # The snapshot before whatever is installed, and instead of the working folder.
+        # Import from the snapshot first, and not from the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         *([_KILL_WAIT] if profile.requeue_by == "batch" else []),
         f"source {shlex.quote(str(shipped('slurm/task.sh', code.absolute())))} || exit 1",
@@ -355,8 +356,8 @@ def sbatch_parameters(
         "cpus_per_task": profile.cpus_per_task,
         "array_parallelism": array.parallelism,
         "setup": setup,
-        "wckey": None,  # submitit's own
-        "use_srun": False,  # task.sh starts the ranks, of one run after the other
+        "wckey": None,  # submitit would set its own
+        "use_srun": False,  # task.sh starts the ranks, one run after the other
         "additional_parameters": further,
     }
 
@@ -364,8 +365,8 @@ def sbatch_parameters(
 def _executor(
     folder: Path, profile: SlurmProfile, sweep: Path, tasks: Path, taken: Callable[[str], None]
 ) -> Any:
-    """submitit's executor, with three edges taken off. `taken` gets the job's ID at once."""
-    import submitit  # slow, and only needed here
+    """submitit's executor with three changes. `taken` gets the job's ID at once."""
+    import submitit  # slow to import, and only needed here
     from submitit.core.utils import JobPaths
 
     class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
@@ -376,11 +377,11 @@ def _executor(
             return shlex.join(words)
 
         def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-            # Inside another job sbatch would take over its variables as options.
+            # Inside another job sbatch would read that job's variables as options.
             kept = without_job(os.environ)
             foreign = [name for name in os.environ if name not in kept]
             unset = [part for name in [*foreign, "CUDA_VISIBLE_DEVICES"] for part in ("-u", name)]
-            # Ended with its terminal, sbatch might leave a job that nobody knows of.
+            # If sbatch were ended with its terminal, it might leave an unrecorded job.
             command = "trap '' INT HUP TERM; exec sbatch \"$0\""
             deaf = ["sh", "-c", command, str(submission_file_path)]
             return ["env", *unset, *deaf]
@@ -391,8 +392,8 @@ def _executor(
             return job
 
         def submit_tasks(self, sweep_folder: str, count: int) -> None:
-            """An array of `count` tasks, by sbatch's own option: submitit makes an array with an
-            executor of its own class, and a plain job of a single task."""
+            """Submit an array of `count` tasks by sbatch's own option. (submitit would use its own
+            executor class, and make a plain job of a single task.)"""
             logs = JobPaths(folder)
             names = {"output": logs.stdout, "error": logs.stderr}
             for name, path in names.items():
@@ -404,7 +405,7 @@ def _executor(
                 own = JobPaths(folder, f"{job.job_id}_{index}").submitted_pickle
                 try:
                     os.link(pickle, own)
-                except OSError:  # ext4 has at most 65,000 links of a file, some systems none
+                except OSError:  # ext4 allows at most 65,000 links to a file, some systems none
                     shutil.copyfile(pickle, own)
 
     return ArrayExecutor(folder)

@@ -1,13 +1,13 @@
-"""What `slurm/task.sh` runs on the batch node, outside of containers: `events.decide` for a step.
+"""The program that `slurm/task.sh` runs on the batch node: `events.decide` for an srun step.
 
     python3 -I -S batch.py begin FOLDER RUN_ID
         prints the attempt's name and the present size of the run's log
     python3 -I -S batch.py end CODE SECONDS [FOLDER RUN_ID LOG_SIZE]
-        for srun's exit status and duration: has the task requeued, if that is decided, or records
-        why not. Prints `requeued` once the batch script is to exit, else `final`
+        after srun, with its exit code and duration: requeues the task, or records why not. Prints
+        `requeued` when the batch script must exit, else `final`
 
-Run by its path, so that whatever is installed does not matter; see `bip/slurm.py` for what it may
-import. BIP_REQUEUE_PACE multiplies its waits (for tests).
+Run by its path and outside of containers, so installed packages do not matter; `bip/slurm.py`
+explains what it may import. BIP_REQUEUE_PACE multiplies its waits (for tests).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from launch.slurm.events import Decision, Facts, decide
 
 
 class Step:
-    """One step of this task that failed or was stopped, and all that the batch node knows of it."""
+    """A step of this task that failed or was stopped, with the facts known on the batch node."""
 
     def __init__(self, code: int, lasted: float, run: Run | None) -> None:
         self.run = run
@@ -52,7 +52,7 @@ class Step:
         )
 
     def end(self) -> str:
-        """Decide, and carry it out: `requeued` or `final`."""
+        """Decide and carry it out; returns `requeued` or `final`."""
         while True:
             decision = decide(self.facts)
             if decision.counts and self.run is not None:
@@ -63,7 +63,7 @@ class Step:
             elif decision.action == events.AWAIT_NODE:
                 self.sleep(decision.seconds)
                 self.facts = replace(self.facts, node_awaited=True)
-                self.refused_since = None  # ask as long again
+                self.refused_since = None  # retry for the full time again
                 self.ask()
             elif decision.action == events.PROBE:
                 self.facts = replace(self.facts, nodes_answer=self.nodes_answer())
@@ -73,7 +73,7 @@ class Step:
                     print(f"to be requeued: {decision.reason}", file=sys.stderr, flush=True)
                 if self.run is not None:
                     self.run.set_aside()
-                # Nothing may be left to record after this: SLURM ends this process too.
+                # Everything is recorded by now, as SLURM ends this process too.
                 if (refusal := requeue(self.task, self.facts.restarts)) is None:
                     break
                 self.refuse(refusal)
@@ -93,12 +93,12 @@ class Step:
         self.skipped += seconds * (1 - self.pace)
 
     def ask(self) -> None:
-        """SLURM's record of the task."""
+        """Read SLURM's record of the task."""
         refusal = self.facts.refusal if self.facts.task is not None else ""
         try:
             task = show_task(self.task)
             if task is None:
-                refusal = "scontrol: Invalid job id: SLURM does not know the task any more"
+                refusal = "scontrol: Invalid job id: SLURM has no record of the task any more"
         except SlurmError as error:
             task, refusal = None, str(error)
             print(f"no answer ({refusal})", file=sys.stderr, flush=True)
@@ -114,7 +114,7 @@ class Step:
         )  # fmt: skip
 
     def refuse(self, refusal: str) -> None:
-        """scontrol has refused to requeue the task."""
+        """Handle scontrol's refusal to requeue the task."""
         print(f"not requeued ({refusal})", file=sys.stderr, flush=True)
         self.facts = replace(self.facts, refusal=refusal)
         if not events.will_not_change(refusal):
@@ -133,10 +133,10 @@ class Step:
         return False
 
     def await_end(self) -> None:
-        """Wait until the batch script may exit, where SLURM has requeued its task.
+        """Wait until the batch script of a requeued task may exit.
 
-        While SLURM clears the task away exiting is safe, and frees the nodes before KillWait is
-        over. Once the next attempt runs, SLURM would take the exit for the end of that.
+        Exiting while SLURM cleans up the task is safe and frees the nodes early. Exiting after the
+        next attempt has started would end that attempt.
         """
         for _ in range(15):
             with contextlib.suppress(SlurmError):
@@ -153,42 +153,42 @@ class Step:
 
 
 class Run:
-    """One run of a sweep, by its files in FOLDER/jobs; `launch/sweep.py` lists them."""
+    """One run of a sweep, with its files in FOLDER/jobs (listed in `launch/sweep.py`)."""
 
     def __init__(self, folder: str, run_id: str, log_size: int = 0) -> None:
         self.folder, self.run_id, self.log_size = Path(folder), run_id, log_size
-        self.note, self.lost, self.begun, self.log, self.before = (
+        self.note, self.lost, self.started, self.log, self.before = (
             self.folder / "jobs" / f"{run_id}.{kind}"
             for kind in ("failed", "lost", "begun", "log", "failed.before")
         )
 
     def facts(self, task: str) -> dict[str, Any]:
-        """Those of Facts that are on disk."""
+        """The fields of Facts that are on disk."""
         profile = _read_json(Path(os.environ.get("BIP_PROFILE", "")))
         restarts = own_restarts()
         counted = {note.get("attempt") for note in self._notes_before()}
         losses = 1
         while f"{task}.{restarts - losses}" in counted:
             losses += 1
-        begun = _read(self.begun).strip() == f"{task}.{restarts}"
+        started = _read(self.started).strip() == f"{task}.{restarts}"
         error, bus_error = self._printed()
         logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
         return {
             "failed": self.note.exists(),
             "lost": str(_read_json(self.lost).get("reason", "")),
-            "begun": begun,
+            "begun": started,
             "bus_error": bus_error,
             "error": error,
-            "saved": begun and self._has_saved(),
+            "saved": started and self._has_saved(),
             "losses": losses,
             "retries": {**events.DEFAULT_RETRIES, **profile.get("retries", {})},
             "signal_lead": profile.get("signal_lead", 120),
-            "resume": f"python -m launch resume {self.folder} goes on",
+            "resume": f"python -m launch resume {self.folder} continues it",
             "logs": logs,
         }
 
     def set_aside(self) -> None:
-        """Keep what a rank left of an attempt that was not final."""
+        """Keep a rank's record of an attempt that was not final."""
         with contextlib.suppress(OSError, ValueError):
             self._append(json.loads(self.lost.read_text()))
         with contextlib.suppress(OSError):
@@ -201,8 +201,8 @@ class Run:
                 self._append({"reason": reason, "attempt": attempt})
 
     def fail(self, reason: str) -> None:
-        """Record why the run is given up."""
-        if reason == _read_json(self.lost).get("reason"):  # that was final
+        """Record why the run has failed."""
+        if reason == _read_json(self.lost).get("reason"):  # the rank's own reason is final
             with contextlib.suppress(OSError):
                 os.replace(self.lost, self.note)
                 return
@@ -224,16 +224,16 @@ class Run:
         return [note for note in notes if isinstance(note, dict)]
 
     def _has_saved(self) -> bool:
-        """Whether a checkpoint is newer than this attempt's beginning."""
+        """Whether a checkpoint is newer than this attempt's start."""
         with contextlib.suppress(OSError):
-            began = self.begun.stat().st_mtime_ns
+            began = self.started.stat().st_mtime_ns
             manifests = self.folder.glob(f"*/{self.run_id}/checkpoint/manifest.json")
             return any(path.stat().st_mtime_ns > began for path in manifests)
         return False
 
     def _printed(self) -> tuple[str, bool]:
-        """The last line of this attempt's log that is an error, and whether a rank died of SIGBUS,
-        by faulthandler's message."""
+        """The last error line of this attempt's log, and whether faulthandler reported that a rank
+        died by SIGBUS."""
         error, bus_error = b"", False
         with contextlib.suppress(OSError), open(self.log, "rb") as stream:
             stream.seek(self.log_size)
@@ -245,7 +245,7 @@ class Run:
 
 
 def _read(path: Path) -> str:
-    """ "" if it cannot be read."""
+    """The file's text; "" if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -253,7 +253,7 @@ def _read(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} if it is none."""
+    """A JSON object; {} if the file does not hold one."""
     try:
         value = json.loads(_read(path))
     except ValueError:
@@ -261,16 +261,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def main(command: str, *words: str) -> None:
+def main(command: str, *arguments: str) -> None:
     if command == "begin":
-        folder, run_id = words
+        folder, run_id = arguments
         run = Run(folder, run_id)
-        run.set_aside()  # the batch script of that attempt was killed, so it was not final
+        run.set_aside()  # of an attempt whose batch script was killed, so it was not final
         size = run.log.stat().st_size if run.log.exists() else 0
         print(f"{own_task()}.{own_restarts()}", size)
     else:
-        code, lasted, *of = words
-        sweep_run = Run(of[0], of[1], int(of[2])) if of else None
+        code, lasted, *names = arguments
+        sweep_run = Run(names[0], names[1], int(names[2])) if names else None
         print(Step(int(code), float(lasted), sweep_run).end())
 
 

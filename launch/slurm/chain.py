@@ -1,4 +1,4 @@
-"""Which arrays a sweep becomes: one per stage and need, chunked, chained and throttled."""
+"""The arrays of a sweep: one per stage and needed run, chunked, chained and throttled."""
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -11,11 +11,10 @@ from launch.sweep import Run
 
 @dataclass
 class Array:
-    """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs in turn.
+    """One sbatch --array: `tasks[i]` are the RUN_IDs that its task i runs, one after the other.
 
-    Its tasks wait for `corr` (task i for task i of that array), for `after` (tasks in the queue, or
-    runs of arrays of this submission, whose tasks must succeed) and for `throttled_by` (that must
-    end).
+    Its tasks wait for the success of `corr` (task i for task i of that array) and of `after` (tasks
+    in the queue, or the tasks of runs of this submission), and for the end of `throttled_by`.
     """
 
     stage: str
@@ -27,13 +26,13 @@ class Array:
     job: str = ""
 
     def task_of(self, run_id: str) -> str:
-        """The name of the task that runs a run, once submitted."""
+        """The name of the task that executes a run, after submission."""
         (index,) = [index for index, task in enumerate(self.tasks) if run_id in task]
         return f"{self.job}_{index}"
 
     @property
     def dependency(self) -> str:
-        """sbatch's --dependency; every array it names has been submitted."""
+        """sbatch's --dependency; the arrays in it must be submitted already."""
         names = [one if isinstance(one, str) else one[0].task_of(one[1]) for one in self.after]
         parts = [f"aftercorr:{self.corr.job}"] if self.corr else []
         parts += [f"afterok:{':'.join(names)}"] if names else []
@@ -50,12 +49,12 @@ def plan_arrays(
     runs_per_task: int = 1,
     max_array_size: int = 1001,
 ) -> list[Array]:
-    """The arrays that run `run_ids`, in an order in which they can be submitted.
+    """The arrays for `run_ids`, in an order in which they can be submitted.
 
-    `done` runs need nothing; those in `queued` (RUN_ID -> array task) are in the queue already.
-    At most `parallelism` tasks of one stage run at once, beside those in the queue: a throttle
-    stays as it is for the life of an array, and those may end in a minute.
-    Raises UserError for a run whose need is neither done, queued nor among `run_ids`.
+    `queued` (RUN_ID -> array task) are in the queue already. At most `parallelism` of the new tasks
+    of a stage run at once. Queued tasks do not count: an array's throttle cannot change, and they
+    may end soon.
+    Raises UserError for a run that needs one that is neither done, queued nor in `run_ids`.
     """
     wanted = [r for r in runs if r.run_id in run_ids and r.run_id not in {*done, *queued}]
     needs = {r.run_id: [need for need in r.needs if need not in done] for r in wanted}
@@ -63,15 +62,15 @@ def plan_arrays(
     for run_id, needed in needs.items():
         for need in needed:
             followers.setdefault(need, []).append(run_id)
-    # need -> the one run that waits for it and for nothing else
+    # needed run -> the one run that waits for it, and for no other
     partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
 
     def followed(run_id: str) -> int:
-        """How many runs wait for this one, in a chain from partner to partner."""
+        """The length of the chain of runs that wait for this one."""
         return 1 + followed(partner[run_id]) if run_id in partner else 0
 
     def chunks(run_ids: list[str]) -> list[Array]:
-        # The longest chains first: the arrays that follow then have no gaps among their tasks.
+        # The longest chains first, so that later arrays have no gaps in their task numbers.
         ordered = sorted(run_ids, key=followed, reverse=True)
         per_task, size = runs_per_task, max_array_size
         tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
@@ -99,11 +98,11 @@ def plan_arrays(
                 [partner[n] for n in task if partner.get(n) in corresponding]
                 for task in before.tasks
             ]
-            tasks = list(takewhile(bool, follow))  # task i is what waits for task i
+            tasks = list(takewhile(bool, follow))  # task i waits for task i
             if tasks:
                 groups.append(Array(stage, tasks, corr=before))
             other += [run_id for task in follow[len(tasks) :] for run_id in task]
-        # An array for each need: what waits for one task must not fail with the task beside it.
+        # An array per needed run, so that a run fails only with the run that it needs.
         alike: dict[tuple[str, ...], list[str]] = {}
         for run_id in other:
             alike.setdefault(tuple(needs[run_id]), []).append(run_id)
@@ -122,7 +121,7 @@ def unique(arrays: Iterable[Array]) -> list[Array]:
 
 
 def _share(arrays: list[Array], parallelism: int) -> None:
-    """Throttles that add up to `parallelism`; arrays beyond it wait for one before them."""
+    """Set throttles that add up to `parallelism`; further arrays wait for an earlier one to end."""
     together = arrays[:parallelism]
     for number, array in enumerate(together):
         array.parallelism = parallelism // len(together) + (number < parallelism % len(together))

@@ -1,5 +1,5 @@
-"""SLURM's commands for many tasks: queue, partitions, limits, accounting. Those for one task are
-in `bip.slurm`."""
+"""SLURM's commands for queue, partitions, limits and accounting. (`bip.slurm` has those for one
+task.)"""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
     """The tasks of these array jobs that are waiting or running, by name; one squeue call."""
     if not (wanted := set(jobs)):
         return {}
-    # Not those of this user: a colleague may look. Asked for one ID alone, squeue takes an unknown
-    # one, as of a job that ended, for an error.
+    # Not limited to this user, as others may run `status`. With a single ID squeue fails if the job
+    # has ended, so ask for several.
     names = ",".join([*sorted(wanted), min(wanted)])
     answer = ask("squeue", "--noheader", "--array", f"--jobs={names}", "--format=%F_%K|%T|%r|%M")
     found = {}
@@ -86,17 +86,17 @@ def partitions(names: str | None) -> list[dict[str, str]]:
 
 
 def hosts() -> set[str]:
-    """The machines of the cluster's nodes, by the short names of their hosts."""
+    """The short host names of the cluster's nodes."""
     lines = ask("scontrol", "show", "node", "-o")
     return {name.split(".")[0] for name in re.findall(r"\bNodeHostName=(\S+)", lines)}
 
 
 class AccountingError(SlurmError):
-    """There is accounting, but it does not answer."""
+    """The cluster has accounting, but it does not answer."""
 
 
 def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
-    """sacctmgr's records of a kind; none where there is no accounting. Raises AccountingError."""
+    """sacctmgr's records of a kind; none without accounting. Raises AccountingError."""
     try:
         answer = ask("sacctmgr", "-nP", "show", kind, "where", *where, f"format={fields}")
     except SlurmError as error:
@@ -108,15 +108,16 @@ def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
 
 
 def jobs_of_user() -> int:
-    """This user's jobs in the queue, an array's tasks counted one by one."""
+    """Number of this user's jobs in the queue; each task of an array counts."""
     return len(ask("squeue", "--noheader", "--array", "--me", "--format=%i").splitlines())
 
 
 def requeue(name: str, restarts: int) -> str | None:
-    """Requeue a task, of which this process's attempt is number `restarts`. Returns None, or why it
-    is not requeued.
+    """Requeue a task whose present attempt has number `restarts`. Returns None, or why it is not
+    requeued.
 
-    Looks first: a second requeue would hit the next attempt, and a cancelled task stays cancelled.
+    Reads its state first: a second requeue would hit the next attempt, and a cancelled task must
+    stay cancelled.
     """
     try:
         task = show_task(name)

@@ -1,4 +1,4 @@
-"""What a SLURM cluster will do to a sweep: found out before it is submitted."""
+"""Find out what a SLURM cluster will do to a sweep, before it is submitted."""
 
 import os
 import platform
@@ -41,20 +41,20 @@ _SUBMIT_LIMITS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be submitted at once, and under which QOS."""
+    """How many tasks may be submitted at once, and the QOS."""
 
     max_array_size: int
-    max_submit: int | None  # jobs, an array's tasks counted one by one
+    max_submit: int | None  # jobs; each task of an array counts
     in_queue: int = 0  # of this user, now
-    unknown: str = ""  # why accounting could not be asked
-    source: str = ""  # the limit of SLURM's that max_submit is
-    qos: tuple[dict[str, str], ...] = ()  # accounting's records of the QOS that jobs get
+    unknown: str = ""  # why accounting could not be read
+    source: str = ""  # name of the SLURM limit in max_submit
+    qos: tuple[dict[str, str], ...] = ()  # accounting's records of the jobs' QOS
 
 
 def limits(profile: SlurmProfile) -> Limits:
-    """What binds this profile's jobs: of the user in its account, and of its QOS.
+    """The limits of this profile's jobs: those of the user in the account, and of the QOS.
 
-    Raises SlurmError if the controller does not answer, a command is missing, or the partition.
+    Raises SlurmError if the controller does not answer, or a command or the partition is missing.
     """
     for command in ("sbatch", "srun", "squeue", "scontrol", "scancel"):
         if shutil.which(command) is None:
@@ -71,7 +71,7 @@ def limits(profile: SlurmProfile) -> Limits:
         qos = _qos_records(profile, found, partitions)
     except slurm.AccountingError as error:
         return Limits(size, None, unknown=str(error))
-    # A group's limit counts the jobs of others too: only a submission shows how many.
+    # A group's limit counts jobs of other users too; only a submission shows if it is reached.
     bounds = [
         (int(text), _source(name, record))
         for record in [*found, *qos]
@@ -85,7 +85,7 @@ def limits(profile: SlurmProfile) -> Limits:
 
 
 def _source(limit: str, record: dict[str, str]) -> str:
-    """Whose limit it is: of accounting's record of a QOS, or of an association."""
+    """Text that names a limit of an accounting record: a QOS or an association."""
     if "name" not in record:
         return f"{_SUBMIT_LIMITS[limit]} of the user's association"
     group = ", for all its users together" if limit == "grpsubmitjobs" else ""
@@ -93,7 +93,7 @@ def _source(limit: str, record: dict[str, str]) -> str:
 
 
 def _associations(user: str, account: str | None, profile: SlurmProfile) -> list[dict[str, str]]:
-    """Of the user in the account (None: in any); those for other partitions do not count."""
+    """The user's associations in the account (None: any), without those for other partitions."""
     names = ("", *(profile.partition or "").split(","))
     where = [f"user={user}", *([f"account={account}"] if account else [])]
     fields = "partition,defaultqos,maxsubmitjobs,grpsubmitjobs"
@@ -104,7 +104,7 @@ def _associations(user: str, account: str | None, profile: SlurmProfile) -> list
 def _qos_records(
     profile: SlurmProfile, associations: list[dict[str, str]], partitions: list[dict[str, str]]
 ) -> list[dict[str, str]]:
-    """Accounting's records of the QOS that the profile's jobs get, then of the partitions' own."""
+    """Accounting's records of the QOS of the profile's jobs, then of the partitions' QOS."""
     names = [profile.qos or ""]
     if profile.qos is None:  # as slurmctld does
         names = [record["defaultqos"] or "normal" for record in associations]
@@ -115,7 +115,7 @@ def _qos_records(
 
 
 def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Finding]:
-    """What the controller answers about it; nothing is submitted. `found`: the `limits`."""
+    """Findings from the controller about a profile; nothing is submitted. `found`: the `limits`."""
     try:
         found = found or limits(profile)
         settings = slurm.settings()
@@ -147,7 +147,7 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
 
 
 def _accepted(profile: SlurmProfile) -> Finding:
-    """sbatch's own opinion of the resources: account, QOS, features, memory, limits."""
+    """Whether sbatch accepts the resources: account, QOS, features, memory, limits."""
     asked = {
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
         "constraint": profile.constraint, "mem": profile.mem, "nodes": profile.nodes,
@@ -170,7 +170,7 @@ def _accepted(profile: SlurmProfile) -> Finding:
 def _preemption(
     settings: dict[str, str], partition: dict[str, str], found: Limits, where: str
 ) -> Iterator[Finding]:
-    """What happens to a preempted task, and how long it has to save. `where` is for the texts."""
+    """What happens to a preempted task, and its time to save. `where` is part of the texts."""
     mode = partition.get("PreemptMode", settings.get("PreemptMode", "OFF")).upper()
     grace = slurm.number(partition.get("GraceTime", "0"), 0)
     if "qos" in settings.get("PreemptType", ""):
@@ -187,7 +187,7 @@ def _preemption(
         return
     if "SUSPEND" in mode or mode == "GANG":
         yield Finding(
-            "ok", f"preemption{where} ({mode}): runs are halted, stay in memory and go on"
+            "ok", f"preemption{where} ({mode}): runs are halted, stay in memory and continue"
         )
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
@@ -198,8 +198,8 @@ def _preemption(
     if mode == "CANCEL":
         yield Finding(
             "warning",
-            f"PreemptMode=CANCEL{where}: SLURM ends preempted tasks for good; those that it does "
-            "not let requeue themselves are resubmitted by python -m launch resume FOLDER",
+            f"PreemptMode=CANCEL{where}: SLURM cancels preempted tasks; python -m launch resume "
+            "FOLDER submits those again that could not requeue themselves",
         )
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
     then = f"{signal}, then {seconds} s to finish a step and save ({kind})"
@@ -220,11 +220,11 @@ def check_place(folder: Path) -> str | None:
 
 
 def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once: int) -> str:
-    """What the sweep will write, as a line. Raises UserError if the disk has less.
+    """A line on what the sweep will write. Raises UserError if the disk has less space.
 
-    `parameters` is each network's size, `at_once` how many runs of one stage go at once. A finished
-    run keeps two models of weights and scores, a going one two checkpoints with two optimizers'
-    momentum as well.
+    `parameters`: each network's number of parameters. `at_once`: runs of a stage at once. A
+    finished run keeps two models of weights and scores; a running one keeps two checkpoints, which
+    also hold the momentum of two optimizers.
     """
     sizes = [4 * parameters[config.arch] for config in configs]
     going = min(len(configs), at_once * len({config.exp_mode for config in configs}))
@@ -242,8 +242,8 @@ def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once
 
 
 def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
-    """Start the profile's python on compute nodes once and ask what it sees. Takes a turn in the
-    queue."""
+    """Run the profile's python once on compute nodes and report what it finds. Waits in the queue
+    like a task."""
     words = [
         "srun",
         "--time=5",
@@ -280,9 +280,9 @@ def preflight(
 ) -> tuple[Limits, int, list[str]]:
     """Before submission of `runs`: (limits, runs per task, lines for the user).
 
-    `leaving` tasks in the queue are cancelled before.
-    More tasks than the user may submit are made fewer by running several runs in each. Raises
-    UserError for what would make every task fail, and if they are too many nevertheless.
+    `leaving`: tasks in the queue that will be cancelled first. If the user may not submit that many
+    tasks, each gets several runs. Raises UserError for what would make every task fail, and if
+    there are still too many tasks.
     """
     lines = []
     found = limits(profile)

@@ -1,10 +1,10 @@
-"""What becomes of an attempt that did not finish: the only place that decides it.
+"""The only place that decides what happens after an attempt that did not finish.
 
 The batch script (`batch.py`, when srun has ended) and the ranks (`rank.py`, when the run has
-stopped) gather `Facts`, ask `decide` and carry the decision out; some decisions say only what is to
-be found out before they ask again. A rank that lost its peers cannot know why: by a bug of theirs,
-or with their node. It leaves that to the batch script, which may be killed with its own node; then
-the run is simply tried again.
+stopped) gather `Facts`, call `decide` and carry out the decision. Some decisions only request more
+facts; then they call again. A rank that lost its peers cannot know whether they had a bug or their
+node failed, so it leaves the decision to the batch script. If that is killed with its node, the
+run is tried again.
 
 Pure, standard library only, and for Python 3.8 (see `bip/slurm.py`).
 """
@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bip.slurm import Task
 
-# Actions. After the last three the caller asks again.
-REQUEUE = "requeue"  # have SLURM queue the task again (a rank: its cause is recorded first)
-REQUEUED = "requeued"  # SLURM has done so already; a second time would hit the next attempt
-FINAL = "final"  # record `reason` as the run's failure; with "" it is recorded already
-CANCELLED = "cancelled"  # as FINAL: SLURM, or the user, has ended the task for good
-LOST = "lost"  # a rank: leave `reason` to the batch script, which decides; with "" nothing
-PARKED = "parked"  # a rank: stay for at most `seconds`, until SLURM ends this step
+# Actions. After the last three the caller decides again.
+REQUEUE = "requeue"  # requeue the task (a rank records the cause first)
+REQUEUED = "requeued"  # SLURM has requeued it already; again would hit the next attempt
+FINAL = "final"  # record `reason` as the run's failure; if "", it is recorded already
+CANCELLED = "cancelled"  # like FINAL: SLURM or the user has cancelled the task
+LOST = "lost"  # a rank: record `reason` for the batch script, which decides
+PARKED = "parked"  # a rank: wait until SLURM ends this step, for at most `seconds`
 WAIT = "wait"  # ask SLURM (again) after `seconds`
 PROBE = "probe"  # find out whether all nodes answer
 AWAIT_NODE = "await_node"  # give SLURM NODE_SECONDS to notice a failed node, and requeue the task
 
 # How a run ended on a rank
 SAVED = "saved"  # stopped by a signal, after all ranks saved
-PEERS = "peers"  # other ranks, or a process of this one, are gone
-PASSING = "passing"  # a file system is away
+PEERS = "peers"  # other ranks, or a process of this one, have ended
+PASSING = "passing"  # a file system is unreachable
 BUG = "bug"
 INPUT = "input"  # bad input, which fails every time
 
@@ -47,8 +47,8 @@ RUNS = "runs"
 EX_IOERR, EX_TEMPFAIL, BUS = 74, 75, 135  # of bip; 128 + SIGBUS: an I/O error of a mapped file
 STOPPED = (EX_TEMPFAIL, 138, 140, 143)  # 128 + USR1, USR2, TERM: a rank that noticed too late
 CANNOT_START = (2, 13, 126, 127)  # the command is missing, or may not be executed
-LATE_SECONDS = 5.0  # by which SLURM's record of a preemption may come after the signal
-ANSWER_SECONDS = 600.0  # for which scontrol is asked again
+LATE_SECONDS = 5.0  # by which SLURM's record of a preemption may be later than the signal
+ANSWER_SECONDS = 600.0  # for which scontrol is retried
 NODE_SECONDS = 600.0
 PARK_SECONDS = 900.0
 EARLY_SECONDS = 120.0  # SLURM signals up to a minute before `signal_lead`
@@ -56,7 +56,7 @@ EARLY_SECONDS = 120.0  # SLURM signals up to a minute before `signal_lead`
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of one attempt that did not finish. "" and None: none, or not known."""
+    """The known facts of an attempt that did not finish. "" and None: none, or unknown."""
 
     restarts: int = 0  # of the task before this attempt
     rank: int | None = None  # None: the batch script asks
@@ -66,8 +66,8 @@ class Facts:
     error: str = ""  # of this rank; for the batch script the log's last error line
     code: int = 0  # of srun, which is the highest of all ranks
     lasted: float = 0.0  # seconds from srun's start
-    # What SLURM's record is
-    waited: float | None = None  # seconds since SLURM was first asked; None: not yet
+    # SLURM's record
+    waited: float | None = None  # seconds since it was first read; None: not read yet
     task: Task | None = None
     now: float = 0.0  # Unix seconds, to compare with the task's end
     refusal: str = ""  # scontrol's last error
@@ -75,20 +75,20 @@ class Facts:
     nodes: int = 1
     nodes_answer: bool | None = None
     node_awaited: bool = False  # SLURM has had NODE_SECONDS
-    # What is on disk: notes, the log, checkpoints, the ledger
+    # On disk: records, the log, checkpoints, the ledger
     failed: bool = False
     lost: str = ""
-    begun: bool = False  # a rank reached its first line
-    bus_error: bool = False  # a rank's last words, where another's exit code hides its own
+    begun: bool = False  # a rank has started
+    bus_error: bool = False  # the log reports one; srun's code may be another rank's
     saved: bool = False  # this attempt wrote a checkpoint
-    losses: int = 1  # in a row without progress, this one included
+    losses: int = 1  # in a row without progress, including this one
     used: Mapping[str, int] = field(default_factory=dict)  # requeues by cause
     # The profile and the user
     retries: Mapping[str, int] | None = None  # None: a template's task, whose ranks count nothing
     signal_lead: float = 120.0
     requeue_by: str = "scontrol"
     max_restarts: int | None = None  # the user's BIP_MAX_RESTARTS
-    resume: str = "the same sbatch line goes on"
+    resume: str = "the same sbatch line continues it"
     logs: str = ""
 
 
@@ -99,7 +99,7 @@ class Decision:
     cause: str = ""  # for the ledger
     seconds: float = 0.0
     code: int = 0  # exit status of a rank
-    counts: bool = False  # for the batch script: record the attempt as lost
+    counts: bool = False  # the batch script records the attempt as lost
 
 
 def decide(facts: Facts) -> Decision:
@@ -107,57 +107,57 @@ def decide(facts: Facts) -> Decision:
 
 
 def standing_of(task: Task, restarts: int) -> str:
-    """What SLURM has made of the attempt with that many restarts: RUNS, REQUEUED or CANCELLED."""
+    """The state of the attempt with that many restarts: RUNS, REQUEUED or CANCELLED."""
     if task.restarts != restarts or task.state.startswith(("PENDING", "REQUEUE")):
         return REQUEUED
-    # Until its processes are gone, a cancelled task is shown as COMPLETING, like one that SLURM
-    # has requeued (`restarts` shows it, also after a node failure) and one that reached its limit.
+    # Until its processes have ended, a cancelled task is COMPLETING, and so are a requeued one
+    # (with more restarts, also after a node failure) and one that reached its time limit.
     if task.state in ("CANCELLED", "PREEMPTED", "COMPLETING") and task.reason != "TimeLimit":
         return CANCELLED if task.end is not None else REQUEUED
     return RUNS
 
 
 def will_not_change(refusal: str) -> bool:
-    """Whether it is an error of scontrol's that stays, however often it is asked."""
+    """Whether retrying cannot help after this error of scontrol."""
     return bool(re.search("disabled|denied|invalid|not found", refusal.lower()))
 
 
 def losses_in_a_row(records: Iterable[Mapping[str, Any]], step: int) -> int:
     """Attempts in a row that were lost without progress, by the ledger and the step saved now.
 
-    A hard preemption or a failed node ends an attempt without a record. Periodic saves carry such
-    a run on, so only those count between which nothing was saved.
+    A hard preemption or a failed node ends an attempt without a record. A periodic save is
+    progress, so attempts that saved do not count.
     """
-    losses, begun, is_open = 0, sys.maxsize, False
+    losses, reached, is_open = 0, sys.maxsize, False
     for record in [*records, {"event": "start", "step": step}]:
         event, step = record["event"], record.get("step", 0)
-        if event in ("start", "requeue") and step > begun:
-            losses, is_open = 0, False  # the attempt that ends here has saved more
+        if event in ("start", "requeue") and step > reached:
+            losses, is_open = 0, False  # the attempt that ends here has made progress
         if event == "start":
             losses, is_open = losses + is_open, True
-            begun = step if begun == sys.maxsize else max(begun, step)
+            reached = step if reached == sys.maxsize else max(reached, step)
         elif event == "requeue":
-            lost = record["cause"] == CAUSE_LOST and step <= begun
-            losses, begun, is_open = losses + lost, max(begun, step), False
-        elif event == "end":  # an error that no requeue follows was not final: a loss
+            lost = record["cause"] == CAUSE_LOST and step <= reached
+            losses, reached, is_open = losses + lost, max(reached, step), False
+        elif event == "end":  # after an error the batch script has retried the run: a loss
             is_open = record["cause"] != "finished" and not record["cause"].startswith("SIG")
     return losses
 
 
 def why_not_start(losses: int, retries: Mapping[str, int]) -> str:
-    """Why no further attempt is made after so many losses in a row; "" if one is."""
+    """Why the run must not start after this many losses in a row; "" if it may."""
     if losses <= retries[CAUSE_LOST]:
         return ""
     return (
-        f"{losses} attempts ended without a recorded cause and without progress (nodes failed, the "
-        "memory did not suffice, or the time to save was too short: a lower --checkpoint-minutes "
+        f"{losses} attempts ended without a recorded cause and without progress (nodes failed, "
+        "memory ran out, or the time to save was too short; a lower --checkpoint-minutes "
         f"saves more often); the profile's retries.lost is {retries[CAUSE_LOST]}"
     )
 
 
 def _cause(f: Facts) -> str:
-    """What SLURM did to the attempt; CAUSE_LOST: nothing."""
-    if f.task is None:  # the user signal comes before a limit, and instead of TERM only if asked
+    """What SLURM did to the attempt; CAUSE_LOST if nothing."""
+    if f.task is None:  # by default SLURM sends the user signal before a time limit only
         return CAUSE_PREEMPTED if f.signal == "SIGTERM" else CAUSE_TIMED_OUT
     if f.task.preempted:
         return CAUSE_PREEMPTED
@@ -175,7 +175,7 @@ def _cancelled(f: Facts) -> Decision:
 
 
 def _too_many_losses(f: Facts, why: str) -> str:
-    """Why the run is given up, if it is."""
+    """Why the run fails after this loss; "" if it may be retried."""
     allowed = (f.retries or DEFAULT_RETRIES)[CAUSE_LOST]
     if f.losses <= allowed:
         return ""
@@ -192,16 +192,16 @@ def _of_rank(f: Facts) -> Decision:
         return Decision(FINAL, f.error, code=1)
     if f.end == PEERS and not (f.signal and is_first):
         return Decision(LOST, f.error, code=1)
-    # From here on: it saved; its file system is away; or it failed when SLURM may have been ending
-    # it. A compiler it had started, say, died of the signal, and it of that.
+    # Here the run saved, or its file system is unreachable, or it failed while SLURM may have been
+    # ending it: the signal may have killed a child process, which failed the run.
     if not is_first:
         if f.error:
             return Decision(LOST, f.error, code=EX_TEMPFAIL)
-        # If it exited now, SLURM might take the task as failed, and end rank 0 before that has
-        # requeued it. Where the batch script requeues, it waits for this rank to exit.
+        # If it exited now, SLURM might count the task as failed and end rank 0 before rank 0 has
+        # requeued it. A batch script that requeues waits for this rank to exit.
         seconds = 0.0 if f.requeue_by == "batch" else PARK_SECONDS
         return Decision(PARKED, seconds=seconds, code=EX_TEMPFAIL)
-    if f.failed:  # by `launch cancel`, before it asks SLURM
+    if f.failed:  # `launch cancel` marks the run before it cancels the task
         return _cancelled(f)
     if f.waited is None:
         return Decision(WAIT)
@@ -212,14 +212,14 @@ def _of_rank(f: Facts) -> Decision:
         return Decision(LOST, f.error, code=1)
     if f.error and f.task is None:
         return Decision(LOST, f.error, code=EX_TEMPFAIL)
-    if f.error and cause == CAUSE_TIMED_OUT:  # short limits are always near
+    if f.error and cause == CAUSE_TIMED_OUT:  # near a short limit an error proves no time-out
         cause = CAUSE_LOST
     if f.task is not None and standing_of(f.task, f.restarts) == CANCELLED:
         return _cancelled(f)
     if cause == CAUSE_LOST:
         unknown = (
-            f"{f.signal} came, and SLURM had neither preempted the task nor was it at its limit: "
-            "another rank died before it, or somebody ended the step"
+            f"{f.signal} came, but SLURM did not preempt the task, nor was it at its limit: "
+            "another rank died before it, or a user ended the step"
         )
         if reason := _too_many_losses(f, f.error or unknown):
             return Decision(FINAL, reason, code=1)
@@ -233,7 +233,7 @@ def _of_rank(f: Facts) -> Decision:
 
 
 def _of_batch(f: Facts) -> Decision:
-    if f.failed:  # by a rank or `launch cancel`: final also beside a rank that was just stopped
+    if f.failed:  # by a rank or `launch cancel`; final even if other ranks were only stopped
         return Decision(FINAL)
     if f.waited is None:
         return Decision(WAIT)
@@ -252,19 +252,19 @@ def _of_batch(f: Facts) -> Decision:
     if is_open and standing and cause == CAUSE_LOST and f.waited < LATE_SECONDS:
         return Decision(WAIT, seconds=1)
     if stopped:
-        # Where one rank could not start, or failed, srun ends the others by TERM: that counts,
-        # unless it was SLURM's doing.
+        # If a rank fails or cannot start, srun ends the others by TERM. That counts as a loss,
+        # unless SLURM ended the task.
         return _requeue(f, trouble, counts=cause == CAUSE_LOST)
     if f.retries is None and f.code in (EX_IOERR, BUS):
         return _requeue(f)
     if f.retries is not None and f.begun and cause != CAUSE_LOST and not trouble:
-        # One that noticed another's failure ends by itself, with or without a note.
+        # A rank that detects another's failure exits, with or without a record.
         trouble = "the ranks failed while SLURM was ending them"
         return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
     if f.nodes > 1:
         if f.nodes_answer is None:
             return Decision(PROBE)
-        if not f.nodes_answer:  # the ranks notice a failed node minutes before SLURM does
+        if not f.nodes_answer:  # ranks detect a failed node minutes before SLURM does
             if not f.node_awaited:
                 return Decision(AWAIT_NODE, seconds=NODE_SECONDS)
             return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
@@ -275,7 +275,7 @@ def _of_batch(f: Facts) -> Decision:
 
 
 def _trouble(f: Facts) -> str:
-    """Why another attempt may succeed where this one did not save; "" if it will not."""
+    """Why another attempt may succeed after this failure; "" if it will not."""
     if f.retries is None:
         return ""
     if f.code in STOPPED:
@@ -288,20 +288,20 @@ def _trouble(f: Facts) -> str:
     if f.lost:
         if re.search("error: ranks: .* in time", f.lost):
             return "the ranks did not meet"
-    elif not f.begun:  # srun could not start it: the controller or a node was away
+    elif not f.begun:  # srun could not start it: the controller or a node was unreachable
         return "no rank started"
     if f.code == BUS or f.bus_error:
-        return "a rank died of SIGBUS: the file system of its data fails or was away"
+        return "a rank died of SIGBUS: the file system of its data fails or was unreachable"
     return ""
 
 
 def _requeue(f: Facts, trouble: str = "", counts: bool = False) -> Decision:
-    """Of the batch script. `counts`: as a loss, if there was trouble and nothing was saved."""
+    """The batch script retries, within limits. `counts`: as a loss, if nothing was saved."""
     ended = f"exit code {f.code} of srun"
     if f.task is not None:
         tried = f"already restarted {f.restarts} times"
         most = 100
-        if f.retries is not None:  # the ranks count by cause; this bounds what they miss
+        if f.retries is not None:  # ranks count by cause; this also limits what they cannot count
             most = 1000 + f.retries[CAUSE_PREEMPTED] + f.retries[CAUSE_TIMED_OUT]
         most = most if f.max_restarts is None else f.max_restarts
         if f.restarts >= most:
@@ -309,8 +309,8 @@ def _requeue(f: Facts, trouble: str = "", counts: bool = False) -> Decision:
             return Decision(FINAL, reason)
         is_io = f.retries is None and f.code in (EX_IOERR, BUS)
         if is_io and f.restarts >= 5 and f.lasted < 600:
-            away = f"a file system fails, or is away ({ended}), within ten minutes"
-            return Decision(FINAL, f"{away}, and {tried}; {f.resume}")
+            failed = f"a file system fails, or is unreachable ({ended}), within ten minutes"
+            return Decision(FINAL, f"{failed}, and {tried}; {f.resume}")
         counts = counts and bool(trouble) and not f.saved
         if counts and (reason := _too_many_losses(f, f"{trouble} ({ended})")):
             return Decision(FINAL, reason, counts=True)

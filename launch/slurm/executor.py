@@ -1,4 +1,4 @@
-"""SLURM as an executor: a sweep's runs are tasks of arrays."""
+"""The executor for SLURM: a sweep's runs are tasks of arrays."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
 
 
 class SlurmExecutor:
-    """Does runs of one sweep as array tasks. Only `prepare` and `submit` need a profile."""
+    """Executes runs of one sweep as array tasks. Only `prepare` and `submit` need a profile."""
 
     poll_seconds = 5.0
 
@@ -50,7 +50,7 @@ class SlurmExecutor:
                 f"result_dir, exp_name: {folder} has a %, which SLURM expands in the names of "
                 "logs; give a folder without it"
             )
-        with ThreadPoolExecutor(1) as pool:  # SLURM answers while torch is imported
+        with ThreadPoolExecutor(1) as pool:  # ask SLURM while torch is imported
             asked = pool.submit(lambda: preflight(self.profile, runs, self._doomed()))
             sizes = check_inputs(configs)
             limits, self.runs_per_task, lines = asked.result()
@@ -69,21 +69,21 @@ class SlurmExecutor:
     def submit(self, run_ids: list[str], keep_code: bool) -> None:
         size, per_task = self.max_array_size, self.runs_per_task
         if not submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code):
-            print("nothing was submitted: all is done, in the queue or left out")
+            print("nothing was submitted: all runs are done, in the queue or left out")
 
     def queue(self) -> dict[str, Place]:
         sweep, tasks = self.sweep, submitted_tasks(self.sweep)
         try:
-            queue = in_queue(sweep)  # before results are looked for: a task may end in between
+            queue = in_queue(sweep)  # before results are read: a task may end in between
         except slurm.SlurmError as error:
-            print(f"warning: {error}; states as of the files alone", file=sys.stderr)
+            print(f"warning: {error}; states are from the files only", file=sys.stderr)
             return {run_id: Place(None, task) for run_id, task in tasks.items()}
         places = {
             run_id: Place(_state(queue[run_id]), task, queue[run_id].seconds)
             for run_id, task in tasks.items()
             if run_id in queue
         }
-        # Local workers may have what is not in SLURM's queue.
+        # A run that is not in SLURM's queue may be with local workers.
         local = sweep.live_workers() > 0
         for run_id in tasks.keys() - queue.keys():
             lost = None if local else self._lost(tasks[run_id])
@@ -105,9 +105,9 @@ class SlurmExecutor:
         return True  # tasks that have left the queue are failed
 
     def cancel(self, save_seconds: float) -> str:
-        """End all of the sweep's tasks that are in the queue; SLURM gives them KillWait.
+        """Cancel all of the sweep's tasks in the queue; SLURM gives them KillWait to save.
 
-        Their runs are marked before: one that is asked to stop would else save and requeue itself.
+        Their runs are marked first: otherwise a run that gets the signal would requeue its task.
         """
         sweep, queued = self.sweep, in_queue(self.sweep)
         runs = [r for r in sweep.runs() if r.run_id in queued and not sweep.is_done(r)]

@@ -1,8 +1,8 @@
-"""What one rank of an array task runs: a run, and what follows when it stops or fails.
+"""The program of one rank of an array task: execute a run, and handle its stop or failure.
 
-It gathers facts, asks `launch.slurm.events` and carries the decision out.
+On either it gathers facts, calls `launch.slurm.events` and carries out the decision.
 
-Imports little: a signal must be noticed before the slow imports of a run.
+Imports little at its top: the signal handlers must be installed before a run's slow imports.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from launch.sweep import Sweep
 
 POINT = "BIP_POINT"  # the RUN_ID that this step runs
-ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS, of the batch script's
+ATTEMPT = "BIP_ATTEMPT"  # TASK.RESTARTS of this attempt
 PROFILE = "BIP_PROFILE"  # the file of its array's profile
 SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 
@@ -36,17 +36,18 @@ SUBMITTED = "BIP_SUBMITTED"  # when its array was submitted, ISO 8601
 def run_point(
     folder: str, train: "Callable[[RunConfig, StopRequest], object] | None" = None
 ) -> NoReturn:
-    """Run the run that the environment names, of the sweep in `folder`, and end the process.
+    """Execute the run that the environment names, of the sweep in `folder`, and end the process.
 
-    With 0 when it is done, with 75 when the batch script or SLURM is to requeue the task, with 1
-    after a failure that is written to the sweep's jobs folder: as final, or, where this rank only
-    lost the others, for the batch script to decide. `train` is bip.run.train, or a test's.
+    The exit code is 0 when the run is done, 75 when the batch script or SLURM must requeue the
+    task, and 1 after a failure. The failure is recorded in the sweep's jobs folder: as final, or,
+    if this rank only lost the others, for the batch script to decide. `train` is bip.run.train, or
+    a test's.
     """
     stop = StopRequest().install()
-    faulthandler.enable()  # the batch script looks for its message of a bus error
-    with contextlib.suppress(OSError):  # before anything can fail: the batch script looks for it
-        begun = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
-        begun.write_text(os.environ.get(ATTEMPT, "") + "\n")
+    faulthandler.enable()  # the batch script searches the log for its message on a bus error
+    with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
+        mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
+        mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
     from bip.config import build_config, read_yaml
     from bip.errors import Stopped
     from launch.sweep import Sweep
@@ -64,15 +65,15 @@ def run_point(
 
             train = train_run
         train(config, stop)
-        # Nothing that follows, such as submitit's report of the end, may make a failure of it.
+        # Exit here, so that later code (such as submitit's) cannot turn success into a failure.
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(0)
     except Stopped as stopped:
         if not attempt.is_first:
-            # Where rank 0 exits, SLURM ends the others by SIGTERM: one that did not notice would
-            # be killed minutes later, and a kill is not taken for a good save.
+            # When rank 0 exits, SLURM ends the others by SIGTERM. A rank that ignored it would be
+            # killed minutes later, and its exit code would not count as a good save.
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
         print(stopped, flush=True)
@@ -82,7 +83,7 @@ def run_point(
 
 
 def classify(error: Exception) -> tuple[str, str]:
-    """How an error ended the run (for `events`), and its message. Prints the traceback of a bug."""
+    """(how an error ended the run, for `events`; its message). Prints the traceback of a bug."""
     from bip.errors import LostWorker, RankError, UserError
     from bip.files import may_pass
 
@@ -94,8 +95,8 @@ def classify(error: Exception) -> tuple[str, str]:
 
     traceback.print_exception(error)
     message = f"{type(error).__name__}: {error}"
-    # A failed collective: the cause is with another rank, or with its node. By name: where
-    # importing torch is what failed, it cannot be imported here.
+    # A failed collective: the cause is another rank or its node. Compared by name, because
+    # importing torch may be what failed.
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if "DistError" in kinds or "gloo" in str(error).lower():
         return events.PEERS, message
@@ -132,7 +133,7 @@ class Attempt:
             error: its message; "" after an agreed save.
             signal: the name of the signal that this rank received, or "".
         """
-        # Whatever fails from here on, the batch script decides; if there is a note, by that.
+        # If anything fails from here on, the batch script decides, by this rank's record if any.
         failed = Decision(events.LOST, error, code=1 if end == events.PEERS else os.EX_TEMPFAIL)
         try:
             decision = self._decide(end, error, signal)
@@ -148,11 +149,11 @@ class Attempt:
             is_open = decision.action == events.LOST
             path = self.sweep.loss_path if is_open else self.sweep.failure_path
             with contextlib.suppress(OSError):
-                if not path(self.run_id).exists():  # the first rank to write it counts
+                if not path(self.run_id).exists():  # the first rank's record counts
                     self.sweep.note(path(self.run_id), decision.reason)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
-        os._exit(decision.code)  # the process group may wait for a dead rank for ever
+        os._exit(decision.code)  # a normal exit may wait for a dead rank forever
 
     def _decide(self, end: str, error: str, signal: str) -> Decision:
         facts = Facts(
@@ -165,7 +166,7 @@ class Attempt:
             retries=self.profile["retries"],
             signal_lead=self.profile["signal_lead"],
             requeue_by=self.profile["requeue_by"],
-            resume=f"python -m launch resume {self.sweep.folder} goes on",
+            resume=f"python -m launch resume {self.sweep.folder} continues it",
             logs=f"see {self.run_id}.log",
         )
         began = time.monotonic()
@@ -180,7 +181,7 @@ class Attempt:
         return decision
 
     def _counts(self) -> dict[str, Any]:
-        """Those of Facts that the ledger has, this attempt taken as lost."""
+        """The fields of Facts that are in the ledger, with this attempt counted as lost."""
         records, step = [*self._records()], self._saved_step()
         lost = {"event": "requeue", "cause": events.CAUSE_LOST, "step": step}
         used = Counter(r["cause"] for r in records if r["event"] == "requeue")
@@ -194,17 +195,17 @@ class Attempt:
         return max((entry["step"] for entry in saved), default=0)
 
     def _requeue(self, cause: str) -> None:
-        """Record the cause, and have SLURM requeue the task, or leave it to the batch script."""
+        """Record the cause, then requeue the task or leave that to the batch script."""
         from launch.slurm import client
 
         by_batch = self.profile["requeue_by"] == "batch"
         self._record("requeue", cause, "batch" if by_batch else "scontrol")
         if by_batch:
             return
-        # SLURM ends this step within the call, so nothing may be left to do after it.
+        # SLURM ends this step during the call, so everything else must be done before.
         refusal = client.requeue(own_task() or "", own_restarts())
         if refusal is None:
-            # The task is in the queue again and this step is being ended: no need to stay longer.
+            # The task is queued again and SLURM is ending this step.
             sys.stdout.flush()
             time.sleep(3)
             return
@@ -212,10 +213,10 @@ class Attempt:
         self._record("requeue_refused", cause, "scontrol")
 
     def _park(self, seconds: float) -> None:
-        """Stay until rank 0 has had the task requeued, which ends this step."""
+        """Wait until rank 0 has requeued the task, which ends this step."""
         sys.stdout.flush()
         deadline = time.monotonic() + seconds
-        # Where another rank failed, nobody has anything requeued.
+        # If another rank failed, rank 0 does not requeue.
         while time.monotonic() < deadline and not self.sweep.loss_path(self.run_id).exists():
             time.sleep(1)
 

@@ -1,4 +1,4 @@
-"""The code as it is at submission, kept for tasks that start hours later."""
+"""A copy of the code at submission, for tasks that start hours later."""
 
 import hashlib
 import os
@@ -14,9 +14,9 @@ _SHIPPED = ("slurm/task.sh", "slurm/profiles/local.yml")
 
 
 def snapshot(folder: Path, root: Path = ROOT) -> Path:
-    """Copy the code under `root` to FOLDER/HASH, unless it is there, and return that folder.
+    """Copy the code under `root` to FOLDER/HASH, unless that exists, and return that folder.
 
-    HASH is of the files' names and contents, so equal code is kept once.
+    HASH is of the files' names and contents, so the same code is stored once.
     """
     files = {str(path.relative_to(root)): path for part in _CODE for path in root.glob(part)}
     files |= {name: shipped(name, root) for name in _SHIPPED}

@@ -148,7 +148,7 @@ def test_a_full_disk_keeps_what_was_built(
     assert f"{out}/train.lmdb: cannot be written (" in full.stderr
     assert left_in(out) == (PARTIAL if records > 1000 else set())
     build_lmdb(src, out)
-    assert ("going on after" in capsys.readouterr().err) == (records > 1000)
+    assert ("resuming after" in capsys.readouterr().err) == (records > 1000)
     assert left_in(out) == {"train.lmdb"}
     build_lmdb(src, tmp_path / "whole")
     ours, theirs = (LmdbStore(folder / "train.lmdb") for folder in (out, tmp_path / "whole"))
@@ -175,7 +175,7 @@ def test_a_failing_disk_is_no_bad_image(
     with pytest.raises(UserError) as error:
         build_lmdb(small_cifar_zip, out, skip_bad=skip_bad)
     assert str(error.value) == (
-        "cifar/train/cat/0003.jpg: cannot be read (Input/output error); the same command goes on "
+        "cifar/train/cat/0003.jpg: cannot be read (Input/output error); the same command resumes "
         "from here"
     )
     assert not (out / "train.lmdb").exists()

@@ -167,7 +167,7 @@ def test_seconds_to_save_are_those_of_the_partition(cluster: FakeCluster) -> Non
     cluster.partition(PreemptMode="OFF")
     assert preemption(cluster) == [("ok", "preemption in this partition: none")]
     cluster.partition(PreemptMode="GANG,SUSPEND", GraceTime="0")
-    text = "preemption (GANG,SUSPEND): runs are halted, stay in memory and go on"
+    text = "preemption (GANG,SUSPEND): runs are halted, stay in memory and continue"
     assert preemption(cluster) == [("ok", text)]
 
 

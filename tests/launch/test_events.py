@@ -166,7 +166,7 @@ BATCH: list[tuple[str, Facts, str, str]] = [
     ("a template: a file system fails at once",
      alone(74, replace(RUNNING, restarts=4), restarts=4), REQUEUE, ""),
     ("a template: five times", alone(135, replace(RUNNING, restarts=5), restarts=5), FINAL,
-     "a file system fails, or is away (exit code 135 of srun), within ten minutes"),
+     "a file system fails, or is unreachable (exit code 135 of srun), within ten minutes"),
     ("a template: five times in weeks",
      alone(135, replace(RUNNING, restarts=50), restarts=50, lasted=660.0), REQUEUE, ""),
     ("a template: a bug", alone(1), FINAL, "exit code 1 of srun"),

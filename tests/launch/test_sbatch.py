@@ -308,7 +308,7 @@ def test_cancel_marks_its_points_before_slurm_tells_them(sweep: Sweep, bin: Path
     assert (bin / "notes-at-scancel").read_text().split("/")[-1] == f"{pruned[0]}.failed\n"
     (row,) = status(sweep.folder, [pruned[0]])
     assert row.state == "cancelled"
-    assert row.reason == f"cancelled; python -m launch resume {sweep.folder} goes on"
+    assert row.reason == f"cancelled; python -m launch resume {sweep.folder} continues it"
 
 
 def test_a_refused_cancel_marks_nothing(sweep: Sweep, bin: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_file_system_that_is_away_is_no_sign_of_a_free_lock(
     def away(*_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(module, "AWAY", 1.0)
+    monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
     first, second = RunLock(tmp_path), RunLock(tmp_path)
     assert first.acquire()
     if place == "os.link":

@@ -1,7 +1,7 @@
-"""The data loaders, one file each, named like the file; adding a loader is adding a file here.
+"""The data loaders, one per file; to add a loader, add a file here.
 
-Every file defines one subclass of `bip.data.reader.Loader`. The names are those of the files, so
-that `bip.config` can list them without importing torch or DALI.
+Every file defines a subclass of `bip.data.reader.Loader`. The loader's name is the file's, so that
+`bip.config` can list them without importing torch or DALI.
 """
 
 import importlib
@@ -21,7 +21,7 @@ def names() -> tuple[str, ...]:
 
 
 def loader_class(name: str) -> "type[Loader]":
-    """The loader of that name, which is not "auto"."""
+    """The loader of that name (not "auto")."""
     from bip.data.reader import Loader
 
     module = importlib.import_module(f"{__name__}.{name}")
@@ -31,8 +31,8 @@ def loader_class(name: str) -> "type[Loader]":
 
 
 def choose(spec: "DatasetSpec", split: "Split", device: "torch.device") -> str:
-    """What "auto" takes: memory for small sets; for others DALI where a GPU can decode and it is
-    installed, else worker processes over what is there.
+    """The choice of "auto": "memory" for small sets; for others "dali" if it is installed and
+    there is a GPU, else worker processes for the layout on disk.
     """
     from bip.data.loaders.dali import is_installed
     from bip.data.stores.base import ArraySplit

@@ -1,8 +1,8 @@
-"""The `dali` loader: an NVIDIA DALI pipeline that decodes just the crop of each image.
+"""The `dali` loader: an NVIDIA DALI pipeline that decodes only the crop of each image.
 
-DALI gets encoded bytes and the project's own crop boxes, so its batches are a function of the
-requests like those of every other source. With a GPU the decoding is DALI's "mixed" (nvJPEG) and
-DALI resizes and flips too. Without one `decode.resize` does that: it takes a third of the time.
+DALI gets encoded bytes and this project's crop boxes, so its batches are a function of the
+requests, as with every loader. On a GPU decoding is DALI's "mixed" (nvJPEG), and DALI resizes and
+flips too. On a CPU `decode.resize` does that, in a third of DALI's time.
 """
 
 import importlib.util
@@ -32,15 +32,15 @@ _ROWS = 8  # images that a reading thread takes at once
 
 
 def is_installed() -> bool:
-    """Whether the package nvidia.dali is there; it is not imported."""
+    """Whether the package nvidia.dali is installed; it is not imported."""
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
 class DaliLoader(Loader):
     """A split decoded by DALI; every `fetch` has a pipeline of its own.
 
-    On the CPU images equal the other loaders' bit for bit, except training crops so large that
-    those decode them at a JPEG scale. On a GPU decoding and resizing are other arithmetic.
+    On the CPU images equal the other loaders' bit for bit, except large training crops, which the
+    others decode at a smaller JPEG scale. On a GPU decoded pixels differ slightly.
 
     Raises:
         UserError: DALI is not installed.
@@ -59,10 +59,10 @@ class DaliLoader(Loader):
         return len(self.reader.store)
 
     def fetch(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """As `Loader.fetch`; no batch may be larger than the first.
+        """See `Loader.fetch`. No batch may be larger than the first.
 
-        A batch that DALI fails on is read again, the images that it refuses decoded as the other
-        loaders do. It depends on the request alone, so a resumed run draws the same.
+        If DALI fails on a batch, it is read again, and the images that DALI refuses are decoded as
+        the other loaders do. That depends only on the request, so a resumed run draws the same.
         """
         skips = Skips()
         batch_size = 0
@@ -90,10 +90,10 @@ class DaliLoader(Loader):
                         return
                     except MemoryError as error:
                         raise self._no_memory() from error
-                    except Exception as error:  # DALI raises whatever its C++ errors map to
+                    except Exception as error:  # DALI's C++ errors map to many types
                         if error is inputs.error:
                             raise
-                        failure = error.with_traceback(None)  # which holds the pipeline
+                        failure = error.with_traceback(None)  # the traceback holds the pipeline
                         break
                     batch = inputs.in_flight.popleft()
                     skips.report(batch.skipped)
@@ -102,7 +102,7 @@ class DaliLoader(Loader):
                         self._from_gpu if self.on_gpu else partial(self._view, pool, batch.samples)
                     )
                     yield finish(images), labels.to(self.device, non_blocking=True)
-                del pipeline, images  # there may be no memory for two
+                del pipeline, images  # there may not be memory for two
                 again.extendleft(reversed(self._again(inputs, failure)))
 
     def _no_memory(self) -> UserError:
@@ -114,10 +114,10 @@ class DaliLoader(Loader):
     def _again(self, inputs: "_Inputs", error: Exception) -> "list[_Task]":
         """The batches in flight, to be read again without the images that DALI refuses.
 
-        Its exceptions come in order, so the first batch in flight is at fault.
+        DALI raises in order, so the first batch in flight is the cause.
 
         Raises:
-            UserError: it refuses no further image, or all of several: then DALI itself is at fault.
+            UserError: DALI refuses no further image, or all of several: DALI itself is the cause.
         """
         tasks = [batch.task for batch in inputs.in_flight]
         refused: set[int] = set()
@@ -135,7 +135,7 @@ class DaliLoader(Loader):
         return tasks if inputs.queued is None else [*tasks, inputs.queued]
 
     def _refused(self, batch: "_Batch") -> Iterator[int]:
-        """The indices of the batch's images that DALI refuses, each put to it alone."""
+        """The indices of the batch's images that DALI refuses, found by decoding each alone."""
         rows = deque(range(len(batch.indices)))
         while rows:
             singles = iter([batch.samples.part(slice(row, row + 1), self.on_gpu) for row in rows])
@@ -147,11 +147,11 @@ class DaliLoader(Loader):
             except MemoryError as error:
                 raise self._no_memory() from error
             except Exception:
-                del pipeline  # before its successor
+                del pipeline  # free its memory before the next pipeline
                 yield batch.indices[rows.popleft()]
 
     def _start(self, batch_size: int, inputs: Iterator[tuple[Any, ...]]) -> Any:
-        """A pipeline. Raises UserError if DALI, or the driver that it needs, does not work."""
+        """A pipeline. Raises UserError if DALI or the GPU driver does not work."""
         try:
             return self._build(batch_size, inputs)
         except Exception as error:
@@ -184,7 +184,7 @@ class DaliLoader(Loader):
                 shape=shape,
                 axes=[0, 1],
                 output_type=types.GRAY if spec.channels == 1 else types.RGB,
-                adjust_orientation=False,  # nor does any other loader
+                adjust_orientation=False,  # as in the other loaders
             )
             if self.on_gpu:
                 size, window, flip = rest
@@ -205,7 +205,7 @@ class DaliLoader(Loader):
         return pipeline
 
     def _view(self, pool: ThreadPoolExecutor, samples: "_Samples", images: Any) -> Tensor:
-        """Resize, cut and flip the decoded crops of different sizes."""
+        """Resize, crop and flip the decoded crops of different sizes."""
         dim, channels = self.reader.side, self.reader.spec.channels
         out = torch.empty((len(images), channels, dim, dim), dtype=torch.uint8)
 
@@ -216,7 +216,7 @@ class DaliLoader(Loader):
             planes = decode.resize(planes, height, width)[:, top : top + dim, left : left + dim]
             out[row] = planes.flip(-1) if samples.flip[row] else planes
 
-        list(pool.map(view, range(len(images))))  # asks for all results, and so for errors
+        list(pool.map(view, range(len(images))))  # reads all results, which raises their errors
         return out
 
     def _from_gpu(self, images: Any) -> Tensor:
@@ -229,7 +229,7 @@ class DaliLoader(Loader):
 
 
 def _what(error: Exception) -> str:
-    """An exception of DALI's, which may have many lines, in one."""
+    """A DALI exception, which may have many lines, as one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if "rror" in line), next(iter(lines), repr(error)))
 
@@ -239,22 +239,22 @@ def _index(device: torch.device) -> int:
 
 
 class _Samples(NamedTuple):
-    """A batch as the pipeline takes it. Sides and places are (vertical, horizontal), pixels."""
+    """A batch as the pipeline's input. Sizes and positions are (vertical, horizontal), pixels."""
 
     encoded: list[NDArray[np.uint8]]
     start: NDArray[np.int32]  # (n, 2) crop box in the image
     shape: NDArray[np.int32]  # (n, 2)
-    size: NDArray[np.float32]  # (n, 2) to resize that to
-    window: NDArray[np.int32]  # (n, 2) place of the view in that
+    size: NDArray[np.float32]  # (n, 2) to resize the crop to
+    window: NDArray[np.int32]  # (n, 2) place of the view in the resized crop
     flip: NDArray[np.int32]  # (n,)
 
     def part(self, rows: slice, whole_view: bool) -> tuple[Any, ...]:
-        """Some rows; without `whole_view` only what decoding takes."""
+        """Some rows; without `whole_view` only the fields that decoding needs."""
         return tuple(field[rows] for field in self[: len(self) if whole_view else 3])
 
 
 class _Task(NamedTuple):
-    """A request, and the indices of the images in it that DALI refused."""
+    """A request, and the indices of its images that DALI refused."""
 
     request: Request
     refused: frozenset[int] = frozenset()
@@ -263,13 +263,13 @@ class _Task(NamedTuple):
 class _Batch(NamedTuple):
     task: _Task
     samples: _Samples
-    indices: list[int]  # of the images; another's where one was skipped
+    indices: list[int]  # of the images; for a skipped one, of its replacement
     labels: NDArray[np.int64]
     skipped: list[str]
 
 
 class _Inputs:
-    """The iterator that gives DALI its batches; one thread reads a batch ahead, others its images.
+    """The iterator over DALI's batches. A thread reads one batch ahead, others its images.
 
     Attributes:
         in_flight: the batches that DALI has taken and not yet returned.
@@ -312,12 +312,12 @@ class _Inputs:
         return batch.samples.part(slice(None), self._whole_view)
 
     def _submit(self) -> None:
-        # The requests are drawn in the caller's thread: they come from a shared iterator.
+        # Draw requests in the caller's thread, as they come from a shared iterator.
         self.queued = self._draw()
         self._ahead = None if self.queued is None else self._thread.submit(self._read, self.queued)
 
     def _map(self, function: Callable[[int], _T], rows: range) -> Iterator[_T]:
-        """As `map`, a few rows at a time in each thread."""
+        """Like `map`, with a few rows at a time in each thread."""
         parts = (rows[at : at + _ROWS] for at in range(0, len(rows), _ROWS))
         return itertools.chain.from_iterable(
             self._rows.map(lambda part: [function(row) for row in part], parts)
@@ -369,8 +369,8 @@ class _Inputs:
 def _for_dali(data: bytes, channels: int, refused: bool) -> tuple[bytes, tuple[int, int]]:
     """Bytes that DALI decodes to the pixels of `decode.decode`, and their (height, width).
 
-    Sound JPEGs as they are. The rest (PNG, CMYK, cut short, refused by DALI ...) is decoded here,
-    or found damaged, and passed on as an uncompressed PPM or PGM.
+    Sound JPEGs are unchanged. Other images (PNG, CMYK, cut short, refused by DALI ...) are decoded
+    here, which may raise, and returned as uncompressed PPM or PGM.
     """
     size = None if refused else decode.plain_jpeg_size(data)
     if size is not None and decode.is_sound_jpeg(data):

@@ -38,7 +38,7 @@ class MemoryLoader(Loader):
                 rows = torch.from_numpy(request.indices).pin_memory()
                 rows = rows.to(self.images.device, non_blocking=True)
                 yield self.images[rows], self.labels[rows]
-            else:  # NumPy copies whole rows, faster than torch's indexing on the CPU
+            else:  # on the CPU NumPy's indexing is faster than torch's
                 images = self.images.numpy()[request.indices]
                 yield torch.from_numpy(images), self.labels[torch.from_numpy(request.indices)]
 
@@ -57,7 +57,7 @@ def _decoded(store: ImageStore, options: DataOptions) -> tuple[torch.Tensor, tor
     images = torch.empty((count, options.spec.channels, side, side), dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)
     chunks = [np.arange(at, min(at + _CHUNK, count)) for at in range(0, count, _CHUNK)]
-    # The machine's cores, whatever num_workers is: that counts processes that stay.
+    # All cores of the machine, as these threads end before training; num_workers do not.
     cores = min(len(os.sched_getaffinity(0)), len(chunks), _MOST_PROCESSES)
     options = replace(options, num_workers=cores if len(chunks) > 1 else 0)
     workers = WorkerLoader(store, options, torch.device("cpu"))

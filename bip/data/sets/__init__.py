@@ -1,7 +1,7 @@
-"""The known data sets, one file each; adding a data set is adding a file to this package.
+"""The known data sets, one per file; to add a data set, add a file here.
 
-Every file defines SPEC, a `DatasetSpec`. Its imports of torch, torchvision and the like stand
-inside functions: `bip.config` reads the names, and commands that train nothing must start fast.
+Every file defines SPEC, a `DatasetSpec`. It imports torch, torchvision and the like only inside
+functions: `bip.config` reads the names, and commands that do not train must start fast.
 """
 
 import difflib
@@ -23,12 +23,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Archive:
-    """A set's own files, which `read` decodes whole.
+    """A data set's own files, all of which `read` decodes.
 
     Attributes:
-        read: called with (path of one of `places`, whether the training split is wanted).
-        places: names of files or folders, looked for below data_dir in this order. None of a set
-            that is always there, as an installed package brings it: `read` gets data_dir.
+        read: called with (path of one of `places`, whether to read the training split).
+        places: names of files or folders, searched below data_dir in this order. Empty for a set
+            that is part of an installed package: then `read` gets data_dir.
     """
 
     read: Callable[[Path, bool], "ArraySplit"]
@@ -37,10 +37,10 @@ class Archive:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is known of a data set before its files are opened.
+    """The facts of a data set that are known before its files are opened.
 
     Attributes:
-        name: what the user gives for --dataset; its folder below data_dir, too.
+        name: its name for --dataset, and of its folder below data_dir.
         aliases: other names of the same set.
         classes: number of classes.
         channels: 1 (grayscale) or 3 (RGB).
@@ -49,8 +49,8 @@ class DatasetSpec:
         augment: the random view, "pad_crop" or "resized_crop" (`bip.data.augment`).
         padding: of pad_crop, pixels on each side.
         flip: mirror half of the training images.
-        small: fits into memory whole, decoded.
-        archive: where it comes in files of its own, which are neither LMDB nor an ImageFolder.
+        small: fits into memory, decoded.
+        archive: for a set that comes in its own files, which are neither LMDB nor an ImageFolder.
     """
 
     name: str
@@ -74,7 +74,7 @@ class DatasetSpec:
 
 @functools.cache
 def specs() -> dict[str, DatasetSpec]:
-    """Every data set of this package, by its name, in the files' order."""
+    """Every data set by its name, in the order of the files."""
     found = [
         importlib.import_module(f"{__name__}.{module.name}").SPEC
         for module in pkgutil.iter_modules(__path__)

@@ -18,9 +18,9 @@ def _read(_: Path, train: bool) -> "ArraySplit":
 
     from bip.data.stores.base import ArraySplit
 
-    # The table alone: importing scikit-learn would take each rank most of a second.
+    # Read the table directly: importing scikit-learn would take most of a second.
     package = importlib.util.find_spec("sklearn")
-    init = package and package.origin  # None of a folder that happens to have this name
+    init = package and package.origin  # None if it is only a folder of this name
     table = Path(init).parent / "datasets/data/digits.csv.gz" if init else None
     if table is None or not table.exists():
         raise UserError(
@@ -43,6 +43,6 @@ SPEC = DatasetSpec(
     std=(0.3753,),
     augment="pad_crop",
     padding=1,
-    flip=False,  # a mirrored digit is no digit
+    flip=False,  # a mirrored digit is not a digit
     archive=Archive(_read),
 )

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012). The aliases are published names of its ways of storage."""
+"""ImageNet (ILSVRC 2012). The aliases are published names for its storage formats."""
 
 from bip.data.sets import IMAGENET_MEAN, IMAGENET_STD, DatasetSpec
 

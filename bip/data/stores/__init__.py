@@ -1,1 +1,1 @@
-"""What lies on disk: LMDB stores in two layouts, folders, archives; writing and copying stores."""
+"""Images on disk: LMDB stores in two layouts, folders, archives; writing and copying stores."""

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def read_torchvision(name: str, folder: str, place: Path, train: bool) -> "ArraySplit":
-    """A split of `torchvision.datasets.NAME`, whose files lie in a folder called `folder`.
+    """A split of `torchvision.datasets.NAME`, whose files are in a folder called `folder`.
 
     Args:
-        place: that folder, or a .tar file that holds it. It is never written to, as several
-            processes may read it at once.
+        place: that folder, or a .tar file of it. It is never written to, as several processes may
+            read it at the same time.
 
     Raises:
         UserError: files are missing or damaged.
@@ -35,7 +35,7 @@ def read_torchvision(name: str, folder: str, place: Path, train: bool) -> "Array
             # torchvision checks each file's MD5 before it unpickles it.
             source = getattr(datasets, name)(root, train=train, download=False)
         except RuntimeError as error:
-            try:  # torchvision takes a file that cannot be reached for missing
+            try:  # torchvision reports an unreachable file as missing
                 for path in (root / folder).iterdir():
                     path.stat()
             except OSError as unreachable:

@@ -1,4 +1,4 @@
-"""What every store of images offers."""
+"""The interface of every store of images."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ from numpy.typing import NDArray
 
 from bip.errors import UserError
 
-MAX_BYTES = 256 << 20  # of an encoded image; a larger file is none, and may not fit in memory
+MAX_BYTES = (
+    256 << 20
+)  # of an encoded image; a larger file is not an image, and may not fit in memory
 
 
 class DamagedImage(UserError):
-    """One image is at fault: its bytes or its label. Only this is what `skip_bad` skips.
+    """The bytes or the label of one image are damaged. `skip_bad` skips this error only.
 
-    A failing disk, a missing file or a broken tree of pages is no such error: the image may be
-    sound, and many more would follow.
+    Not for a failing disk, a missing file or damaged LMDB pages: there the image may be sound, and
+    many more errors would follow.
     """
 
 
@@ -32,7 +34,7 @@ class ImageStore(Protocol):
     def label(self, index: int) -> int: ...
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """A hint that these images will be read soon. Changes nothing that is read."""
+        """Hint that these images will be read soon. Does not change what is read."""
         ...
 
     def read(self, index: int) -> tuple[bytes, int]:
@@ -41,7 +43,7 @@ class ImageStore(Protocol):
         Raises:
             DamagedImage: the record is damaged.
             UserError: it cannot be read.
-            OSError: its file system is unreachable for now.
+            OSError: its file system is unreachable.
         """
         ...
 
@@ -50,14 +52,14 @@ class ImageStore(Protocol):
         ...
 
     def check_unchanged(self) -> None:
-        """Raises UserError if the store's file is no longer the one that was opened, OSError if its
-        file system is unreachable."""
+        """Raises UserError if the store's file is not the one that was opened, OSError if its file
+        system is unreachable."""
         ...
 
 
 @dataclass(frozen=True)
 class ArraySplit:
-    """A split that lies decoded in memory.
+    """A split that is decoded in memory.
 
     Attributes:
         images: uint8, shape (n, channels, height, width).
@@ -74,5 +76,5 @@ class ArraySplit:
 
 
 def too_large(size: int) -> str:
-    """What to report of a file of more than MAX_BYTES."""
+    """The message for a file of more than MAX_BYTES."""
     return f"is too large for an image: {size / 1e6:.0f} MB"

@@ -18,7 +18,7 @@ class Environment:
     """An open read-only LMDB environment and the process that opened it.
 
     Args:
-        in_order: it will be read from the first record to the last.
+        in_order: all records will be read in order.
     """
 
     def __init__(self, path: Path, in_order: bool = False) -> None:
@@ -40,8 +40,8 @@ class Environment:
             self._pages.prefetch(self.env, keys)
 
 
-# LMDB allows one environment per file and process, so stores of one file (device, inode) share it
-# here. The entries go when the last store does.
+# LMDB allows one environment per file and process, so stores of one file (device, inode) share it.
+# An entry is removed with its last store.
 _open_environments: weakref.WeakValueDictionary[tuple[int, int], Environment] = (
     weakref.WeakValueDictionary()
 )
@@ -52,7 +52,7 @@ def _shared_environment(path: Path, in_order: bool) -> Environment:
     key = (status.st_dev, status.st_ino)
     found = _open_environments.get(key)
     if found is not None and found.pid != os.getpid():
-        # Inherited over a fork: LMDB forbids its use here. Closing only unmaps the child's copy.
+        # Inherited by a fork: LMDB forbids its use here. Closing only unmaps the child's copy.
         found.env.close()
         found = None
     if found is None:
@@ -67,7 +67,7 @@ def data_file(path: Path) -> Path:
 
 
 def size_of(env: lmdb.Environment) -> int:
-    """The bytes that an environment's pages take; its file has as many, if it is whole."""
+    """Bytes of an environment's pages; its file has at least as many, if it is complete."""
     return int((env.info()["last_pgno"] + 1) * env.stat()["psize"])
 
 
@@ -75,10 +75,10 @@ def open_environment(path: Path, in_order: bool = False) -> Environment:
     """The LMDB environment of a store, this process's own.
 
     Args:
-        in_order: read ahead, for a reader of all records. Without effect if it is open already.
+        in_order: read ahead, for a reader of all records. Without effect if it is already open.
 
     Raises:
-        UserError: there is none, or it is unreadable or cut short.
+        UserError: it does not exist, is unreadable or cut short.
         OSError: its file system is unreachable.
     """
     try:
@@ -89,7 +89,7 @@ def open_environment(path: Path, in_order: bool = False) -> Environment:
             f"{path}: not a readable LMDB store ({error}); "
             "build it with: python -m bip data build-lmdb SRC OUT"
         ) from error
-    # A page beyond the end of the file would be a bus error, not an exception.
+    # Reading a page beyond the end of the file would be a bus error, not an exception.
     size, expected = data_file(path).stat().st_size, size_of(opened.env)
     if size < expected:
         raise UserError(f"{path}: truncated, {size} of {expected} bytes; copy or build it again")
@@ -97,7 +97,7 @@ def open_environment(path: Path, in_order: bool = False) -> Environment:
 
 
 class LmdbFile:
-    """What stores in an LMDB file share: it is opened once in each process, and is picklable.
+    """The base of stores in an LMDB file, which is opened once per process. Picklable.
 
     Raises UserError and OSError as `open_environment`.
     """
@@ -117,7 +117,7 @@ class LmdbFile:
     def check_unchanged(self) -> None:
         """Raises UserError if the file was replaced, OSError if its file system is unreachable.
 
-        A worker that mapped a file cut short would die of a bus error; one that opened a new file
+        A worker that mapped a file cut short would die by a bus error; one that opened a new file
         would train on other images.
         """
         try:

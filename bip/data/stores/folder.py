@@ -28,8 +28,8 @@ class FolderStore:
         members, self.classes = image_tree(walk_files(path))
         if not members:
             raise UserError(
-                f"{path}: no CLASS/IMAGE files below it; if its images lie flat, build a store: "
-                f"python -m bip data build-lmdb {path.parent} OUT"
+                f"{path}: no CLASS/IMAGE files below it; if it has no class folders, build a "
+                f"store: python -m bip data build-lmdb {path.parent} OUT"
             )
         self._labels = np.array([label for _, label in members], np.int32)
         names = [os.fsencode(name) for name, _ in members]
@@ -44,10 +44,10 @@ class FolderStore:
         return str(self.path / os.fsdecode(self._names[start : int(self._ends[index])]))
 
     def check_unchanged(self) -> None:
-        """Nothing: a missing file is found when it is read."""
+        """Nothing to do: a missing file is found when it is read."""
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Nothing: a file is read in one piece in any case."""
+        """Nothing to do: a file is read in one piece anyway."""
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
@@ -70,8 +70,8 @@ class FolderStore:
 def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
     """Sort relative names CLASS/.../IMAGE into ((name, label) of each image, class names).
 
-    One rule for folders and archives, so that both give the same order. Hidden files and files
-    that are no images by their suffix are left out.
+    The same rule for folders and archives, so that both give the same order. Leaves out hidden
+    files, and files without an image's suffix.
     """
     found: list[tuple[str, str]] = []
     for name in names:
@@ -86,7 +86,7 @@ def image_tree(names: Iterable[str]) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 def walk_files(root: Path) -> Iterable[str]:
-    """The files below a folder, by their names relative to it. Links are followed.
+    """The files below a folder, by their names relative to it. Follows links.
 
     Raises:
         UserError: a folder cannot be read.

@@ -8,7 +8,7 @@ Format version 1; all integers big-endian; nothing is pickled:
         "skipped": source images left out, "options": how the images were changed and checked}
 
 The CRC32 covers label, width, height and image bytes. A store is one file; it gets its name only
-when it is whole (`bip.data.stores.writer`), and the header is its last record.
+when it is complete (`bip.data.stores.writer`), and the header is its last record.
 """
 
 import json
@@ -60,7 +60,7 @@ class LmdbStore(LmdbFile):
         return self._count
 
     def label(self, index: int) -> int:
-        """The label alone, unchecked. Takes as long as the image, whose pages LMDB touches too."""
+        """The label, without the checksum. As slow as the image, as LMDB reads its pages too."""
         with self._env().begin(buffers=True) as transaction:
             label, _, _ = _RECORD.unpack_from(self._value(transaction, index))
         return int(label)
@@ -69,7 +69,7 @@ class LmdbStore(LmdbFile):
         """The encoded bytes and the label.
 
         Raises:
-            DamagedImage: its checksum does not match, or there is no such class.
+            DamagedImage: its checksum is wrong, or its class does not exist.
             UserError: the record is missing.
             OSError: the store's file system is unreachable.
         """

@@ -1,10 +1,10 @@
 """LMDB's file format, as far as needed to ask the kernel for large values ahead of reading them.
 
-LMDB reads a value as it is touched: a page of 4 KB at a time with a wait for each, 27 of them for a
-photo, over the network if the store lies there. It keeps a large value on consecutive pages of its
-own; only the leaf page has their number. LMDB has no call for it, so the leaf's node is read here
-(ctypes), at the address where LMDB itself just found the key. Nothing that is read depends on this:
-where the file does not look as expected, nothing is asked for and plain LMDB does the work.
+LMDB reads a value while it is accessed, one page of 4 KB after the other: 27 waits for a photo, on
+a network disk 27 requests. A large value is on consecutive pages of its own, and the leaf page has
+their number. LMDB has no call that returns it, so this file reads the leaf's node (by ctypes), at
+the address where LMDB just found the key. It never changes what is read: where the file does not
+look as expected, there is no prefetch and plain LMDB does the work.
 
 Format (LMDB 0.9, data version 1; integers in the machine's own order):
 
@@ -36,16 +36,16 @@ _OWN_PAGES = 1  # F_BIGDATA
 
 
 class PageReader:
-    """Asks the kernel to read the values of keys. Made by `open_pages`."""
+    """Makes the kernel read the values of keys ahead. Made by `open_pages`."""
 
     def __init__(self, file: int, page_size: int) -> None:
         self._file, self._page_size = file, page_size
         weakref.finalize(self, os.close, file)
 
     def prefetch(self, env: lmdb.Environment, keys: Iterable[bytes]) -> None:
-        """Have the kernel read the values of `keys` at once, each as one piece.
+        """Make the kernel read the values of `keys` now, each in one piece.
 
-        This itself reads each key's leaf page, of which there are few.
+        This reads the leaf page of each key; there are few leaf pages.
         """
         size = os.fstat(self._file).st_size
         with env.begin(buffers=True) as transaction, transaction.cursor() as cursor:
@@ -55,13 +55,13 @@ class PageReader:
                     os.posix_fadvise(self._file, *place, os.POSIX_FADV_WILLNEED)
 
     def _place(self, key: memoryview) -> tuple[int, int] | None:
-        """(start, length) in the file of a key's value; None of one on the leaf page itself.
+        """(start, length) in the file of a key's value; None if it is on the leaf page.
 
         Args:
-            key: LMDB's own, in its map of the file.
+            key: a buffer from LMDB, inside its map of the file.
         """
         address = np.frombuffer(key, np.uint8).__array_interface__["data"][0]
-        # LMDB read the 8 bytes before the key to find it. Those after it may lie on the next page,
+        # LMDB has read the 8 bytes before the key. The bytes after it may be on the next page,
         # which may not be mapped if this one is damaged.
         if address % mmap.PAGESIZE + len(key) + _NODE_PAGE.size > mmap.PAGESIZE:
             return None
@@ -73,7 +73,7 @@ class PageReader:
 
 
 def open_pages(file: Path, env: lmdb.Environment) -> PageReader | None:
-    """A reader of the pages of `env`, which lies in `file`.
+    """A reader of the pages of `env`, whose file is `file`.
 
     None if it is turned off or the file's format is not the one above. Raises OSError.
     """

@@ -1,7 +1,7 @@
 """The published LMDB layout, read without running code from it: `PublishedStore`, `open_store`.
 
 Keys b"__len__" and b"__keys__" hold a pickled count and a pickled list of keys, every other key a
-pickled (image bytes, label). Unpickling can run any code, so `load_plain` admits plain data alone.
+pickled (image bytes, label). Unpickling can run any code, so `load_plain` accepts plain data only.
 """
 
 import io
@@ -36,7 +36,7 @@ _OPCODES = frozenset(
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Looks up no name, so no code can be named."""
+    """Refuses to look up any name, so it cannot load code."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise ValueError(f"it names {module}.{name}")
@@ -48,15 +48,15 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_plain(
     data: bytes | memoryview, max_opcodes: int = _FEW, max_bytes: int = MAX_BYTES
 ) -> Plain:
-    """The value of a pickle (protocol 3 to 5) that holds bytes, str, int, tuple and list alone.
+    """The value of a pickle (protocol 3 to 5) that holds only bytes, str, int, tuple and list.
 
-    The opcodes are looked at before anything is loaded. pickle would believe a length or a memo
-    index that asks for gigabytes; pickletools checks the lengths against the data, and indices are
-    limited here. As each opcode makes at most one small object, memory stays below 3 times the
-    data and 200 bytes for each of `max_opcodes`.
+    The opcodes are checked before anything is loaded, because pickle would allocate gigabytes for
+    a large length or memo index. pickletools compares lengths with the data; memo indices are
+    limited here. Each opcode makes at most one small object, so memory stays below 3 times the
+    data plus 200 bytes for each of `max_opcodes`.
 
     Raises:
-        ValueError: anything else in it, damage, or more than the limits.
+        ValueError: it holds anything else, is damaged, or exceeds a limit.
     """
     try:
         if len(data) > max_bytes:
@@ -73,9 +73,9 @@ def load_plain(
                 if argument.bit_length() > _MAX_INT:
                     raise ValueError("it holds a huge integer")
         value = _PlainUnpickler(io.BytesIO(data)).load()
-    except MemoryError:  # none is asked for that the data do not fill
+    except MemoryError:  # lengths are checked, so memory is really short
         raise
-    except Exception as error:  # pickle documents no full list for damaged data
+    except Exception as error:  # pickle does not document what damaged data raise
         raise ValueError(f"pickle not loaded: {error or type(error).__name__}") from error
     _check_plain(value)
     return value  # type: ignore[no-any-return]
@@ -101,7 +101,7 @@ class PublishedStore(LmdbFile):
     """Read access to a store in the published layout.
 
     Args:
-        classes: names by label; None: not known, any label is taken.
+        classes: names by label; None: unknown, so any label is accepted.
 
     Raises:
         UserError: not such a store.
@@ -121,7 +121,7 @@ class PublishedStore(LmdbFile):
                 f"{path}: __keys__ holds a key twice or one over {_MAX_KEY} bytes; "
                 "build the store again"
             )
-        # One block of bytes, not a million objects, so that forked workers share it.
+        # One block of bytes instead of a million objects, so that forked workers share it.
         self._keys = b"".join(keys)
         self._ends = np.cumsum([len(key) for key in keys], dtype=np.int64)
 
@@ -135,7 +135,7 @@ class PublishedStore(LmdbFile):
         """The encoded bytes and the label.
 
         Raises:
-            DamagedImage: not a plain (bytes, label), or there is no such class.
+            DamagedImage: not a plain (bytes, label), or its class does not exist.
             UserError: the record is missing.
             OSError: the store's file system is unreachable.
         """
@@ -150,7 +150,7 @@ class PublishedStore(LmdbFile):
                     f"{self.path}: record {index} has label {label}, but there are "
                     f"{len(self.classes)} classes; give the right --num-classes"
                 )
-        raise DamagedImage(f"{self.path}: record {index} is no (image bytes, label)")
+        raise DamagedImage(f"{self.path}: record {index} is not (image bytes, label)")
 
     def _key(self, index: int) -> bytes:
         start = int(self._ends[index - 1]) if index else 0
@@ -167,7 +167,7 @@ class PublishedStore(LmdbFile):
                 if found is None:
                     raise UserError(f"{what}: missing; build the store again")
                 limits = (_FEW, MAX_BYTES)
-                if kind is list:  # of keys, of which there are no more than records
+                if kind is list:  # of keys; there are at most as many as records
                     entries = transaction.stat()["entries"]
                     limits = (3 * entries + _FEW, (_MAX_KEY + 9) * entries + MAX_BYTES)
                 value = load_plain(found, *limits)
@@ -179,7 +179,7 @@ class PublishedStore(LmdbFile):
                 f"{what}: cannot be read ({error}); build the store again"
             ) from error
         if type(value) is not kind:
-            raise DamagedImage(f"{what}: no {kind.__name__}; build the store again")
+            raise DamagedImage(f"{what}: not a {kind.__name__}; build the store again")
         return value
 
 
@@ -189,8 +189,8 @@ def open_store(
     """The store at `path`, in this program's layout or the published one.
 
     Args:
-        classes: of a store in the published layout, which names none.
-        in_order: it will be read from the first record to the last.
+        classes: for a store in the published layout, which does not name its classes.
+        in_order: all records will be read in order.
 
     Raises:
         UserError: neither.

@@ -15,8 +15,8 @@ from bip.data.stores.environment import data_file
 from bip.errors import UserError
 from bip.files import fsync_folder, raise_passing, sha256_file
 
-# As the kernel names them in /proc/self/mountinfo. FUSE ones are "fuse.NAME" and count as network
-# filesystems, except those that containers are made of.
+# Names as in /proc/self/mountinfo. FUSE filesystems are "fuse.NAME" and count as network
+# filesystems, except those that containers use.
 _NETWORK = frozenset(
     [
         *("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb3", "smbfs", "glusterfs"),
@@ -29,7 +29,7 @@ _CHUNK = 16 << 20
 
 
 def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
-    """The kind of network filesystem that `path` lies on; None for a local one.
+    """The kind of network filesystem that `path` is on; None for a local one.
 
     Args:
         mountinfo: Linux's table of mounts; None reads this process's. Without
@@ -46,7 +46,7 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
         if not back:
             continue
         point = Path(front.split()[4].encode().decode("unicode_escape"))
-        # Of two mounts at one place the later one hides the other.
+        # A later mount at the same place hides an earlier one.
         if path.resolve().is_relative_to(point) and point.is_relative_to(place):
             place, kind = point, back.split()[0]
     remote = kind in _NETWORK or (kind.startswith("fuse.") and kind not in _LOCAL_FUSE)
@@ -54,19 +54,19 @@ def network_filesystem(path: Path, mountinfo: str | None = None) -> str | None:
 
 
 def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None) -> Path:
-    """A copy of an LMDB store in `folder`, made once, however many processes ask for it.
+    """A copy of an LMDB store in `folder`, made once for all processes that call this.
 
-    One process copies while the others wait; the lock ends with its holder, so a killed copy is
-    made again. The copy gets its name when it is on disk and its SHA-256, read back, is that of
-    the bytes read from `store`. The name contains a hash of the store's path, size and time of
-    change, so a store that was built again is copied again. `give_up` is called often; what it
-    raises ends the copying or the waiting.
+    One process copies while the others wait. If it is killed, its lock ends and another copies. The
+    copy gets its name when it is on disk and its SHA-256, read back, is that of the bytes read from
+    `store`. The name contains a hash of the store's path, size and time of change, so a store that
+    was built again is copied again. `give_up` is called often; an exception from it ends the
+    copying or the waiting.
 
     Returns:
         Path of the copy, a single file that ends in .lmdb.
 
     Raises:
-        UserError: cannot be copied; not enough room; the store changed meanwhile.
+        UserError: it cannot be copied; not enough space; the store changed meanwhile.
         OSError: a file system is unreachable.
     """
     source = data_file(store)
@@ -92,7 +92,7 @@ def stage(store: Path, folder: Path, give_up: Callable[[], None] = lambda: None)
 
 def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[[], None]) -> None:
     partial = target.with_name(f".{target.name}.partial")
-    partial.unlink(missing_ok=True)  # a killed copy's; it may fill the disk
+    partial.unlink(missing_ok=True)  # of a killed copy; it may fill the disk
     free = shutil.disk_usage(target.parent).free
     if free < status.st_size:
         raise UserError(
@@ -112,7 +112,7 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
                 writer.write(chunk)
             writer.flush()
             os.fsync(writer.fileno())
-            # Else the check below would read the page cache, not the disk.
+            # Otherwise the check below would read the page cache, not the disk.
             os.posix_fadvise(writer.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         after = source.stat()
         if (after.st_size, after.st_mtime_ns) != (status.st_size, status.st_mtime_ns):

@@ -1,4 +1,4 @@
-"""`LmdbWriter`: build a store so that a half-built one is never taken for a whole one."""
+"""`LmdbWriter`: build a store so that an incomplete one is never used."""
 
 import contextlib
 import errno
@@ -22,21 +22,20 @@ from bip.files import atomic_write_json, fsync_folder, read_json
 class LmdbWriter:
     """Build a store of `classes` at `path`; use as a context manager.
 
-    Records go to a hidden file beside `path`, which is renamed to it when the block ends without
-    an exception. With a `plan`, a build that ends early, for whatever reason, leaves that file
-    and a note of how far it came; the next writer with the same plan goes on from there,
-    after `done` source images. Without one an error removes it, and a killed build's file is
-    overwritten.
+    Records go to a hidden file beside `path`, which is renamed to `path` when the block ends
+    without an exception. With a `plan`, a build that ends early leaves that file and a record of
+    its progress; the next writer with the same plan resumes there, after `done` source images.
+    Without a plan an error removes the file, and the next build overwrites that of a killed one.
 
     Args:
         classes: names by label; None: named by their numbers, as many as there are labels.
         options: how the images were changed and checked, for the header.
-        plan: identifies all that the records depend on; None for a build that cannot go on.
+        plan: identifies all that the records depend on; None for a build that cannot resume.
         retry_skipped: start again if the earlier build skipped images.
 
     Attributes:
         skipped: (name, reason) of source images left out.
-        repaired: how many images were repaired, by what they were.
+        repaired: number of repaired images, by their fault.
         source_bytes: size of the images before any re-encoding.
 
     Raises:
@@ -110,7 +109,7 @@ class LmdbWriter:
             self._flush()
 
     def skip(self, name: str, reason: str) -> None:
-        """Leave one source image out."""
+        """Leave out one source image."""
         self.skipped.append((name, reason))
 
     def __enter__(self) -> Self:
@@ -133,8 +132,8 @@ class LmdbWriter:
             str(self._partial),
             subdir=False,
             map_size=max(64 << 20, 2 * os.fstat(self._lock).st_size),
-            lock=False,  # the flock is the lock
-            # Synced at every transaction only if the file must outlive a crash; always at the end.
+            lock=False,  # the flock is enough
+            # Sync every transaction only if a later build may resume; always sync at the end.
             sync=self._plan is not None,
             metasync=self._plan is not None,
         )
@@ -149,7 +148,7 @@ class LmdbWriter:
         return None if note["skipped"] and self._retry_skipped else note
 
     def _go_on(self, note: dict[str, Any]) -> bool:
-        """Open what an earlier build left, as its note has it. False if it is incomplete."""
+        """Open an earlier build's file at its recorded progress. False if it is unusable."""
         try:
             self._open()
         except lmdb.Error:
@@ -203,7 +202,7 @@ class LmdbWriter:
                 self._finish()
                 whole = True
             elif self._plan is not None:
-                # As far as possible: the note counts whole transactions only.
+                # Keep as much as possible: the note counts complete transactions only.
                 with contextlib.suppress(OSError, lmdb.Error):
                     self._flush()
         finally:
@@ -249,7 +248,7 @@ class LmdbWriter:
             try:
                 with self._env.begin(write=True) as transaction:
                     for key, value in self._pending:
-                        # Keys only ever grow (the header's sorts last), so pages are filled whole.
+                        # Keys only increase (the header's is the last), so LMDB can fill its pages.
                         transaction.put(key, value, append=True)
                 break
             except lmdb.MapFullError:

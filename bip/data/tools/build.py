@@ -29,15 +29,15 @@ from bip.errors import UserError
 _T = TypeVar("_T")
 
 _PAGE = 4096
-_SAMPLE = 500  # files whose sizes are looked at for the estimate
-_MOST_CLASSES = 1 << 16  # that are numbered by labels; a damaged label could ask for 2**40
+_SAMPLE = 500  # files whose sizes give the estimate
+_MOST_CLASSES = 1 << 16  # of unnamed classes: a damaged label could be 2**40
 _AHEAD = 4  # images read ahead, per worker
 READ_ERRORS = (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How images are changed and checked on their way into a store."""
+    """How images are changed and checked before they are stored."""
 
     short_side: int = 0
     quality: int = 90
@@ -45,7 +45,7 @@ class Options:
 
 
 class Ready(NamedTuple):
-    """An image as it is stored, and the fault that was repaired, if any."""
+    """An image to store, and the fault that was repaired, if any."""
 
     data: bytes
     width: int
@@ -64,24 +64,24 @@ def build_lmdb(
 ) -> None:
     """Make OUT/train.lmdb, and OUT/test.lmdb or OUT/val.lmdb, from the images of SRC.
 
-    SRC is a folder, .zip or uncompressed .tar that holds train/CLASS/IMAGE and test/ or val/
-    likewise (at least one), perhaps below other folders; a flat val/ with annotations, as
-    ImageNet and TinyImageNet come; or a set's own archive, as CIFAR's. Classes are numbered, and
-    images stored, in sorted order; bytes are kept as they are, except CMYK JPEGs and other formats
-    named .jpg, which become RGB JPEGs. A store with the same classes and count is kept; a build
-    that was killed or interrupted goes on from there when it is called again; it notices files that
-    were added or removed meanwhile, not those that changed.
+    SRC is a folder, .zip or uncompressed .tar with train/CLASS/IMAGE and (or) test/ or val/ of the
+    same form, perhaps below other folders. Or it has a val/ without class folders but with
+    annotations, like ImageNet and TinyImageNet; or it is a set's own archive, like CIFAR's.
+    Classes are numbered, and images stored, in sorted order. Bytes are unchanged, except CMYK JPEGs
+    and other formats named .jpg, which become RGB JPEGs. A store with the same classes and count is
+    kept. A build that was interrupted resumes when the command is repeated; it detects files that
+    were added or removed meanwhile, not files that changed.
 
     Args:
         short_side: shrink images to this short side, pixels, and re-encode them; 0: never.
         quality: JPEG quality of re-encoded images.
         check: decode every image, not only its header.
-        skip_bad: leave images out that cannot be read, instead of failing.
+        skip_bad: leave out damaged images, instead of failing.
         workers: threads; 0: one per core.
 
     Raises:
-        UserError: no such layout, splits with different classes, a file that is no image, a
-            store in OUT that differs, a full disk.
+        UserError: unknown layout, splits with different classes, a file that is not an image, a
+            different store in OUT, a full disk.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     options = Options(short_side, quality, check)
@@ -116,18 +116,18 @@ def build_lmdb(
 
 
 def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -> None:
-    """Rewrite SRC, a store of pickles in the published layout, as OUT in this program's.
+    """Rewrite SRC, a store of pickles in the published layout, as OUT in this program's layout.
 
-    SRC stays as it is, and no code from it is run. Classes are named by their numbers, up to the
-    highest.
+    SRC is not changed, and no code from it is run. Classes are named by their numbers, from 0 to
+    the highest.
 
     Args:
         check: decode every image, not only its header.
-        skip_bad: leave images out that cannot be read, instead of failing.
+        skip_bad: leave out damaged images, instead of failing.
 
     Raises:
-        UserError: SRC is no such store, or holds a record that is no (bytes, label); OUT exists, or
-            there is no room for it.
+        UserError: SRC is not such a store, or a record of it is not (bytes, label); OUT exists, or
+            there is no space for it.
     """
     if out.exists():
         raise UserError(f"{out}: exists; remove it or choose another name")
@@ -140,7 +140,7 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
 
 
 class _TreeImages:
-    """The images of a split, by position, read and made ready."""
+    """The images of a split, by position, read and prepared."""
 
     def __init__(self, tree: Tree, split: Split, options: Options) -> None:
         self.tree, self.split, self.options = tree, split, options
@@ -152,7 +152,7 @@ class _TreeImages:
         return self.split.members[index][0]
 
     def get(self, index: int) -> tuple[Ready, int, int]:
-        """The image, its label and its size before, bytes. Raises READ_ERRORS."""
+        """The image, its label and its original size in bytes. Raises READ_ERRORS."""
         name, label = self.split.members[index]
         data = read_image(self.tree, name)
         return make_ready(data, name, self.options), label, len(data)
@@ -236,7 +236,7 @@ def _check_same(path: Path, split: Split, options: Options, skip_bad: bool) -> N
 
 
 def _stored_size(tree: Tree, split: Split) -> float:
-    """Bytes that the images will take in a store, from a sample. Raises UserError."""
+    """Bytes that the images will take in a store, estimated from a sample. Raises UserError."""
     step = max(1, len(split.members) // _SAMPLE)
     sizes = []
     for name, _ in split.members[::step]:
@@ -248,9 +248,9 @@ def _stored_size(tree: Tree, split: Split) -> float:
 
 
 def _report_sizes(stores: dict[Path, tuple[int, float]], short_side: int, console: Console) -> None:
-    """Print how much disk the stores of one folder, of (images, bytes), will take.
+    """Print the disk space that the stores of one folder, of (images, bytes), will take.
 
-    Raises UserError if there is less.
+    Raises UserError if less is free.
     """
     if not stores:
         return
@@ -329,16 +329,18 @@ def _write(
             progress_bar(path.name, console) as bar,
         ):
             if writer.done:
-                console.print(f"{path}: going on after {writer.done} images, assumed unchanged")
+                console.print(f"{path}: resuming after {writer.done} images, assumed unchanged")
             task = bar.add_task("", total=len(source), completed=writer.done)
             for image in in_order(source.get, writer.done, len(source), workers):
                 try:
                     ready, label, before = image.result()
                 except (*READ_ERRORS, DamagedImage) as error:
                     name, why = source.name(writer.done), decode.reason(error)
-                    if isinstance(error, OSError) and error.errno is not None:  # no bad image
+                    if (
+                        isinstance(error, OSError) and error.errno is not None
+                    ):  # not a damaged image
                         raise UserError(
-                            f"{name}: cannot be read ({error.strerror}); the same command goes on "
+                            f"{name}: cannot be read ({error.strerror}); the same command resumes "
                             "from here"
                         ) from error
                     console.print(f"{name}: {why}")
@@ -354,7 +356,7 @@ def _write(
                     f"{'them' if others else 'it'} and build {path.name} again, or give --skip-bad"
                 )
             if writer.done == len(writer.skipped):
-                raise UserError(f"{path}: not built, as no image in the source can be stored")
+                raise UserError(f"{path}: not built: no image in the source can be stored")
     except (OSError, lmdb.Error) as error:
         raise UserError(f"{path}: cannot be written ({error}); build it again") from error
     except MemoryError as error:

@@ -1,4 +1,4 @@
-"""`python -m bip data info` and `verify`: what a store holds, and whether it is whole."""
+"""`python -m bip data info` and `verify`: what a store holds, and whether it is damaged."""
 
 import contextlib
 import faulthandler
@@ -37,7 +37,7 @@ def info(path: Path) -> None:
     """Print what a store holds; for a folder, each of its stores.
 
     Raises:
-        UserError: no store there, or a damaged one.
+        UserError: there is no store, or it is damaged.
     """
     for file in _stores(path):
         store = open_store(file)
@@ -63,8 +63,7 @@ def verify(path: Path, workers: int = 0) -> None:
         workers: threads; 0: one per core.
 
     Raises:
-        UserError: a damaged record; the first ones are printed before. Or sound ones that do not
-            fit the header.
+        UserError: records are damaged (the first ones are printed), or do not fit the header.
     """
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     damaged = 0
@@ -87,15 +86,15 @@ def verify(path: Path, workers: int = 0) -> None:
         raise UserError(f"{path}: {damaged} damaged records; copy or build the store again")
 
 
-# First the number of records, then what is wrong with each, then the error that ended it.
+# The number of records, then each record's fault (None: sound), then the error that ended it.
 _Result = int | str | None
 
 
 @contextlib.contextmanager
 def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
-    """What `_read_all` sends, from a process of its own.
+    """The messages of `_read_all`, which runs in a process of its own.
 
-    LMDB trusts its pages, so a damaged one may end the process that reads it.
+    LMDB does not check its pages, so a damaged one may crash the process that reads it.
     """
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
@@ -104,7 +103,7 @@ def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
     there.close()
 
     def results() -> Iterator[_Result]:
-        done = -1  # the first result is no record's
+        done = -1  # the first message is the number of records
         while True:
             try:
                 result = here.recv()
@@ -132,10 +131,10 @@ def _in_a_child(file: Path, workers: int) -> Iterator[Iterator[_Result]]:
 
 
 def _read_all(file: Path, workers: int, pipe: Connection) -> None:
-    """Send the number of records, what is wrong with each (None: nothing), and with the whole."""
+    """Send the number of records, each record's fault (None: sound), and the store's fault."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     faulthandler.disable()  # the parent reports it
-    gc.freeze()  # what it inherited must not be collected here (DALI's pipelines)
+    gc.freeze()  # inherited objects (DALI's pipelines) must not be destroyed here
     try:
         store = open_store(file, in_order=True)
         pipe.send(len(store))
@@ -161,7 +160,7 @@ def _read_all(file: Path, workers: int, pipe: Connection) -> None:
 
 
 def _look(store: LmdbStore | PublishedStore, index: int) -> tuple[int, str | None]:
-    """A record's label (-1: unknown), and what is wrong with it, in one line."""
+    """A record's label (-1: unknown), and its fault in one line."""
     label = -1
     try:
         data, label = store.read(index)

@@ -1,4 +1,4 @@
-"""Where the images of a source lie, and their classes: the layouts that data sets come in."""
+"""The layouts that data sets come in: where the images of a source are, and their classes."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ from bip.errors import UserError
 
 SPLITS = ("train", "test", "val")
 _SYNSET_TAR = re.compile(r"(\./)?n\d{8}\.tar")
-# What describes the images: lists of labels and classes, archives of a class, annotations.
+# Files that describe images: lists of labels and classes, archives of a class, annotations.
 _ANNOTATIONS = re.compile(
     r"((train|test|val)(_annotations)?\.txt|LOC_\w+_solution\.csv|LOC_synset_mapping\.txt|"
     r"synsets\.txt|.*\.(tar|xml))$"
@@ -66,7 +66,7 @@ class ZipTree:
         self.archive = archive
 
     def names(self) -> list[str]:
-        # A name that occurs twice is its last member's, as in `read`.
+        # Of members with the same name the last one counts, as in `read`.
         return [name for name in dict.fromkeys(self.archive.namelist()) if name[-1:] != "/"]
 
     def read(self, name: str) -> bytes:
@@ -79,12 +79,12 @@ class ZipTree:
 class TarTree:
     """The members of an uncompressed .tar file, and of the .tar files in it (ImageNet's).
 
-    A member x.tar is a folder x; an archive of nothing but synsets' (ILSVRC2012_img_train.tar) is a
-    train/ of them. Links are files of their own. Read by position, so threads share the file.
+    A member x.tar is read as a folder x; an archive of synset archives only
+    (ILSVRC2012_img_train.tar) as their train/. Links are read as files. Threads share the file.
 
     Raises:
-        UserError: an image, or a description of images, whose bytes are not all in one place, or
-            that is a link to no file in the archive. Other such members are left out.
+        UserError: an image, or a description of images, is stored sparse, or is a link to a file
+            that the archive does not hold. Other such members are left out.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
@@ -213,7 +213,7 @@ def open_tree(src: Path) -> Iterator[Tree]:
                 raise UserError(f"{src}: not a readable .tar ({error})") from error
             yield tree
     elif "".join(src.suffixes[-2:]).lower() == ".tar.gz" or src.suffix.lower() == ".tgz":
-        raise UserError(f"{src}: a compressed .tar cannot be read at random; unpack it first")
+        raise UserError(f"{src}: a compressed .tar cannot be read by position; unpack it first")
     else:
         raise UserError(f"{src}: neither a folder nor a .zip nor a .tar")
 
@@ -232,18 +232,18 @@ class Split:
 
 
 def find_splits(tree: Tree) -> dict[str, Split]:
-    """The splits "train", "test", "val" of a tree, in any layout that is known.
+    """The splits "train", "test", "val" of a tree, in any known layout.
 
     - SPLIT/CLASS/.../IMAGE (ImageFolder; TinyImageNet's training set), perhaps below other
       folders (ILSVRC/Data/CLS-LOC);
-    - a flat val/ folder whose labels stand in val_annotations.txt (TinyImageNet), else in
+    - a val/ without class folders whose labels are in val_annotations.txt (TinyImageNet), else in
       LOC_val_solution.csv (ImageNet from Kaggle), else in one XML annotation per image, else in
       val.txt (Caffe: NAME LABEL, the label a class name, or its number in the order of
       LOC_synset_mapping.txt or else of the names). Kaggle's ImageSets/CLS-LOC/val.txt holds no
       labels. TinyImageNet's test images have none either and are left out.
 
     Raises:
-        UserError: none there; a flat val/ without labels; an image without a label.
+        UserError: no split; a val/ without class folders and labels; an image without a label.
     """
     names = [name for name in tree.names() if not name.startswith("__MACOSX/")]
     root = _find_root(names)
@@ -279,7 +279,7 @@ def _is_flat(name: str) -> bool:
 
 
 def _find_root(names: Iterable[str]) -> str | None:
-    """The shortest prefix below which the split folders with images stand."""
+    """The shortest prefix of split folders with images."""
     roots = set()
     for name in names:
         parts = name.split("/")
@@ -328,8 +328,8 @@ def _listed_labels(tree: Tree, name: str) -> dict[str, str]:
 
 
 def read_image(tree: Tree, name: str) -> bytes:
-    """A file of a tree, unless it is too large for an image: a few bytes of .zip may unpack to any
-    number. Raises DamagedImage if so.
+    """A file of a tree. Raises DamagedImage if it is too large for an image: a small .zip may
+    unpack to any size.
     """
     size = tree.size(name)
     if size > MAX_BYTES:
@@ -372,12 +372,12 @@ def _flat_split(
             what = "has no label" if label is None else f"is of class {label}, which train/ has not"
             raise UserError(f"{prefix}{name}: {what}; the annotations do not fit the images")
         members.append((prefix + name, order[label]))
-    # By class, then name, as an ImageFolder tree of the same images would be.
+    # In the order of an ImageFolder tree of the same images: by class, then name.
     return Split(sorted(members, key=lambda member: (member[1], member[0])), classes)
 
 
 def _named_classes(classes: set[str], prefix: str) -> list[str]:
-    """Class names that only annotations have, sorted; they may become names of folders."""
+    """Class names that occur only in annotations, sorted; they may become names of folders."""
     for name in sorted(classes):
         if "/" in name or "\0" in name or name in (".", ".."):
             raise UserError(f"{prefix}: its annotations name a class {name!r}, which is no name")

@@ -1,4 +1,4 @@
-"""`python -m bip data prepare-imagenet`: how to get ImageNet, and its validation set in folders."""
+"""`python -m bip data prepare-imagenet`: steps to get ImageNet; class folders for its val/."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from bip.data.tools.layouts import FolderTree, find_splits
 from bip.errors import UserError
 
 _STEPS = """\
-ImageNet (ILSVRC 2012) may not be passed on; everybody downloads it for research use:
+ImageNet (ILSVRC 2012) may not be redistributed; every user downloads it for research use:
 
 1. Either make an account on https://image-net.org, accept the terms and download
    ILSVRC2012_img_train.tar (138 GB) and ILSVRC2012_img_val.tar (6.3 GB), or join the Kaggle
@@ -17,10 +17,9 @@ ImageNet (ILSVRC 2012) may not be passed on; everybody downloads it for research
    ILSVRC2012_bbox_val_v3.tgz), or put a val.txt with "NAME CLASS" lines there, the class as
    n01440764. The development kit's ILSVRC2012_validation_ground_truth.txt does not help: it numbers
    the classes in an order of its own.
-   Kaggle's archive unpacks to ILSVRC/Data/CLS-LOC/ and brings its annotations along.
-3. python -m bip data build-lmdb SRC OUT  reads a .tar, or these folders as they are, flat val/ and
-   all; one after the other into the same OUT, too.
-   Give --short-side 400 for stores of about a third of the size.
+   Kaggle's archive unpacks to ILSVRC/Data/CLS-LOC/ and includes the annotations.
+3. python -m bip data build-lmdb SRC OUT  reads a .tar or these folders as they are, also one after
+   the other into the same OUT. Give --short-side 400 for stores of about a third of the size.
 
 For programs that want the validation images in class folders:
    python -m bip data prepare-imagenet --src SRC --out OUT
@@ -32,15 +31,15 @@ def prepare_imagenet(src: Path | None = None, out: Path | None = None) -> None:
     """Print how to download ImageNet; with --src and --out, arrange its validation images.
 
     OUT gets train, a link to SRC's training folder, and val/CLASS/NAME, a link for each image.
-    SRC is never written to. Links that are there already are kept.
+    SRC is never changed. Existing links are kept.
 
     Args:
-        src: the unpacked download, with a flat val/ and its annotations.
+        src: the unpacked download, with val/ and its annotations.
         out: folder to make.
 
     Raises:
-        UserError: only one of the two given; no labelled validation images in SRC; a file in the
-            way in OUT.
+        UserError: only one of the two is given; no labelled validation images in SRC; a file in
+            OUT is in the way.
     """
     if src is None and out is None:
         print(_STEPS)
@@ -48,7 +47,7 @@ def prepare_imagenet(src: Path | None = None, out: Path | None = None) -> None:
     if src is None or out is None:
         raise UserError("prepare-imagenet: give both --src and --out, or neither for the steps")
     if not src.is_dir():
-        raise UserError(f"{src}: is no folder; unpack the download first")
+        raise UserError(f"{src}: is not a folder; unpack the download first")
     splits = find_splits(FolderTree(src))
     if "val" not in splits:
         raise UserError(f"{src}: no val/ with images in it or below")
