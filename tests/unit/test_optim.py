@@ -72,11 +72,9 @@ def test_the_first_step_is_the_named_optimizers(optimizer: str) -> None:
     setup.method.step(0)
     g = setup.pruned.scores.grad
     assert g is not None
-    step = {
-        "sgd": g,
-        "adam": g / (g.abs() + 1e-8),
-        "rmsprop": g / ((0.01 * g * g).sqrt() + 1e-8),
-    }[optimizer]
+    step = {"sgd": g, "adam": g / (g.abs() + 1e-8), "rmsprop": g / ((0.01 * g * g).sqrt() + 1e-8)}[
+        optimizer
+    ]
     change = setup.pruned.scores.detach() - before
     torch.testing.assert_close(change, -0.05 * step, rtol=1e-3, atol=1e-6)
 

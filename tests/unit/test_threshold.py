@@ -18,14 +18,7 @@ from bip.pruning.layout import Segment, with_counts
 from bip.pruning.select import LARGEST, Alone, NanError, own_slice
 from bip.pruning.select_cpu import CpuSelector
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
-from tests.unit.scores_for_ranking import (
-    KINDS,
-    WAYS,
-    make_scores,
-    select,
-    selector_of,
-    sorted_mask,
-)
+from tests.unit.scores_for_ranking import KINDS, WAYS, make_scores, select, selector_of, sorted_mask
 
 BOTH = pytest.mark.parametrize("way", WAYS)
 
