@@ -17,7 +17,7 @@ from bip.errors import UserError
 from bip.files import read_jsonl
 from bip.training.evaluate import average_statistics, evaluate
 from bip.training.forward import ForwardBackward
-from tests.distributed.harness import run_ranks, world_size
+from tests.distributed.harness import run_ranks
 from tests.runs import LAYER_TYPES, Finished, arguments, make_run
 from tests.unit.networks import make_config, prune, random_batch, small_net
 
@@ -67,29 +67,6 @@ def test_gradients_equal_those_of_one_process(layer_type: str, accumulate: int) 
 # Whole runs
 
 
-@world_size(2)
-def test_z_keeps_its_storage_and_requires_grad_under_ddp(
-    group: Group, source: Path, tmp_path: Path
-) -> None:
-    for layer_type in LAYER_TYPES:
-        settings = {"source_net": source, "layer_type": layer_type, "max_steps": 3}
-        run = make_run("bip", tmp_path, group, **settings)
-        pruned = run.pruned
-        assert pruned is not None
-        before = [(p.data_ptr(), p.requires_grad) for p in run.network.parameters()]
-        seen = []
-
-        def check(step: int, run=run, pruned=pruned, before=before, seen=seen) -> None:  # type: ignore[no-untyped-def]
-            assert [(p.data_ptr(), p.requires_grad) for p in run.network.parameters()] == before
-            z = torch.cat([z.detach().flatten() for z in pruned.z])
-            assert torch.equal(z, pruned.mask * pruned.weights.detach())
-            seen.append(step)
-
-        run.heartbeat.note_step = check  # type: ignore[method-assign]
-        run.train()
-        assert len(seen) == 3
-
-
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {}),
     "bip": ("bip", {"world": 4}),
@@ -107,17 +84,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def trajectory(
     group: Group, kind: str, folder: Path, settings: dict[str, Any]
 ) -> tuple[Finished, list[Any], dict[str, Tensor]]:
-    """The run, hashes of this rank's state and its mask after every step, and what it ends with."""
+    """The run, hashes of this rank's state and its mask after every step, and what it ends with.
+
+    z keeps its storage and requires_grad, and is m ⊙ θ.
+    """
     run = make_run(kind, folder, group, **settings)
-    found, made = [], run.loop
+    found, made, pruned = [], run.loop, run.pruned
+
+    def places() -> list[tuple[int, bool]]:
+        return [(p.data_ptr(), p.requires_grad) for p in run.network.parameters()]
+
+    before = places()
 
     def loop_of(*args: Any) -> Any:
         loop = made(*args)
 
         def note(_step: int) -> None:
-            state = run_state(run.network, run.pruned, loop.method.optimizers, buffers=True)
+            assert places() == before
+            if pruned is not None:
+                z = torch.cat([z.detach().flatten() for z in pruned.z])
+                assert torch.equal(z, pruned.mask * pruned.weights.detach())
+            state = run_state(run.network, pruned, loop.method.optimizers, buffers=True)
             hashes = {name: int(hash_tensor(tensor)) for name, tensor in state}
-            found.append((hashes, run.pruned.mask.clone() if run.pruned else None))
+            found.append((hashes, pruned.mask.clone() if pruned else None))
 
         run.heartbeat.note_step = note  # type: ignore[method-assign]
         return loop

@@ -176,7 +176,7 @@ def test_a_holder_that_was_taken_over_stops_writing(lock: RunLock, tmp_path: Pat
 def test_a_link_that_was_made_counts_whatever_the_server_answers(
     lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An NFS client repeats a request whose answer was lost, and hears that the name exists."""
+    """An NFS client repeats a request whose answer was lost, and learns that the name exists."""
     link = os.link
 
     def twice(*names: Path) -> None:

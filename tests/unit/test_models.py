@@ -10,7 +10,7 @@ from bip import models
 from bip.errors import UserError
 
 SIZES = {  # (arch, classes, channels) -> parameters, with the source of the number
-    # He et al. table 6 say 0.27 M and 0.85 M. Exactly, option A: the often quoted 272,474 and
+    # He et al. table 6 gives 0.27 M and 0.85 M. Exactly, option A: the often quoted 272,474 and
     # 855,770 have two 1x1 shortcuts with batch norm (option B), 2,752 parameters more.
     ("resnet20s", 10, 3): 272_474 - 2_752,
     ("resnet56s", 10, 3): 855_770 - 2_752,

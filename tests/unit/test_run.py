@@ -177,7 +177,7 @@ NEUTRAL = {
     "num_workers": 0, "print_freq": 3, "test_batch_size": 100, "data_dir": "elsewhere",
     "checkpoint_minutes": 1, "save_dense": True, "loader": "memory", "exp_name": "other",
 }  # fmt: skip
-TELLING = {
+CHANGING = {
     "lr": 0.02, "mask_lr": 0.02, "lr2": 0.1, "k": 0.2, "seed": 2, "wd": 0, "batch_size": 32,
     "epochs": 2, "max_steps": 5, "layer_type": "filter", "scope": "layer", "freeze_bn": True,
     "accumulate": 2, "lower_steps": 2, "momentum": 0.8, "accelerate": True, "holdout": 10,
@@ -198,10 +198,10 @@ def test_what_changes_no_number_changes_no_run_id(name: str, source: Path) -> No
     assert run_id(source) == run_id(source, **{name: NEUTRAL[name]})
 
 
-@pytest.mark.parametrize("name", TELLING)
+@pytest.mark.parametrize("name", CHANGING)
 def test_what_changes_numbers_changes_the_run_id(name: str, source: Path) -> None:
     base = {"epochs": 2} if name == "warmup_epochs" else {}
-    assert run_id(source, **base) != run_id(source, **base | {name: TELLING[name]})
+    assert run_id(source, **base) != run_id(source, **base | {name: CHANGING[name]})
 
 
 def test_other_spellings_and_what_has_no_effect_are_no_other_run(source: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_finished_run_is_not_the_result_of_another_source(
 def test_a_best_model_that_cannot_be_read_costs_no_finished_run(
     number: int | None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Damaged, or on a bad place of the disk; a file system that is away comes back."""
+    """Damaged, or on a bad place of the disk; an unreachable file system comes back."""
     original = run_folder.read_checkpoint
 
     def read(path: Path) -> Any:
