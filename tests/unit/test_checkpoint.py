@@ -52,6 +52,9 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
+CALLS = ("open", "fsync", "replace", "rename", "symlink", "link", "unlink", "write", "mkdir")
+
+
 # Saving and loading
 
 
@@ -214,7 +217,7 @@ def test_a_save_that_fails_anywhere_leaves_the_one_before(
         folder = filled(tmp_path / str(fails_at))
         done = 0
         with monkeypatch.context() as patch:
-            for name in ("open", "fsync", "replace", "rename", "symlink", "link", "unlink"):
+            for name in CALLS:
                 patch.setattr(os, name, failing(name))
             with contextlib.suppress(OSError):
                 folder.save(state(3), 3)

@@ -142,22 +142,31 @@ def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str | N
         ("JobState=PENDING Restarts=1 ", True),
         ("JobState=FAILED Restarts=0 ", True),
         ("slurm_load_jobs error: Invalid job id specified", True),
-        ("slurm_load_jobs error: Unable to contact slurm controller", False),
-        (None, False),
+        ("slurm_load_jobs error: Unable to contact slurm controller", None),
+        (None, None),
     ],
 )
 def test_on_another_host_slurm_decides(
-    lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, over: bool
-) -> None:
-    """Not known is not over: then only a minute without a beat is."""
-    monkeypatch.setattr(lock, "_patience", lambda _holder: 1.0)
+    lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None,
+    over: bool | None,
+) -> None:  # fmt: skip
+    """Where it does not know, a minute without a beat does."""
     fake_scontrol(tmp_path, monkeypatch, answer)
     write_holder(tmp_path, job="7", restart=0)
-    if over:
-        assert lock.acquire()
-    else:
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    if over is False:
         with pytest.raises(UserError, match=r"in use by process .* on far, SLURM job 7"):
             lock.acquire()
+    else:
+        assert lock.acquire()
+        assert (now > 60) == (over is None)
 
 
 def test_a_holder_that_was_taken_over_stops_writing(lock: RunLock, tmp_path: Path) -> None:
