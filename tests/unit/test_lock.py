@@ -153,11 +153,14 @@ def test_on_another_host_slurm_decides(
     """Where it does not know, a minute without a beat does."""
     fake_scontrol(tmp_path, monkeypatch, answer)
     write_holder(tmp_path, job="7", restart=0)
-    now = 0.0
+    now, nap = 0.0, time.sleep
 
     def sleep(seconds: float) -> None:
         nonlocal now
-        now += seconds
+        if seconds < 1:  # waiting for scontrol's process
+            nap(seconds)
+        else:
+            now += seconds
 
     monkeypatch.setattr("time.monotonic", lambda: now)
     monkeypatch.setattr("time.sleep", sleep)
