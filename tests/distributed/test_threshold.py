@@ -9,7 +9,7 @@ from bip.distributed.group import Group
 from bip.pruning.layout import Segment
 from bip.pruning.select import NanError
 from tests.distributed.harness import run_ranks
-from tests.unit.scores_for_ranking import KINDS, WAYS, make_scores, select, selector_of, sorted_mask
+from tests.unit.scores_for_ranking import KINDS, make_scores, select, selector_of, sorted_mask
 
 SIZES = (1, 2, 3, 5, 64, 1000, 30_011)
 
@@ -39,7 +39,7 @@ def check_all(group: Group, way: str) -> tuple[int, str]:
     return checked, str(raised.value)
 
 
-@pytest.mark.parametrize(("way", "what"), zip(WAYS, ["NaN in b", "NaN"], strict=True))
+@pytest.mark.parametrize(("way", "what"), [("cpu", "NaN in b"), ("cuda", "NaN")])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_every_mask_is_the_sorts(world: int, way: str, what: str) -> None:
     ends = set(run_ranks(world, check_all, way, timeout=240))
