@@ -13,7 +13,7 @@ from hypothesis import settings
 from tests.runs import LAYER_TYPES, Finished, train
 
 torch.set_num_threads(1)
-# Timings on a shared machine say nothing; the same cases every time do.
+# Timings on a shared machine mean nothing; the same cases every time do.
 settings.register_profile("bip", deadline=None, derandomize=True)
 settings.load_profile("bip")
 

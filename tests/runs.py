@@ -5,16 +5,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from torch import Tensor
 
 from bip import run
 from bip.config import load_config
+from bip.distributed.group import Group, Ranks
 from bip.files import read_jsonl
 from bip.identity import with_source_of_resume
-from bip.training.checkpoint import State, layer_masks, read_checkpoint
+from bip.training.checkpoint import CheckpointFolder, State, layer_masks, read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "Digits"
 LAYER_TYPES = ("unstructured", "filter", "channel")
+ALONE = Group(Ranks(0, 1, 0, 1), torch.device("cpu"))
+
+
+class Killed(BaseException):
+    """Stands for a process that dies just after a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +85,28 @@ def train(kind: str, result_dir: Path, **settings: Any) -> Finished:
     config = with_source_of_resume(load_config(arguments(kind, result_dir, **settings)))
     run.train(config)
     return Finished(config.run_folder, json.loads((config.run_folder / "result.json").read_text()))
+
+
+def train_until(saves: int, kind: str, result_dir: Path, **settings: Any) -> Path:
+    """Train, with a checkpoint after every step, until so many are saved. Returns the newest."""
+    save, left = CheckpointFolder.save, saves
+
+    def last_save(self: CheckpointFolder, *args: Any, **kwargs: Any) -> Path:
+        nonlocal left
+        path = save(self, *args, **kwargs)
+        left -= 1
+        if left == 0:
+            raise Killed
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointFolder, "save", last_save)
+        with pytest.raises(Killed):
+            train(kind, result_dir, **settings, checkpoint_minutes=1e-9)
+    (newest,) = result_dir.glob("*/*/*/checkpoint/checkpoint.pth.tar")
+    return newest
+
+
+def make_run(kind: str, result_dir: Path, group: Group = ALONE, **settings: Any) -> run.Run:
+    """The parts of a run on one rank, before it starts."""
+    return run.Run(load_config(arguments(kind, result_dir, **settings)), group)

@@ -126,57 +126,62 @@ def test_a_signal_while_the_ranks_meet_stops_them_all(ranks: list[int], tmp_path
 TWO = [Ranks(rank, 2, rank, 2) for rank in range(2)]
 
 
-class Slow:
+@pytest.fixture
+def store() -> TCPStore:
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def meet(store: Any, ranks: Ranks, signalled: int = 0, seconds: float = 5) -> None:
+    stop = StopRequest()
+    stop.signal = signalled
+    go_or_leave(store, ranks, time.monotonic() + seconds, stop)
+
+
+class Late:
     """A store in which the last rank comes between this one's check and its verdict."""
 
-    def __init__(self, store: TCPStore, comes: bool) -> None:
-        self.store, self.comes = store, comes
+    def __init__(self, store: TCPStore) -> None:
+        self.store = store
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
     def check(self, keys: list[str]) -> bool:
         seen = self.store.check(keys)
-        if self.comes:
-            self.comes = False
-            go_or_leave(self.store, TWO[1], time.monotonic() + 5, StopRequest())
+        if not self.store.check(["came"]):
+            self.store.set("came", "")
+            meet(self.store, TWO[1])
         return bool(seen)
 
 
-def test_all_ranks_go_on_or_none() -> None:
-    signalled = StopRequest()
-    signalled.signal = signal.SIGUSR2
-    for comes in (True, False):
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        soon = time.monotonic() + 5
-        if comes:  # the signal comes just when the last has seen that all are here: both go on
-            go_or_leave(Slow(store, comes), TWO[0], soon, signalled)
-            continue
-        for stop in (signalled, StopRequest()):  # the other got no signal, and leaves as well
-            with pytest.raises(Stopped, match="stopped by SIGUSR2 at step 0"):
-                go_or_leave(Slow(store, comes), TWO[0], soon, stop)
+def test_all_ranks_go_on(store: TCPStore) -> None:
+    """The signal comes just when the last has seen that all are here."""
+    meet(Late(store), TWO[0], signal.SIGUSR2)
 
 
-def test_who_comes_too_late_finds_nobody_waiting() -> None:
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def test_or_none(store: TCPStore) -> None:
+    for signalled in (signal.SIGUSR2, 0):  # the other got no signal, and leaves as well
+        with pytest.raises(Stopped, match="SIGUSR2 at step 0"):
+            meet(store, TWO[0], signalled)
+
+
+def test_who_comes_too_late_finds_nobody_waiting(store: TCPStore) -> None:
     for _ in range(2):
-        with pytest.raises(errors.RankError) as raised:
-            go_or_leave(store, Ranks(2, 3, 0, 1), time.monotonic() + 0.2, StopRequest())
-        assert str(raised.value) == "ranks: of 3 these did not come in time: 0, 1"
+        with pytest.raises(errors.RankError, match=r"^ranks: of 3 .*: 0, 1$"):
+            meet(store, Ranks(2, 3, 0, 1), seconds=0.2)
 
 
 @pytest.mark.parametrize("first", [2, 3])
-def test_ranks_of_unlike_worlds_all_leave(first: int) -> None:
+def test_ranks_of_unlike_worlds_all_leave(first: int, store: TCPStore) -> None:
     """One srun of two tasks and one of three: also where the two have met each other already."""
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     if first == 2:
         store.add("here", 1)  # the other of the two
-        go_or_leave(store, TWO[1], time.monotonic() + 5, StopRequest())
+        meet(store, TWO[1])
     else:
         store.compare_set("world", "", "3")  # one of the three
     for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
-        with pytest.raises(errors.UserError, match=r"some were started as one of [23], some"):
-            go_or_leave(store, ranks, time.monotonic() + 5, StopRequest())
+        with pytest.raises(UserError, match=r"one of [23], some"):
+            meet(store, ranks)
 
 
 def wait_long() -> str:
@@ -259,41 +264,32 @@ def test_errors_of_collectives_are_distinguished_from_a_ranks_own() -> None:
     assert _is_echo(torch.distributed.DistNetworkError("Broken pipe"))
 
 
-def end(call: Callable[[], Any]) -> str:
+def fail(group: Group, asked: bool, error: Exception) -> str:
+    """Rank 0 fails at what it is asked, or the last rank at what all do."""
+
+    def call() -> None:
+        raise error
+
     try:
-        call()
-    except (KeyError, UserError, errors.RankError) as error:
-        return f"{type(error).__name__}: {error}"
+        if asked:
+            group.ask_first(call)
+        else:
+            with group.together():
+                if group.rank == group.world - 1:
+                    call()
+    except (KeyError, UserError, errors.RankError) as raised:
+        return f"{type(raised).__name__}: {raised}"
     return "none"
 
 
-def fail_together(group: Group, error: Exception) -> str:
-    def call() -> None:
-        with group.together():
-            if group.rank == group.world - 1:
-                raise error
-
-    return end(call)
-
-
-def fail_when_asked(group: Group, error: Exception) -> str:
-    def call() -> None:
-        assert group.is_first, "only rank 0 is asked"
-        raise error
-
-    return end(lambda: group.ask_first(call))
-
-
-@pytest.mark.parametrize(("body", "failed"), [(fail_together, 2), (fail_when_asked, 0)])
+@pytest.mark.parametrize(("asked", "failed"), [(False, 2), (True, 0)])
 @pytest.mark.parametrize("error", [UserError("data_dir: not here"), KeyError("a bug")], ids=str)
-def test_one_ranks_failure_is_raised_on_all(
-    body: Callable[..., str], failed: int, error: Exception
-) -> None:
+def test_one_ranks_failure_is_raised_on_all(asked: bool, failed: int, error: Exception) -> None:
     """A user's error as one; a bug on its own rank, and its text on the others."""
-    own, *others = sorted(run_ranks(3, body, error), key=lambda text: "RankError" in text)
+    ends = run_ranks(3, fail, asked, error)
     if isinstance(error, UserError):
-        assert own.startswith("UserError: data_dir: not here")
-        assert others == [own] * 2
+        assert len(set(ends)) == 1
+        assert ends[0].startswith("UserError: data_dir: not here")
     else:
-        assert own == "KeyError: 'a bug'"
-        assert others == [f"RankError: KeyError: 'a bug' (rank {failed})"] * 2
+        assert ends.pop(failed) == "KeyError: 'a bug'"
+        assert ends == [f"RankError: KeyError: 'a bug' (rank {failed})"] * 2

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +24,18 @@ import pytest
 import torch
 from torch.distributed import DistNetworkError, TCPStore
 
+from bip.__main__ import main
+from bip.data.batches import Data
 from bip.distributed.group import Group, Ranks
 from bip.distributed.heartbeat import Heartbeat
 from bip.errors import RankError
 from bip.files import read_jsonl
+from bip.run import Run
+from bip.training.checkpoint import CheckpointFolder
+from bip.training.loop import Loop
+from tests.distributed.harness import PRELOAD
 from tests.runs import arguments
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 4  # rank_timeout
 
 
@@ -37,6 +44,25 @@ def heart(rank: int, world: int, **settings: Any) -> tuple[Heartbeat, TCPStore]:
     group = Group(Ranks(rank, world, rank, world), torch.device("cpu"))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     return Heartbeat(group, **settings), store
+
+
+@pytest.fixture
+def codes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The codes of exits that are noted and not made."""
+    codes: list[int] = []
+    monkeypatch.setattr("os._exit", codes.append)
+    return codes
+
+
+@pytest.fixture
+def meet_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Makes a store the process group's."""
+
+    def use(store: Any) -> None:
+        origin = SimpleNamespace(_get_default_store=lambda: store)
+        monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+
+    return use
 
 
 @pytest.mark.parametrize(
@@ -54,8 +80,9 @@ def test_a_suspended_job_is_not_a_lost_rank(
     for pause in pauses:
         now += pause
         heartbeat._round(store)
-    expected = "rank 1 (host pid 1) has not answered for 30 s; its last step was 7"
-    assert heartbeat.lost == (expected if is_lost else None)
+    assert (heartbeat.lost is not None) == is_lost
+    for fact in ("rank 1 (host pid 1)", "for 30 s", "last step was 7") if is_lost else ():
+        assert fact in str(heartbeat.lost)
 
 
 def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,19 +112,13 @@ def test_a_rank_that_is_stuck_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
                 break
         assert beat > 30
         text.append(heartbeat.lost)
-    rest = " (if this is slow and not stuck, give --rank-timeout more than 10)"
-    known = "no progress for 100 s; the others wait for rank 1 (h1) at step 4 in it"
-    assert text[0] == known + rest
-    equal = (
-        "no progress for 100 s; all ranks are equally far: rank 2 (h2) at step 4 in the forward "
-    )
-    assert text[1].startswith(f"{equal}pass; rank 0 (")
+    for part in ("no progress for 100 s", "wait for rank 1 (h1) at step 4 in it", "--rank-timeout"):
+        assert part in text[0]
+    assert "equally far: rank 2 (h2) at step 4 in the forward pass; rank 0 (" in text[1]
 
 
-def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A closed stderr and a full disk."""
-    codes: list[int] = []
-    monkeypatch.setattr("os._exit", codes.append)
+def test_the_end_comes_whatever_fails(codes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed stderr and a full disk; a disk that hangs does not delay it."""
 
     def full(_cause: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -112,30 +133,26 @@ def test_the_end_comes_whatever_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bip.distributed.heartbeat.GRACE", 0.1)
     heartbeat, _ = heart(0, 2, timeout=30, on_end=lambda _cause: time.sleep(2))
     heartbeat._end("rank 1 is lost")
-    assert codes == [1, 1, 1], "a disk that hangs does not hold it up"
+    assert codes == [1, 1, 1]
 
 
 def test_behind_a_collectives_failure_the_lost_rank_is_raised(
-    monkeypatch: pytest.MonkeyPatch,
+    codes: list[int], meet_in: Callable[[Any], None]
 ) -> None:
     """Once, though bodies are nested, and without a stay for others that know already."""
-    codes: list[int] = []
     causes: list[str] = []
-    monkeypatch.setattr("os._exit", codes.append)
     heartbeat, store = heart(0, 2, timeout=2, on_end=causes.append)
-    origin = SimpleNamespace(_get_default_store=lambda: store)
-    monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+    meet_in(store)
     store.set("beat/1", '{"host": "h1", "step": 7, "passed": 0}')  # and never again
-    text = r"^rank 1 \(h1\) has not answered for 2 s; its last step was 7$"
-    began = time.monotonic()
+    start = time.monotonic()
     with (
-        pytest.raises(RankError, match=text),
+        pytest.raises(RankError, match=r"^rank 1 \(h1\) .* 2 s; its last step was 7$") as raised,
         heartbeat.watching(),
         heartbeat.watching(),
     ):
         raise DistNetworkError("Connection closed by peer")
-    assert time.monotonic() - began < 30
-    assert causes == ["rank lost: rank 1 (h1) has not answered for 2 s; its last step was 7"]
+    assert time.monotonic() - start < 30
+    assert causes == [f"rank lost: {raised.value}"]
     time.sleep(0.5)
     assert not codes
 
@@ -157,30 +174,24 @@ class Flaky:
         return getattr(self.store, name)
 
 
-def test_a_broken_connection_to_the_store_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    codes: list[int] = []
-    monkeypatch.setattr("os._exit", codes.append)
+def test_a_broken_connection_to_the_store_is_made_again(
+    codes: list[int], meet_in: Callable[[Any], None]
+) -> None:
     heartbeat, store = heart(0, 2, timeout=20)
     heartbeat.interval = 0.05
     broken = [0, 9, 3, 0, 5]
-    flaky = Flaky(store, broken)
-    origin = SimpleNamespace(_get_default_store=lambda: flaky)
-    monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+    meet_in(Flaky(store, broken))
     with heartbeat.watching():
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and (broken or heartbeat.rounds < 10):
             store.set("beat/1", f'{{"passed": 0, "time": {time.monotonic()}}}')
             time.sleep(0.02)
-    assert not broken
+    assert (broken, heartbeat.lost, codes) == ([], None, [])
     assert heartbeat.rounds >= 10
-    assert heartbeat.lost is None
-    assert not codes
 
 
-def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_store_delays_nobody(codes: list[int], meet_in: Callable[[Any], None]) -> None:
     """Its callers hang, whatever their time-outs; the end comes and a stop does not wait."""
-    codes: list[int] = []
-    monkeypatch.setattr("os._exit", codes.append)
     serve = (
         "import time; from torch.distributed import TCPStore\n"
         "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
@@ -190,47 +201,74 @@ def test_a_frozen_store_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None
         try:
             assert holder.stdout is not None
             store = TCPStore("127.0.0.1", int(holder.stdout.readline()), is_master=False)
-            origin = SimpleNamespace(_get_default_store=lambda: store)
-            monkeypatch.setattr("torch.distributed.distributed_c10d", origin)
+            meet_in(store)
             causes: list[str] = []
             heartbeat, _ = heart(1, 2, timeout=1.5, on_end=causes.append)
             with heartbeat.watching():
                 time.sleep(0.5)
                 holder.send_signal(signal.SIGSTOP)
                 wait_until(lambda: bool(codes), 60)
-                began = time.monotonic()
-            assert time.monotonic() - began < 10
+                end = time.monotonic()
+            assert time.monotonic() - end < 10
         finally:
             holder.kill()  # else leaving the block would wait for a stopped process
-    text = "rank lost: rank 0, which holds the rendezvous store, has not answered for 2 s"
-    assert causes == [text]
+    assert [cause.split(", ")[0] for cause in causes] == ["rank lost: rank 0"]
     assert codes == [1]
 
 
 # Whole runs
 
 
-class Process(subprocess.Popen[str]):
-    """One rank."""
+Trouble = Callable[[int], None]  # what a rank does first, given its number
+
+
+class Process:
+    """One rank, forked from a server that has imported torch."""
+
+    def __init__(self, *args: Any, stderr: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        self.stderr = stderr
+        self.process = context.Process(target=_train, args=(*args, stderr))
+        self.process.start()
+
+    def send(self, signal_number: int) -> None:
+        os.kill(self.process.pid or 0, signal_number)
 
     def ended(self, timeout: float = 60) -> tuple[int, str]:
         """(exit code, stderr)."""
-        _, stderr = self.communicate(timeout=timeout)
-        return self.returncode, stderr
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "it goes on"
+        return self.process.exitcode, self.stderr.read_text()
+
+
+def _train(
+    flags: list[str], env: dict[str, str], rank: int, trouble: Trouble, stderr: Path
+) -> None:
+    for number, path in ((1, os.devnull), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.update(env)
+    trouble(rank)
+    sys.exit(main(["train", *flags]))
+
+
+def none(_rank: int) -> None:
+    pass
 
 
 @contextlib.contextmanager
-def running(world: int, flags: list[str], under: str, change: str = "") -> Iterator[list[Process]]:
-    """The ranks of one run, `under` "torchrun" (the store is not theirs) or "srun" (rank 0's).
-
-    `change` is Python that a rank executes first, `rank` being its number.
+def running(
+    folder: Path, world: int, under: str, trouble: Trouble = none, **settings: Any
+) -> Iterator[list[Process]]:
+    """The ranks of an endless run, `under` "torchrun" (the store is not theirs) or "srun" (rank
+    0's).
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    script = f"import os, sys, time\nrank = int(os.environ['TEST_RANK'])\n{change}\n"
-    script += "from bip.__main__ import main\nsys.exit(main(['train', *sys.argv[1:]]))"
+    long = {"epochs": 100_000, "eval_every": 100_000, "batch_size": 66, "rank_timeout": LIMIT}
+    flags = arguments("pretrain", folder, **long | settings)
     ranks = []
     for rank in range(world):
-        place = {
+        env = {
             "torchrun": {
                 "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
@@ -242,27 +280,13 @@ def running(world: int, flags: list[str], under: str, change: str = "") -> Itera
                 "SLURMD_NODENAME_ADDR": "127.0.0.1",
             },
         }[under]  # fmt: skip
-        ranks.append(
-            Process(
-                [sys.executable, "-c", script, *flags],
-                env=os.environ | place | {"OMP_NUM_THREADS": "1", "TEST_RANK": str(rank)},
-                cwd=ROOT,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
+        ranks.append(Process(flags, env, rank, trouble, stderr=folder / f"rank{rank}.err"))
     try:
         yield ranks
     finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-
-
-def endless(folder: Path, **settings: Any) -> list[str]:
-    endless = {"epochs": 100_000, "eval_every": 100_000, "batch_size": 66}
-    return arguments("pretrain", folder, **endless | {"rank_timeout": LIMIT} | settings)
+        for one in ranks:
+            one.process.kill()
+            one.process.join()
 
 
 def wait_until(is_so: Callable[[], bool], seconds: float = 90) -> None:
@@ -294,62 +318,67 @@ def last_cause(folder: Path) -> str:
 def test_a_lost_rank_ends_the_others_and_is_named(
     how: int, victim: int, under: str, tmp_path: Path
 ) -> None:
-    with running(3, endless(tmp_path), under) as ranks:
+    with running(tmp_path, 3, under) as ranks:
         wait_until(lambda: steps(tmp_path) > 3)
         time.sleep(2)  # a few beats
-        ranks[victim].send_signal(how)
+        ranks[victim].send(how)
         struck = time.monotonic()
         for rank, process in enumerate(ranks):
             if rank == victim:
                 continue
             code, stderr = process.ended()
             assert code == 1, stderr
+            assert f"has not answered for {LIMIT} s" in stderr
             if (victim, under) == (0, "srun"):
-                text = f"rank 0, which holds the rendezvous store, has not answered for {LIMIT} s"
+                assert "error: rank 0, which holds the rendezvous store" in stderr
             else:
-                text = f"rank {victim} ("
-                assert f"has not answered for {LIMIT} s; its last step was " in stderr
-            assert f"error: {text}" in stderr
+                assert f"error: rank {victim} (" in stderr
+                assert "its last step was " in stderr
         assert time.monotonic() - struck < 6 * LIMIT
     if victim != 0:
         assert last_cause(tmp_path).startswith(f"rank lost: rank {victim} (")
 
 
+def hang_at_the_start(victim: int, opening: Path, rank: int) -> None:
+    def hang(_self: Run) -> None:
+        if rank == victim:
+            opening.touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    Run._open_data = hang  # type: ignore[method-assign,assignment]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_lost_at_the_start_is_named(victim: int, tmp_path: Path) -> None:
     """While it opens its data, before the first step."""
-    change = f"""
-import bip.run
-def hang(self):
-    if rank == {victim}:
-        open({str(tmp_path / "opening")!r}, "w").close()
-        os.kill(os.getpid(), {int(signal.SIGSTOP)})
-bip.run.Run._open_data = hang
-"""
-    with running(2, endless(tmp_path), "srun", change) as ranks:
-        wait_until(lambda: (tmp_path / "opening").exists())
+    opening = tmp_path / "opening"
+    with running(tmp_path, 2, "srun", partial(hang_at_the_start, victim, opening)) as ranks:
+        wait_until(opening.exists)
         code, stderr = ranks[1 - victim].ended(6 * LIMIT)
     assert code == 1
     assert f"error: rank {victim}" in stderr
-    assert "has not answered for 4 s" in stderr
+    assert f"has not answered for {LIMIT} s" in stderr
+
+
+def hang_at_a_batch(rank: int) -> None:
+    init, train = Heartbeat.__init__, Data.train
+
+    def hang(self: Data, level: Any = "lower", start: int = 0) -> Iterator[Any]:
+        for number, batch in enumerate(train(self, level, start)):
+            if rank == 1 and number == 6:
+                time.sleep(3600)
+            yield batch
+
+    def impatient(self: Heartbeat, *args: Any) -> None:
+        init(self, *args, stall=10)
+
+    Heartbeat.__init__ = impatient  # type: ignore[method-assign,assignment]
+    Data.train = hang  # type: ignore[method-assign,assignment]
 
 
 def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
     """Its main thread hangs where it waits for a batch, and it beats all the same."""
-    change = """
-from bip.data.batches import Data
-from bip.distributed.heartbeat import Heartbeat
-init = Heartbeat.__init__
-Heartbeat.__init__ = lambda self, group, timeout: init(self, group, timeout, stall=10)
-old = Data.train
-def train(self, level="lower", start=0):
-    for number, batch in enumerate(old(self, level, start)):
-        if rank == 1 and number == 6:
-            time.sleep(3600)
-        yield batch
-Data.train = train
-"""
-    with running(3, endless(tmp_path, rank_timeout=30), "torchrun", change) as ranks:
+    with running(tmp_path, 3, "torchrun", hang_at_a_batch, rank_timeout=30) as ranks:
         for process in ranks:
             code, stderr = process.ended(200)
             assert code == 1
@@ -358,80 +387,80 @@ Data.train = train
     assert last_cause(tmp_path).startswith("rank lost: no progress for 10 s; ")
 
 
+def have_a_bug(culprit: int, rank: int) -> None:
+    report = Loop._report
+
+    def fail(self: Loop, done: int, means: Any) -> None:
+        report(self, done, means)
+        if rank == culprit and done == 5:
+            raise KeyError("a bug")
+
+    Loop._report = fail  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("culprit", [0, 1])
-def test_a_ranks_own_failure_is_told_by_all(culprit: int, tmp_path: Path) -> None:
+def test_a_ranks_own_failure_is_reported_by_all(culprit: int, tmp_path: Path) -> None:
     """Also by a rank 0 that holds the store: it stays until the others have read it."""
-    change = f"""
-from bip.training.loop import Loop
-old = Loop._report
-def report(self, done, means):
-    old(self, done, means)
-    if rank == {culprit} and done == 5:
-        raise KeyError("a bug")
-Loop._report = report
-"""
-    with running(3, endless(tmp_path, print_freq=5), "srun", change) as ranks:
+    trouble = partial(have_a_bug, culprit)
+    with running(tmp_path, 3, "srun", trouble, print_freq=5) as ranks:
         ends = [process.ended(90) for process in ranks]
     for rank, (code, stderr) in enumerate(ends):
         assert code == 1
-        if rank == culprit:
-            assert "Traceback" in stderr
-        else:
-            assert f"error: rank {culprit}: KeyError: 'a bug'" in stderr
+        expected = "Traceback" if rank == culprit else f"error: rank {culprit}: KeyError: 'a bug'"
+        assert expected in stderr
     own, other = "error: 'a bug'", f"rank lost: rank {culprit}: KeyError: 'a bug'"
     assert last_cause(tmp_path) == (own if culprit == 0 else other)
 
 
+def save_slowly(_rank: int) -> None:
+    save = CheckpointFolder.save
+
+    def slow(*args: Any, **kwargs: Any) -> Path:
+        time.sleep(2.5 * LIMIT)
+        return save(*args, **kwargs)
+
+    CheckpointFolder.save = slow  # type: ignore[method-assign]
+
+
 def test_a_stopped_run_ends_after_its_save(tmp_path: Path) -> None:
     """A save longer than the time-out: the others wait for it, and for the record of the end."""
-    change = """
-from bip.training.checkpoint import CheckpointFolder
-old = CheckpointFolder.save
-def save(self, *args, **kwargs):
-    time.sleep(10)
-    old(self, *args, **kwargs)
-CheckpointFolder.save = save
-"""
-    with running(2, endless(tmp_path), "srun", change) as ranks:
+    with running(tmp_path, 2, "srun", save_slowly) as ranks:
         wait_until(lambda: steps(tmp_path) > 3)
         for process in ranks:
-            process.send_signal(signal.SIGTERM)
+            process.send(signal.SIGTERM)
         code, stderr = ranks[1].ended()
         # As srun --kill-on-bad-exit does it when the first rank has left.
-        ranks[0].kill()
+        ranks[0].send(signal.SIGKILL)
         assert code == os.EX_TEMPFAIL, stderr
     assert last_cause(tmp_path) == "SIGTERM"
     assert len(list(tmp_path.rglob("checkpoint.pth.tar"))) == 1
 
 
+def have_no_space(_rank: int) -> None:
+    def save(*_args: Any, **_kwargs: Any) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    CheckpointFolder.save = save  # type: ignore[method-assign]
+
+
 def test_a_full_disk_is_every_ranks(tmp_path: Path) -> None:
-    change = """
-import errno
-from bip.training.checkpoint import CheckpointFolder
-def save(self, *args, **kwargs):
-    raise OSError(errno.ENOSPC, "No space left on device")
-CheckpointFolder.save = save
-"""
-    flags = endless(tmp_path, max_steps=3, rank_timeout=30)
-    with running(3, flags, "srun", change) as ranks:
-        began = time.monotonic()
+    with running(tmp_path, 3, "srun", have_no_space, max_steps=3, rank_timeout=30) as ranks:
+        start = time.monotonic()
         for process in ranks:
             code, stderr = process.ended()
             assert code == 2, stderr
             assert ": No space left on device; the newest checkpoint is kept" in stderr
-        assert time.monotonic() - began < 100
+        assert time.monotonic() - start < 100
     assert "No space left" in last_cause(tmp_path)
+
+
+def close_slowly(rank: int) -> None:
+    Data.close = lambda _self: time.sleep(3 * LIMIT * rank)  # type: ignore[method-assign]
 
 
 def test_a_finished_rank_may_leave_at_any_time(tmp_path: Path) -> None:
     """Rank 1 still closes its data when rank 0 has left with the store."""
-    change = f"""
-from bip.data.batches import Data
-def close(self):
-    time.sleep(3 * {LIMIT} * rank)
-Data.close = close
-"""
-    with running(2, endless(tmp_path, max_steps=5), "srun", change) as ranks:
+    with running(tmp_path, 2, "srun", close_slowly, max_steps=5) as ranks:
         for process in ranks:
             code, stderr = process.ended()
             assert code == 0, stderr

@@ -173,20 +173,3 @@ def test_counting_counts() -> None:
             sender.recv(1)
             for now, then in zip(bytes_moved(), before, strict=True):
                 assert abs(now - then - 50_001) <= 1
-
-
-@pytest.mark.parametrize("elements", [1000, 100_000])
-def test_what_a_gather_moves_grows_with_ranks_only(elements: int) -> None:
-    for moved in run_ranks(3, gather_once, elements):
-        for count in moved:
-            assert 2 * 4 * elements <= count < 2 * 4 * elements + 4096
-
-
-def gather_once(group: Group, elements: int) -> list[int]:
-    values = torch.zeros(elements, dtype=torch.int32)
-    group.gather(values)
-    group.barrier()
-    before = torch.tensor(bytes_moved())
-    group.gather(values)
-    group.barrier()
-    return list((torch.tensor(bytes_moved()) - before).tolist())

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -32,22 +33,19 @@ def on_threads(world: int, function: Callable[[ThreadRank], T]) -> list[T]:
     """`function(exchange)` on `world` ranks at once; the results in rank order."""
     slots: list[Any] = [None] * world
     barrier = threading.Barrier(world)
-    results: list[Any] = [None] * world
-    errors: list[BaseException] = []
 
-    def run(rank: int) -> None:
+    def run(rank: int) -> T:
         try:
-            results[rank] = function(ThreadRank(rank, slots, barrier))
-        except BaseException as error:
-            errors.append(error)
+            return function(ThreadRank(rank, slots, barrier))
+        except BaseException:
             barrier.abort()
+            raise
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(world) as pool:
+        futures = [pool.submit(run, rank) for rank in range(world)]
+    # The first of its own: a broken barrier follows from another rank's error.
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    errors.sort(key=lambda error: isinstance(error, threading.BrokenBarrierError))
     for error in errors:
-        if not isinstance(error, threading.BrokenBarrierError):
-            raise error
-    return results
+        raise error
+    return [future.result() for future in futures]

@@ -77,10 +77,6 @@ def test_a_score_of_zero_moves_and_has_the_positive_sign() -> None:
     torch.testing.assert_close(pruned.scores.grad, product, rtol=1e-12, atol=0)
 
 
-def linear_term(c: Tensor, z: list[Tensor]) -> Tensor:
-    return c @ flat(tuple(z))
-
-
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("gamma", [1e-4, 1e-2, 1.0, 1e2, 1e4])
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "fractional"])
@@ -102,7 +98,7 @@ def test_hypergradient_of_a_linear_loss_is_exact(
         pruned.weights.copy_(theta)
         pruned.scores.abs_()
     pruned.write_z()
-    linear_term(c, pruned.z).backward()
+    (c @ flat(tuple(pruned.z))).backward()
     pruned.set_upper_gradient(1 / gamma)
     error = (pruned.scores.grad - exact).norm() / exact.norm()
     assert error < 1e-12
@@ -147,7 +143,7 @@ def test_the_implicit_term_is_half_of_the_hypergradient_at_the_linear_optimum() 
     with torch.no_grad():
         pruned.weights.copy_(pruned.mask * c * -0.01)
     pruned.write_z()
-    linear_term(c, pruned.z).backward()
+    (c @ flat(tuple(pruned.z))).backward()
     implicit, direct = pruned.term_norms(0.01).tolist()
     assert implicit == pytest.approx(direct, rel=1e-12)
     assert direct == pytest.approx(0.01 * float((pruned.mask * c * c).norm()), rel=1e-12)

@@ -1,13 +1,15 @@
 """The lock on a run folder: one writer, whoever dies and wherever."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import multiprocessing
 import os
-import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,20 +18,31 @@ from bip.errors import RankError, UserError
 from bip.lock import Holder, RunLock
 
 
-def hold(folder: Path, taken: object, seconds: float) -> None:
-    """In a process of its own: take the lock, say so, hold it, and let go."""
-    lock = RunLock(folder)
-    lock.acquire()
-    taken.set()  # type: ignore[attr-defined]
-    time.sleep(seconds)
-    lock.release()
+@contextlib.contextmanager
+def held(folder: Path, seconds: float) -> Iterator[Any]:
+    """A process that takes the lock, holds it and lets go."""
+    context = multiprocessing.get_context("fork")
+    taken = context.Event()
+
+    def hold() -> None:
+        lock = RunLock(folder)
+        lock.acquire()
+        taken.set()
+        time.sleep(seconds)
+        lock.release()
+
+    process = context.Process(target=hold)
+    process.start()
+    assert taken.wait(10)
+    yield process
+    process.join(0.5)
+    assert not process.is_alive()
 
 
-def write_holder(folder: Path, number: int = 1, **changes: object) -> None:
+def write_holder(folder: Path, **changes: Any) -> None:
     """A lock as another host would have left it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    holder = dataclasses.replace(Holder.self({}), boot="another", host="far", **changes)  # type: ignore[arg-type]
-    (folder / f".lock.{number}").write_text(json.dumps(dataclasses.asdict(holder)))
+    holder = dataclasses.replace(Holder.self({}), boot="another", host="far", **changes)
+    (folder / ".lock.1").write_text(json.dumps(dataclasses.asdict(holder)))
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +50,20 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BEAT_SECONDS", 0.1)
 
 
-def test_second_attempt_is_refused_with_the_holders_name(tmp_path: Path) -> None:
-    first, second = RunLock(tmp_path), RunLock(tmp_path)
-    assert first.acquire()
+@pytest.fixture
+def lock(tmp_path: Path) -> Iterator[RunLock]:
+    lock = RunLock(tmp_path)
+    yield lock
+    lock.release()
+
+
+def test_second_attempt_is_refused_with_the_holders_name(lock: RunLock, tmp_path: Path) -> None:
+    assert lock.acquire()
+    second = RunLock(tmp_path)
     with pytest.raises(UserError, match=f"in use by process {os.getpid()} on "):
         second.acquire()
-    first.release()
+    assert not second.acquire(give_up=lambda: True), "an attempt that is to stop does not wait"
+    lock.release()
     assert second.acquire()
     second.release()
 
@@ -55,35 +76,23 @@ def test_a_requeued_attempt_waits_for_the_one_before_to_die(
     monkeypatch.setenv("BIP_KILL_WAIT", "30")
     for name, value in task.items():
         monkeypatch.setenv(name, value)
-    context = multiprocessing.get_context("fork")
-    taken = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, taken, 5))
-    process.start()
-    taken.wait(10)
-    with pytest.raises(UserError, match=r"in use by .*, SLURM job 9_3"):
-        RunLock(tmp_path, task | {"SLURM_ARRAY_TASK_ID": "4"}).acquire()
-    lock = RunLock(tmp_path, task | {"SLURM_RESTART_COUNT": "1"})
-    assert lock.acquire()
-    process.join(0.5)
-    assert process.exitcode == 0, "it has let go"
+    with held(tmp_path, 5):
+        with pytest.raises(UserError, match=r"in use by .*, SLURM job 9_3"):
+            RunLock(tmp_path, task | {"SLURM_ARRAY_TASK_ID": "4"}).acquire()
+        lock = RunLock(tmp_path, task | {"SLURM_RESTART_COUNT": "1"})
+        assert lock.acquire()
     assert "waiting for process" in capsys.readouterr().out
     lock.check()
     lock.release()
 
 
-def test_a_killed_holder_is_recognised_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    taken = context.Event()
-    process = context.Process(target=hold, args=(tmp_path, taken, 60))
-    process.start()
-    taken.wait(10)
-    os.kill(process.pid or 0, signal.SIGKILL)
-    process.join()
-    began = time.monotonic()
-    lock = RunLock(tmp_path)
-    assert lock.acquire()
-    assert time.monotonic() - began < 1
-    lock.release()
+def test_a_killed_holder_is_recognised_at_once(lock: RunLock, tmp_path: Path) -> None:
+    with held(tmp_path, 60) as process:
+        process.kill()
+        process.join()
+        start = time.monotonic()
+        assert lock.acquire()
+        assert time.monotonic() - start < 1
 
 
 def test_of_many_only_one_takes_over(tmp_path: Path) -> None:
@@ -116,23 +125,6 @@ def test_of_many_only_one_takes_over(tmp_path: Path) -> None:
     assert log.read_text().split() == ["in", "out"] * 8
 
 
-@pytest.mark.parametrize(("over", "free"), [(True, True), (False, False)])
-def test_on_another_host_slurm_decides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool, free: bool
-) -> None:
-    monkeypatch.setattr(module, "_attempt_is_over", lambda _holder: over)
-    monkeypatch.setattr(module, "_kill_wait", lambda: 0.0)
-    write_holder(tmp_path, job="7")
-    lock = RunLock(tmp_path)
-    if free:
-        assert lock.acquire()
-        lock.release()
-    else:
-        monkeypatch.setattr(lock, "_patience", lambda _holder: 1.0)
-        with pytest.raises(UserError, match=r"in use by process .* on far, SLURM job 7"):
-            lock.acquire()
-
-
 def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
     """Answers so, by an error where it is no record; None: there is no scontrol."""
     if answer is not None:
@@ -154,20 +146,38 @@ def fake_scontrol(folder: Path, monkeypatch: pytest.MonkeyPatch, answer: str | N
         (None, None),
     ],
 )
-def test_what_slurm_says_of_an_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None, over: bool | None
-) -> None:
+def test_on_another_host_slurm_decides(
+    lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str | None,
+    over: bool | None,
+) -> None:  # fmt: skip
+    """Where it does not know, a minute without a beat does."""
     fake_scontrol(tmp_path, monkeypatch, answer)
-    holder = dataclasses.replace(Holder.self({}), job="7", restart=0)
-    assert module._attempt_is_over(holder) is over
+    write_holder(tmp_path, job="7", restart=0)
+    now, nap = 0.0, time.sleep
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        if seconds < 1:  # waiting for scontrol's process
+            nap(seconds)
+        else:
+            now += seconds
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", sleep)
+    if over is False:
+        with pytest.raises(UserError, match=r"in use by process .* on far, SLURM job 7"):
+            lock.acquire()
+    else:
+        assert lock.acquire()
+        assert (now > 60) == (over is None)
 
 
-def test_a_holder_that_was_taken_over_stops_writing(tmp_path: Path) -> None:
-    lock = RunLock(tmp_path)
+def test_a_holder_that_was_taken_over_stops_writing(lock: RunLock, tmp_path: Path) -> None:
     lock.acquire()
     lock.check()
+    write_holder(tmp_path, released=True)  # as if it looked dead to another host
     later = RunLock(tmp_path)
-    later._take(later._newest()[0])
+    assert later.acquire()
     with pytest.raises(RankError, match="another attempt has taken this run over"):
         lock.check()
     lock.release()
@@ -175,10 +185,10 @@ def test_a_holder_that_was_taken_over_stops_writing(tmp_path: Path) -> None:
     later.release()
 
 
-def test_a_link_that_was_made_counts_whatever_the_server_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_link_that_was_made_counts_whatever_the_server_answers(
+    lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An NFS client repeats a request whose answer was lost, and hears that the name exists."""
+    """An NFS client repeats a request whose answer was lost, and learns that the name exists."""
     link = os.link
 
     def twice(*names: Path) -> None:
@@ -186,39 +196,37 @@ def test_a_link_that_was_made_counts_whatever_the_server_says(
         link(*names)
 
     monkeypatch.setattr(os, "link", twice)
-    lock = RunLock(tmp_path)
     assert lock.acquire()
     assert lock.path == tmp_path / ".lock.1"
     with pytest.raises(UserError, match="in use by process"):
         RunLock(tmp_path).acquire()
-    lock.release()
 
 
 @pytest.mark.parametrize("place", ["os.link", "pathlib.Path.read_text"])
-def test_a_file_system_that_is_away_is_no_sign_of_a_free_lock(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_unreachable_file_system_is_no_sign_of_a_free_lock(
+    place: str, lock: RunLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: object) -> None:
+    def unreachable(*_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
-    first, second = RunLock(tmp_path), RunLock(tmp_path)
-    assert first.acquire()
+    monkeypatch.setattr(module, "AWAY", 1.0)
+    second = RunLock(tmp_path)
+    assert lock.acquire()
     if place == "os.link":
-        first.release()
+        lock.release()
     with monkeypatch.context() as patch:
-        patch.setattr(place, away)
+        patch.setattr(place, unreachable)
         with pytest.raises(OSError, match="Stale file handle"):  # no UserError: another attempt may
             second.acquire()
     if place != "os.link":
-        first.check()
-        first.release()
+        lock.check()
+        lock.release()
     assert second.acquire()
     second.release()
 
 
 def test_one_hiccup_does_not_end_the_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lock: RunLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hiccups = iter([OSError(errno.ESTALE, "Stale file handle")])
     listdir = os.listdir
@@ -229,9 +237,7 @@ def test_one_hiccup_does_not_end_the_waiting(
         return listdir(folder)
 
     monkeypatch.setattr(os, "listdir", flaky)
-    lock = RunLock(tmp_path)
     assert lock.acquire()
-    lock.release()
 
 
 def test_kill_wait_where_there_is_no_scontrol(
@@ -246,10 +252,3 @@ def test_kill_wait_where_there_is_no_scontrol(
     assert module._kill_wait() == 30
     monkeypatch.setenv("BIP_KILL_WAIT", "120")
     assert module._kill_wait() == 120
-
-
-def test_a_told_attempt_gives_up_waiting(tmp_path: Path) -> None:
-    first = RunLock(tmp_path)
-    first.acquire()
-    assert not RunLock(tmp_path).acquire(give_up=lambda: True)
-    first.release()

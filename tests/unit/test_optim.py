@@ -3,6 +3,7 @@
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,52 +22,45 @@ def rates(level: str, **settings: object) -> list[float]:
     return [rate(config, i, CLOCK) for i in range(CLOCK.iterations)]
 
 
-@pytest.mark.parametrize(("level", "name"), [("lower", "lr"), ("upper", "mask_lr")])
+LEVELS = pytest.mark.parametrize(("level", "name"), [("lower", "lr"), ("upper", "mask_lr")])
+
+
+@LEVELS
 def test_cosine_goes_from_the_rate_to_zero(level: str, name: str) -> None:
-    values = rates(level, **{name: 0.3, f"{name}_schedule": "cosine"})
+    settings = {name: 0.3, f"{name}_schedule": "cosine"}
+    values = rates(level, **settings)
     assert values[0] == 0.3
     assert values[200] == pytest.approx(0.15)
     assert values[100] == pytest.approx(0.3 * (0.5 + math.sqrt(0.125)))
     assert all(a > b > 0 for a, b in itertools.pairwise(values))
-    assert values[-1] < 1e-4 * 0.3
     rate = lower_rate if level == "lower" else mask_rate
-    end = rate(make_config(epochs=20, **{name: 0.3, f"{name}_schedule": "cosine"}), 400, CLOCK)
+    end = rate(make_config(epochs=20, **settings), 400, CLOCK)
     assert end == pytest.approx(0, abs=1e-15)
 
 
-@pytest.mark.parametrize(("level", "name"), [("lower", "lr"), ("upper", "mask_lr")])
+@LEVELS
 def test_step_drops_tenfold_at_75_and_90_percent(level: str, name: str) -> None:
-    values = rates(level, **{name: 0.2, f"{name}_schedule": "step"})
+    """And each level reads its own rate and schedule."""
+    other = {"lr": "mask_lr", "mask_lr": "lr"}[name]
+    settings = {name: 0.2, f"{name}_schedule": "step", other: 0.9, f"{other}_schedule": "cosine"}
+    values = rates(level, **settings)
     assert values == pytest.approx([0.2] * 300 + [0.02] * 60 + [0.002] * 40, rel=1e-12)
 
 
-def test_each_level_reads_its_own_rate_and_schedule() -> None:
-    settings = {"lr": 0.5, "lr_schedule": "step", "mask_lr": 0.07, "mask_lr_schedule": "cosine"}
-    lower, upper = rates("lower", **settings), rates("upper", **settings)
-    assert lower[0] == lower[299] == 0.5
-    assert upper[0] == 0.07
-    assert upper[200] == pytest.approx(0.035)
-
-
-def test_constant_warm_up() -> None:
-    values = rates("lower", lr=0.4, warmup_epochs=5, warmup_lr=0.01)
-    assert values[:100] == [0.01] * 100
+@pytest.mark.parametrize("warmup", ["constant", "linear"])
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_warm_up(warmup: str, schedule: str) -> None:
+    """The schedule runs over what remains."""
+    start = {"warmup": "linear"} if warmup == "linear" else {"warmup_lr": 0.01}
+    values = rates("lower", lr=0.4, lr_schedule=schedule, warmup_epochs=5, **start)
+    rising = [0.4 * (i + 1) / 100 for i in range(100)]
+    assert values[:100] == pytest.approx(rising if warmup == "linear" else [0.01] * 100)
     assert values[100] == pytest.approx(0.4)
-    assert values[250] == pytest.approx(0.2), "the schedule runs over what remains"
-    assert values[-1] < 1e-4
-
-
-def test_linear_warm_up() -> None:
-    values = rates("lower", lr=0.4, warmup_epochs=5, warmup="linear")
-    assert values[:100] == pytest.approx([0.4 * (i + 1) / 100 for i in range(100)])
-    assert values[100] == pytest.approx(0.4)
-    assert values[250] == pytest.approx(0.2)
-
-
-def test_warm_up_and_step_schedule() -> None:
-    values = rates("lower", lr=1, lr_schedule="step", warmup_epochs=5, warmup_lr=0.5)
-    assert values[99:101] == [0.5, 1]
-    assert values[324:326] == pytest.approx([1, 0.1])  # 100 + 0.75 · 300
+    if schedule == "cosine":
+        assert values[250] == pytest.approx(0.2)
+        assert values[-1] < 1e-4
+    else:
+        assert values[324:326] == pytest.approx([0.4, 0.04])  # 100 + 0.75 · 300
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
@@ -78,11 +72,9 @@ def test_the_first_step_is_the_named_optimizers(optimizer: str) -> None:
     setup.method.step(0)
     g = setup.pruned.scores.grad
     assert g is not None
-    step = {
-        "sgd": g,
-        "adam": g / (g.abs() + 1e-8),
-        "rmsprop": g / ((0.01 * g * g).sqrt() + 1e-8),
-    }[optimizer]
+    step = {"sgd": g, "adam": g / (g.abs() + 1e-8), "rmsprop": g / ((0.01 * g * g).sqrt() + 1e-8)}[
+        optimizer
+    ]
     change = setup.pruned.scores.detach() - before
     torch.testing.assert_close(change, -0.05 * step, rtol=1e-3, atol=1e-6)
 
@@ -96,57 +88,52 @@ def test_momentum_is_a_setting() -> None:
 # In real runs
 
 
+def cosine(rate: float, steps: int) -> Any:
+    return pytest.approx([rate * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(steps)])
+
+
 def test_mask_lr_and_its_schedule_act(source: Path, tmp_path: Path) -> None:
-    """Two runs that differ in nothing else: other scores, and the recorded rate is the schedule."""
+    """Runs that differ in nothing else: other scores, and the recorded rate is the schedule."""
     runs = {
         (rate, schedule): train(
-            "bip", tmp_path, source_net=source, max_steps=8, mask_lr=rate, mask_lr_schedule=schedule
+            "bip", tmp_path, source_net=source, max_steps=8, mask_lr=rate,
+            mask_lr_schedule=schedule, mask_wd=0,
         )
         for rate, schedule in [(0.1, "step"), (0.1, "cosine"), (0.4, "step"), (0, "step")]
-    }
+    }  # fmt: skip
+    still = runs[0, "step"]
     scores = {
         key: torch.cat([
-            value.flatten() for name, value in finished.state["state_dict"].items()
-            if "popup_scores" in name
+            finished.state["state_dict"][name.replace("weight", "popup_scores")].flatten()
+            for name in still.masks
         ])
         for key, finished in runs.items()
     }  # fmt: skip
-    start = torch.cat([
-        value.flatten() for name, value in runs[0, "step"].weights.items()
-        if name in runs[0, "step"].masks
-    ])  # fmt: skip
-    assert start.shape == scores[0, "step"].shape
+    start = torch.cat(
+        [torch.load(source, weights_only=True)["state_dict"][n].flatten() for n in still.masks]
+    )
+    assert torch.equal(scores[0, "step"], start), "a rate of zero freezes the mask"
     assert not torch.equal(scores[0.1, "step"], scores[0.1, "cosine"])
-    moved = [(scores[key] - scores[0, "step"]).norm() for key in [(0.1, "step"), (0.4, "step")]]
+    moved = [(scores[rate, "step"] - start).norm() for rate in (0.1, 0.4)]
     assert moved[1] > 2 * moved[0] > 0
     assert len({finished.result["mask_sha256"] for finished in runs.values()}) == 4
-
-    recorded = [r["upper_lr"] for r in runs[0.1, "step"].records()]
-    assert recorded == pytest.approx([0.1] * 6 + [0.01, 0.01])  # 75% of 8 steps is 6, 90% is 7.2
-    recorded = [r["upper_lr"] for r in runs[0.1, "cosine"].records()]
-    assert recorded == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
-    lower = [r["lower_lr"] for r in runs[0.1, "cosine"].records()]
-    assert lower == pytest.approx([0.015 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
-
-
-def test_a_mask_lr_of_zero_freezes_the_mask(source: Path, tmp_path: Path) -> None:
-    still = train("bip", tmp_path, source_net=source, max_steps=6, mask_lr=0, mask_wd=0)
-    shorter = train("bip", tmp_path, source_net=source, max_steps=1, mask_lr=0, mask_wd=0)
-    assert still.result["mask_sha256"] == shorter.result["mask_sha256"]
-    assert still.result["weights_sha256"] != shorter.result["weights_sha256"]
+    recorded = {
+        key: [[r[f"{level}_lr"] for r in finished.records()] for level in ("lower", "upper")]
+        for key, finished in runs.items()
+    }
+    # 75% of 8 steps is 6, 90% is 7.2
+    assert recorded[0.1, "step"] == [cosine(0.03, 8), pytest.approx([0.1] * 6 + [0.01, 0.01])]
+    assert recorded[0.1, "cosine"] == [cosine(0.03, 8), cosine(0.1, 8)]
 
 
 def test_hydras_scores_go_by_lr(source: Path, tmp_path: Path) -> None:
-    finished = train(
-        "hydra", tmp_path, source_net=source, max_steps=4, lr=0.2, lr_schedule="cosine", mask_lr=9
-    )
-    recorded = [r["upper_lr"] for r in finished.records()]
-    assert recorded == pytest.approx([0.1 * (1 + math.cos(math.pi * i / 4)) for i in range(4)])
+    settings = {"source_net": source, "max_steps": 4, "lr": 0.2, "lr_schedule": "cosine"}
+    finished = train("hydra", tmp_path, mask_lr=9, **settings)
+    assert [r["upper_lr"] for r in finished.records()] == cosine(0.2, 4)
 
 
 def test_lower_steps_per_upper_step(source: Path, tmp_path: Path) -> None:
-    """Three lower batches and one upper batch an iteration, so a quarter of the epoch's pace."""
-    one = train("bip", tmp_path, source_net=source, print_freq=1)
-    three = train("bip", tmp_path, source_net=source, print_freq=1, lower_steps=3)
-    assert len(one.records()) == 1437 // 64
-    assert len(three.records()) == 1437 // 64 // 3
+    """Three lower batches and one upper batch an iteration."""
+    for lower_steps in (1, 3):
+        finished = train("bip", tmp_path, source_net=source, lower_steps=lower_steps)
+        assert len(finished.records()) == 1437 // 64 // lower_steps

@@ -5,23 +5,23 @@ import itertools
 import math
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bip.config import load_config
 from bip.methods.base import Parts
 from bip.pruning.layout import find_followers, find_prunable
 from bip.pruning.passes import mask_out, upper_gradient
 from bip.pruning.state import PrunedParameters
 from bip.training.forward import ForwardBackward
 from bip.training.optim import Clock
-from tests.runs import LAYER_TYPES, Finished, arguments, train
+from tests.runs import LAYER_TYPES, Finished, make_run, train
 from tests.unit.networks import (
     METHODS,
-    Batch,
+    Setup,
     make_config,
     make_setup,
     prune,
@@ -30,6 +30,11 @@ from tests.unit.networks import (
 )
 
 PRUNE = ("bip", "accelerate", "hydra")
+
+
+def pruned_of(setup: Setup) -> PrunedParameters:
+    assert setup.pruned is not None
+    return setup.pruned
 
 
 # The size and the sign of a score's step
@@ -97,70 +102,27 @@ def test_large_arrays_are_shared_among_threads_and_agree_with_the_operations_of_
 def test_the_ratio_of_the_two_terms_is_logged(
     source: Path, tmp_path: Path, accelerate: bool
 ) -> None:
+    """That of the step it is logged with, however often."""
     ratios = {}
-    for lr2 in (1e-4, 1e-1):
-        finished = train(
-            "bip", tmp_path, source_net=source, max_steps=3, lr2=lr2, accelerate=accelerate
-        )
-        ratios[lr2] = [record["implicit_over_direct"] for record in finished.records()]
-        assert len(ratios[lr2]) == 3
-        assert all(math.isfinite(ratio) for ratio in ratios[lr2])
+    for lr2, print_freq in ((1e-4, 1), (1e-1, 1), (1e-4, 3)):
+        settings = {"max_steps": 7, "lr2": lr2, "print_freq": print_freq, "accelerate": accelerate}
+        finished = train("bip", tmp_path / str(print_freq), source_net=source, **settings)
+        ratios[lr2, print_freq] = {
+            record["step"]: record["implicit_over_direct"] for record in finished.records()
+        }
+    often, larger, seldom = ratios.values()
+    assert [*often] == [1, 2, 3, 4, 5, 6, 7]
+    assert seldom == {step: often[step] for step in (3, 6, 7)}
+    assert all(math.isfinite(ratio) for ratio in often.values())
     if accelerate:  # the implicit term is left out
-        assert ratios[1e-4] == ratios[1e-1] == [0, 0, 0]
+        assert {*often.values(), *larger.values()} == {0}
     else:
-        assert 0 < ratios[1e-4][0] < 0.1
+        assert 0 < often[1] < 0.1
         # After one lower step from the same start g and θ are the same, so the ratio is linear.
-        assert ratios[1e-1][0] == pytest.approx(1000 * ratios[1e-4][0], rel=1e-6)
-
-
-def test_the_ratio_is_that_of_the_step_it_is_logged_with(source: Path, tmp_path: Path) -> None:
-    ratios = []
-    for print_freq in (1, 3):
-        settings = {"max_steps": 7, "print_freq": print_freq, "source_net": source}
-        records = train("bip", tmp_path / str(print_freq), **settings).records()
-        ratios.append({r["step"]: r["implicit_over_direct"] for r in records})
-    assert ratios[1].keys() == {3, 6, 7}
-    assert ratios[1] == {step: ratios[0][step] for step in ratios[1]}
+        assert larger[1] == pytest.approx(1000 * often[1], rel=1e-6)
 
 
 # What was pruned returns
-
-
-def toy_step(network: nn.Module, layer_type: str, method: str, scores: Tensor, batch: Batch):  # type: ignore[no-untyped-def]
-    config = make_config(
-        **METHODS[method], layer_type=layer_type, k="0.5", scope="layer",
-        mask_lr=0.05, lr=0.05, momentum=0, wd=0, mask_wd=0,
-    )  # fmt: skip
-    pruned = PrunedParameters(network, find_prunable(network, layer_type), Decimal("0.5"), "layer")  # type: ignore[arg-type]
-    with torch.no_grad():
-        pruned.scores.copy_(scores)
-    pruned.update_mask()
-    pruned.write_z()
-    network.train()
-    run = ForwardBackward(config, network, None, 0, torch.device("cpu"))
-    parts = Parts(
-        config, network, pruned, run, lambda level, start: itertools.repeat(batch), Clock(200, 200)
-    )
-    return pruned, config.method(parts).step
-
-
-@pytest.mark.parametrize("method", PRUNE)
-def test_a_pruned_weight_returns(method: str) -> None:
-    """Two weights per class; only the second input separates the classes; it starts pruned."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 2, generator=generator)
-    batch = x, (x[:, 1] > 0).long()
-    network = nn.Linear(2, 2, bias=False)
-    with torch.no_grad():
-        network.weight.copy_(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
-    pruned, step = toy_step(
-        network, "unstructured", method, torch.tensor([0.6, 0.5, 0.6, 0.5]), batch
-    )
-    assert pruned.mask.tolist() == [1, 0, 1, 0]
-    for iteration in range(50):
-        step(iteration)
-    assert pruned.mask.tolist() == [0, 1, 0, 1]
-    assert (network(batch[0]).argmax(1) == batch[1]).float().mean() > 0.95
 
 
 class TwoFilters(nn.Module):
@@ -180,65 +142,56 @@ class TwoFilters(nn.Module):
 
 
 @pytest.mark.parametrize("method", PRUNE)
-def test_a_pruned_filter_returns_through_its_batch_norm(method: str) -> None:
-    """Channel 1 holds the class, channel 0 noise; the filter of channel 1 starts pruned."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, 2, 1, 1, generator=generator).expand(64, 2, 4, 4).contiguous()
-    batch = x, (x[:, 1, 0, 0] > 0).long()
-    network = TwoFilters()
-    pruned, step = toy_step(network, "filter", method, torch.tensor([0.6, 0, 0, 0.5]), batch)
-    assert pruned.mask.tolist() == [1, 1, 0, 0]
+@pytest.mark.parametrize(
+    ("layer_type", "scores", "before", "after"),
+    [
+        ("unstructured", [0.6, 0.5, 0.6, 0.5], [1, 0, 1, 0], [0, 1, 0, 1]),
+        ("filter", [0.6, 0, 0, 0.5], [1, 1, 0, 0], [0, 0, 1, 1]),  # through its batch-norm
+    ],
+)
+def test_what_was_pruned_returns(
+    layer_type: Any, scores: list[float], before: list[int], after: list[int], method: str
+) -> None:
+    """Only the second of two inputs separates the classes; what passes it on starts pruned."""
+    x = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
+    batch = x, (x[:, 1] > 0).long()
+    network: nn.Module = nn.Linear(2, 2, bias=False)
+    if layer_type == "filter":
+        network, batch = TwoFilters(), (x[..., None, None].expand(64, 2, 4, 4), batch[1])
+    else:
+        with torch.no_grad():
+            network.weight.copy_(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))  # type: ignore[operator]
+    config = make_config(
+        **METHODS[method], layer_type=layer_type, k="0.5", scope="layer",
+        mask_lr=0.05, lr=0.05, momentum=0, wd=0, mask_wd=0,
+    )  # fmt: skip
+    pruned = PrunedParameters(network, find_prunable(network, layer_type), config.k, "layer")
+    with torch.no_grad():
+        pruned.scores.copy_(torch.tensor(scores))
+    pruned.update_mask_and_z()
+    run = ForwardBackward(config, network.train(), None, 0, torch.device("cpu"))
+    parts = Parts(
+        config, network, pruned, run, lambda level, start: itertools.repeat(batch), Clock(200, 200)
+    )
+    step = config.method(parts).step
+    assert pruned.mask.tolist() == before
     for iteration in range(50):
         step(iteration)
-    assert pruned.mask.tolist() == [0, 0, 1, 1]
+    assert pruned.mask.tolist() == after
     assert (network(batch[0]).argmax(1) == batch[1]).float().mean() > 0.95
 
 
 # z, θ and s are three things
 
 
-@pytest.mark.parametrize("layer_type", LAYER_TYPES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("lower_steps", [1, 3])
-def test_z_is_m_times_theta_after_every_step(
-    method: str, layer_type: str, lower_steps: int
-) -> None:
-    setup = make_setup(method, layer_type, lower_steps=lower_steps)
-    pruned = setup.pruned
-    assert pruned is not None
-    seen = []
-    for iteration in range(4):
-        setup.method.step(iteration)
-        z = torch.cat([p.detach().flatten() for p in pruned.z])
-        assert torch.equal(z, pruned.mask * pruned.weights.detach())
-        named = dict(setup.network.named_parameters())
-        assert all(named[t.name] is p for t, p in zip(pruned.layout.tensors, pruned.z, strict=True))
-        seen.append(z)
-    if method != "hydra":
-        assert not torch.equal(seen[0], seen[-1])
-
-
 @pytest.mark.parametrize("init", ["scaled", "hydra", "kaiming_normal"])
 def test_weights_and_scores_never_share_storage(source: Path, init: str, tmp_path: Path) -> None:
-    from bip.distributed.group import Group, Ranks
-    from bip.run import Run
-
-    start = {"scaled_score_init": True} if init == "scaled" else {"scores_init_type": init}
-    settings = {"scaled_score_init": False, **start}
-    config = load_config(arguments("bip", tmp_path, source_net=source, **settings))
-    pruned = Run(config, Group(Ranks(0, 1, 0, 1), torch.device("cpu"))).pruned
+    start = {"scores_init_type": init} if init != "scaled" else {}
+    settings = {"scaled_score_init": init == "scaled", **start}
+    pruned = make_run("bip", tmp_path, source_net=source, **settings).pruned
     assert pruned is not None
     buffers = [pruned.weights, pruned.scores, pruned.mask, pruned.gradient, *pruned.z]
-    storages = {buffer.untyped_storage().data_ptr() for buffer in buffers}
-    assert len(storages) == len(buffers)
-    weights, z = pruned.weights.detach().clone(), [p.detach().clone() for p in pruned.z]
-    with torch.no_grad():
-        pruned.scores.fill_(7)
-    assert torch.equal(pruned.weights, weights)
-    assert all(torch.equal(a, b) for a, b in zip(pruned.z, z, strict=True))
-    with torch.no_grad():
-        pruned.weights.fill_(3)
-    assert (pruned.scores == 7).all()
+    assert len({buffer.untyped_storage().data_ptr() for buffer in buffers}) == len(buffers)
 
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
@@ -249,13 +202,9 @@ def test_hydra_leaves_all_but_batch_norm_bit_for_bit(
     finished = train(
         "hydra", tmp_path, source_net=dense.newest, max_steps=5, k=0.3, layer_type=layer_type
     )
-    norm_moved = False
-    for name, before in dense.weights.items():
-        if "bn" in name:
-            norm_moved |= not torch.equal(before, finished.weights[name])
-        else:
-            assert torch.equal(before, finished.weights[name]), name
-    assert norm_moved
+    moved = {n for n, t in dense.weights.items() if not torch.equal(t, finished.weights[n])}
+    assert moved
+    assert all("bn" in name for name in moved)
     scores = [t for n, t in finished.state["state_dict"].items() if "popup_scores" in n]
     weights = [t for n, t in dense.weights.items() if finished.masks.get(n) is not None]
     assert any(not torch.equal(s, w) for s, w in zip(scores, weights, strict=True))
@@ -265,9 +214,9 @@ def test_bip_moves_weights_and_scores(dense: Finished, pruned_runs: dict[str, Fi
     for finished in pruned_runs.values():
         for name in finished.masks:
             score = finished.state["state_dict"][name.replace("weight", "popup_scores")]
-            assert not torch.equal(finished.weights[name], dense.weights[name])
-            assert not torch.equal(score, dense.weights[name])
-            assert not torch.equal(score, finished.weights[name])
+            before, after = dense.weights[name], finished.weights[name]
+            for a, b in ((after, before), (score, before), (score, after)):
+                assert not torch.equal(a, b)
 
 
 def test_pretrain_knows_no_scores(dense: Finished) -> None:
@@ -280,10 +229,6 @@ def test_pretrain_knows_no_scores(dense: Finished) -> None:
 
 
 # Who owns what
-
-
-def owned(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "rmsprop"])
@@ -307,7 +252,7 @@ def test_each_optimizer_owns_only_its_levels_tensors(
         names |= {pruned.weights.data_ptr(): "θ", pruned.scores.data_ptr(): "s"}
     actual = {}
     for level, each in setup.method.optimizers.items():
-        tensors = owned(each)
+        tensors = [p for group in each.param_groups for p in group["params"]]
         assert len({id(t) for t in tensors}) == len(tensors)
         actual[level] = {names[t.data_ptr()] for t in tensors}
     expected = {
@@ -323,7 +268,7 @@ def test_each_optimizer_owns_only_its_levels_tensors(
 @pytest.mark.parametrize("bn_wd", [True, False])
 @pytest.mark.parametrize("method", ["pretrain", *METHODS])
 def test_no_bn_wd_takes_weight_decay_off_batch_norm_alone(method: str, bn_wd: bool) -> None:
-    setup = make_setup(method, bn_wd=bn_wd, wd=0.01, mask_wd=0.002)
+    setup = make_setup(method, bn_wd=bn_wd, wd=0.01, **{"mask_wd": 0.002} if bn_wd else {})
     norm = {id(p) for m in (setup.network.bn1, setup.network.bn2) for p in m.parameters()}
     decays: dict[str, set[float]] = {"norm": set(), "lower": set(), "upper": set()}
     for level, optimizer in setup.method.optimizers.items():
@@ -332,22 +277,15 @@ def test_no_bn_wd_takes_weight_decay_off_batch_norm_alone(method: str, bn_wd: bo
                 decays["norm" if id(p) in norm else level].add(group["weight_decay"])
     assert decays["norm"] == {0.01 if bn_wd else 0.0}
     assert decays["lower"] == (set() if method == "hydra" else {0.01})
-    # mask_wd rules BiP's scores; HYDRA's go by wd.
-    upper = {"bip": {0.002}, "accelerate": {0.002}, "hydra": {0.01}}
+    # mask_wd (by default wd) rules BiP's scores; HYDRA's go by wd.
+    scores = {0.002 if bn_wd else 0.01}
+    upper = {"bip": scores, "accelerate": scores, "hydra": {0.01}}
     assert decays["upper"] == upper.get(method, set())
-
-
-def test_mask_wd_is_wd_unless_given() -> None:
-    assert (
-        make_setup("bip", wd=0.03).method.optimizers["upper"].param_groups[0]["weight_decay"]
-        == 0.03
-    )
 
 
 def test_weight_decay_acts_on_masked_weights_too() -> None:
     setup = make_setup("bip", wd=0.5, lr=0.1, momentum=0)
-    pruned = setup.pruned
-    assert pruned is not None
+    pruned = pruned_of(setup)
     masked = pruned.mask == 0
     before = pruned.weights.detach().clone()
     setup.method.step(0)
@@ -359,12 +297,9 @@ def test_freeze_bn_freezes_affine_and_running_statistics(
     kind: str, dense: Finished, pruned_runs: dict[str, Finished], tmp_path: Path
 ) -> None:
     if kind == "pretrain":
-        finished = train(kind, tmp_path, max_steps=3, freeze_bn=True)
-        state = finished.weights
-        for name, value in state.items():
+        for name, value in train(kind, tmp_path, max_steps=3, freeze_bn=True).weights.items():
             if "bn" in name:
-                start = name.endswith(("weight", "running_var"))
-                assert (value == float(start)).all(), name
+                assert (value == name.endswith(("weight", "running_var"))).all(), name
         return
     before = pruned_runs["unstructured"] if kind == "finetune" else dense
     settings = {"source_net": before.newest, "max_steps": 3, "k": 0.3}
@@ -393,43 +328,33 @@ def test_frozen_batch_norm_trains_with_its_running_statistics() -> None:
 def test_finetune_keeps_the_mask_bit_for_bit(
     layer_type: str, pruned_runs: dict[str, Finished], tmp_path: Path
 ) -> None:
+    """And what follows pruned filters stays zero."""
     before = pruned_runs[layer_type]
     after = train(
         "finetune", tmp_path, source_net=before.newest, max_steps=5, k=0.3, layer_type=layer_type
     )
-    assert after.result["mask_sha256"] == before.result["mask_sha256"]
-    assert after.result["kept"] == before.result["kept"]
+    for key in ("mask_sha256", "kept"):
+        assert after.result[key] == before.result[key]
     assert torch.equal(after.state["mask"], before.state["mask"])
     assert list(after.masks) == list(before.masks)
     for name, mask in after.masks.items():
         assert torch.equal(mask, before.masks[name])
         moved = after.weights[name] != before.weights[name]
         assert moved[mask == 1].any(), "what is kept is trained"
-
-
-def test_finetune_keeps_what_follows_pruned_filters_at_zero(
-    pruned_runs: dict[str, Finished], tmp_path: Path
-) -> None:
-    before = pruned_runs["filter"]
-    after = train(
-        "finetune", tmp_path, source_net=before.newest, max_steps=5, k=0.3, layer_type="filter"
-    )
-    assert len(after.masks) == 5
-    for state in (before, after):
-        for name, mask in state.masks.items():
+        if layer_type == "filter":
             gone = mask.flatten(1).amax(1) == 0
             assert int(gone.sum()) == 36 - 11  # ceil(0.3 · 36) filters stay
             norm = name.replace("conv", "bn")
-            for part in (norm, norm.replace("weight", "bias")):
-                assert (state.weights[part][gone] == 0).all()
-                assert (state.weights[part][~gone] != 0).any()
+            for state in (before.weights, after.weights):
+                for part in (norm, norm.replace("weight", "bias")):
+                    assert (state[part][gone] == 0).all()
+                    assert (state[part][~gone] != 0).any()
 
 
 def test_finetune_zeroes_them_after_every_step() -> None:
     """conv3's bias has a gradient even where its filter is pruned: tanh passes it on."""
     setup = make_setup("finetune", "filter", lr=0.5)
-    pruned, network = setup.pruned, setup.network
-    assert pruned is not None
+    pruned, network = pruned_of(setup), setup.network
     gone = [mask.flatten(1).amax(1) == 0 for mask in pruned.views(pruned.mask)]
     for iteration in range(3):
         setup.method.step(iteration)
@@ -447,12 +372,11 @@ def test_the_stored_mask_rules_not_the_scores(
 ) -> None:
     before = pruned_runs["unstructured"]
     state = before.state
-    for name, value in state["state_dict"].items():
-        if "popup_scores" in name:
-            value.copy_(value.flatten().flip(0).view(value.shape))
-    path = tmp_path / "other-scores.pth.tar"
-    torch.save(state, path)
-    after = train("finetune", tmp_path, source_net=path, max_steps=1, k=0.3)
+    for name in before.masks:
+        state["state_dict"][name.replace("weight", "popup_scores")].normal_()
+    torch.save(state, tmp_path / "other-scores.pth.tar")
+    source = tmp_path / "other-scores.pth.tar"
+    after = train("finetune", tmp_path, source_net=source, max_steps=1, k=0.3)
     assert after.result["mask_sha256"] == before.result["mask_sha256"]
 
 
@@ -507,8 +431,7 @@ def test_a_pruned_filter_contributes_exactly_zero(training: bool) -> None:
 
 def test_while_pruning_the_batch_norm_of_a_pruned_filter_is_left_alone() -> None:
     setup = make_setup("bip", "filter")
-    pruned = setup.pruned
-    assert pruned is not None
+    pruned = pruned_of(setup)
     assert pruned.followers
     for iteration in range(3):
         setup.method.step(iteration)

@@ -5,7 +5,6 @@ import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -13,19 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bip.errors import UserError
-from bip.pruning import kernels
 from bip.pruning.layout import Segment, with_counts
 from bip.pruning.select import LARGEST, Alone, NanError, own_slice
 from bip.pruning.select_cpu import CpuSelector
 from tests.unit.ranks_in_threads import ThreadRank, on_threads
-from tests.unit.scores_for_ranking import (
-    KINDS,
-    WAYS,
-    make_scores,
-    select,
-    selector_of,
-    sorted_mask,
-)
+from tests.unit.scores_for_ranking import KINDS, WAYS, make_scores, select, selector_of, sorted_mask
 
 BOTH = pytest.mark.parametrize("way", WAYS)
 
@@ -154,24 +145,6 @@ def test_nan_is_an_error_that_names_the_rank(way: str, place: int, nan: int) -> 
     name = " in a.weight" if place < 2000 else " in b.weight"
     expected = f"NaN{name if way == 'cpu' else ''} (in the slice of rank {rank})"
     assert on_threads(4, message) == [expected] * 4
-
-
-@given(
-    keys=st.lists(st.integers(0, 0x7FFFFFFF), min_size=1, max_size=300),
-    low=st.integers(0, 0x7FFFFFFF),
-    width=st.integers(0, 1 << 20),
-    room=st.integers(0, 300),
-)
-@settings(max_examples=200, deadline=None)
-def test_sweep_counts_and_collects(keys: list[int], low: int, width: int, room: int) -> None:
-    high = min(low + width, 0x7FFFFFFF)
-    bits = np.array(keys, np.uint32)
-    bits[::2] |= np.uint32(1 << 31)  # the sign plays no part
-    found, heads = np.full((1, room), -1, np.int32), np.empty((1, 3), np.int64)
-    kernels.sweep(1, bits.view(np.int32), np.int32(low), np.int32(high), found, heads)
-    expected = [key for key in keys if low <= key <= high]
-    assert heads.tolist() == [[sum(k > high for k in keys), len(expected), max(keys)]]
-    assert found[0, : len(expected)].tolist() == expected[:room]
 
 
 @pytest.mark.parametrize(("n", "threads"), [(1, 1), (63, 1), (64, 1), (1000, 1), (700_001, 3)])

@@ -8,12 +8,18 @@ from bip.methods.base import Parts
 from bip.pruning.layout import keep_count
 from bip.training.forward import ForwardBackward
 from bip.training.optim import Clock
+from tests.runs import LAYER_TYPES
 from tests.unit.networks import METHODS, make_config, prune
 
-KINDS = ("unstructured", "filter", "channel")
 CASES = [
-    *((name, kind) for name in ("resnet18", "squeezenet1_1", "densenet121") for kind in KINDS),
-    *(("mobilenet_v3_small", kind) for kind in KINDS[:2]),  # grouped: no channels, see test_masks
+    *(
+        (name, kind)
+        for name in ("resnet18", "squeezenet1_1", "densenet121")
+        for kind in LAYER_TYPES
+    ),
+    *(
+        ("mobilenet_v3_small", kind) for kind in LAYER_TYPES[:2]
+    ),  # grouped: no channels, see test_masks
 ]
 
 

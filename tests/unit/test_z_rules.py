@@ -4,6 +4,7 @@ forward, g complete before it is squared. With DDP: tests/distributed/test_ddp.p
 
 import copy
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +16,7 @@ from bip.pruning.layout import find_prunable
 from bip.pruning.state import PrunedParameters
 from bip.training.forward import ForwardBackward
 from tests.runs import LAYER_TYPES
-from tests.unit.networks import (
-    METHODS,
-    make_config,
-    make_setup,
-    prune,
-    random_batch,
-    small_net,
-)
+from tests.unit.networks import METHODS, make_config, make_setup, prune, random_batch, small_net
 
 CPU = torch.device("cpu")
 
@@ -73,23 +67,30 @@ def test_bf16_gradients_arrive_in_float32_and_near_the_full_ones() -> None:
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_z_keeps_its_storage_and_requires_grad(
-    method: str, layer_type: str, precision: str
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"lower_steps": 3}], ids=str)
+def test_z_is_m_times_theta_and_keeps_its_storage_and_requires_grad(
+    method: str, layer_type: str, settings: dict[str, Any]
 ) -> None:
-    setup = make_setup(method, layer_type, precision=precision)
-    assert setup.pruned is not None
+    setup = make_setup(method, layer_type, **settings)
+    pruned = setup.pruned
+    assert pruned is not None
     with torch.no_grad():
-        setup.pruned.scores.mul_(1e-4)  # so that a step changes the mask
-    tensors = [*setup.network.parameters(), setup.pruned.weights, setup.pruned.scores]
-    before = [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
-    values = [t.detach().clone() for t in setup.pruned.z]
+        pruned.scores.mul_(1e-4)  # so that a step changes the mask
+
+    def places() -> list[tuple[int, int, bool]]:
+        tensors = [*setup.network.parameters(), pruned.weights, pruned.scores]
+        return [(id(t), t.data_ptr(), t.requires_grad) for t in tensors]
+
+    before, seen = places(), []
     for iteration in range(3):
         setup.method.step(iteration)
-    tensors = [*setup.network.parameters(), setup.pruned.weights, setup.pruned.scores]
-    assert [(id(t), t.data_ptr(), t.requires_grad) for t in tensors] == before
-    assert all(t.requires_grad for t in tensors)
-    assert not all(torch.equal(z, v) for z, v in zip(setup.pruned.z, values, strict=True))
+        assert places() == before
+        seen.append(torch.cat([z.detach().flatten() for z in pruned.z]))
+        assert torch.equal(seen[-1], pruned.mask * pruned.weights.detach())
+        for tensor, z in zip(pruned.layout.tensors, pruned.z, strict=True):
+            assert setup.network.get_parameter(tensor.name) is z
+    assert all(requires_grad for _, _, requires_grad in before)
+    assert not torch.equal(seen[0], seen[-1])
 
 
 # Memory formats
@@ -98,41 +99,27 @@ def test_z_keeps_its_storage_and_requires_grad(
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 def test_channels_last_changes_no_position(layer_type: str) -> None:
     """θ, s, m and g are in logical order: same ranking, same ties, same gradients."""
-    plain = small_net(dtype=torch.float32)
+    plain = small_net(dtype=torch.float64)
     last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
     assert last.conv2.weight.stride() != plain.conv2.weight.stride()
     strides = [p.stride() for p in last.parameters()]
-    both = []
+    found = []
     for network in (plain, last):
         pruned = prune(network, layer_type)
         with torch.no_grad():  # coarse scores: most of the ranking is ties
             pruned.scores.copy_((2 * pruned.scores).round())
-        pruned.update_mask()
-        pruned.write_z()
-        both.append(pruned)
-    assert torch.equal(both[0].weights, both[1].weights)
-    assert torch.equal(both[0].mask, both[1].mask)
-    for a, b in zip(both[0].z, both[1].z, strict=True):
-        assert torch.equal(a, b)
-    assert [p.stride() for p in last.parameters()] == strides
-
-
-@pytest.mark.parametrize("layer_type", LAYER_TYPES)
-def test_channels_last_has_the_same_gradients(layer_type: str) -> None:
-    plain = small_net(dtype=torch.float64)
-    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
-    gradients = []
-    for network in (plain, last):
-        pruned = prune(network, layer_type)
+        pruned.update_mask_and_z()
         images, labels = random_batch(0, dtype=torch.float64)
         F.cross_entropy(network(images), labels).backward()
         pruned.take_gradient()
         g = pruned.gradient.clone()
         pruned.set_upper_gradient(0.1)
-        gradients.append((g, pruned.scores.grad))
-    for a, b in zip(*gradients, strict=True):
-        assert a.norm() > 1e-3
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+        found.append((pruned.weights, pruned.mask, *pruned.z, g, pruned.scores.grad))
+    assert found[0][-1].norm() > 1e-3
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-12, check_stride=False)
+    assert torch.equal(found[0][1], found[1][1])
+    assert [p.stride() for p in last.parameters()] == strides
 
 
 # Accumulation
@@ -158,10 +145,10 @@ def test_micro_batches_give_the_same_g_and_the_same_square_of_it(
     accumulate: int, layer_type: str
 ) -> None:
     """Squaring each micro-batch's g would show in the implicit term, here the larger one."""
-    g, by_score, loss = full_gradient(1, layer_type)
-    for whole, parts in zip((g, by_score), full_gradient(accumulate, layer_type), strict=False):
-        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-14)
-    torch.testing.assert_close(full_gradient(accumulate, layer_type)[2], loss)
+    (*whole, loss), (*parts, total) = (full_gradient(n, layer_type) for n in (1, accumulate))
+    for a, b in zip(parts, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(total, loss)
 
 
 # torch.compile
@@ -173,6 +160,7 @@ def test_a_compiled_network_sees_the_rewritten_z() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5))
     pruned = prune(network, "unstructured")
     run = ForwardBackward(make_config(compile=True), network, None, 0, CPU)
+    assert run.forward is not network, "it is compiled"
     losses = []
     for iteration in range(3):
         batch = random_batch(0)
@@ -196,12 +184,6 @@ def test_autograd_refuses_to_go_back_over_a_rewritten_z() -> None:
         rewrite()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
-
-
-def test_compile_is_in_force() -> None:
-    network = small_net()
-    run = ForwardBackward(make_config(compile=True), network, None, 0, CPU)
-    assert run.forward is not network
 
 
 # Any network at all
