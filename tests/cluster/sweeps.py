@@ -33,7 +33,7 @@ class ClusterSweep:
         words = ["series", "--configs", CONFIGS / config, "--no-wait", *place, *flags]
         return main([str(word) for word in words])
 
-    def points(self) -> dict[str, RunConfig]:
+    def runs(self) -> dict[str, RunConfig]:
         """RUN_ID -> configuration, each read once: whoever polls leaves the CPUs to the runs."""
         paths = sorted((self.folder / "points").glob("*.yml"))
         for path in paths:
