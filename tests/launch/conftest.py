@@ -14,7 +14,7 @@ from launch.__main__ import main
 from launch.plan import make_plan
 from launch.slurm import arrays
 from launch.status import Row, status
-from launch.sweep import Sweep
+from launch.sweep import Run, Sweep
 from tests.launch.fake_cluster import FakeCluster
 
 ROOT = Path(__file__).parents[2]
@@ -124,6 +124,21 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSweep]
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     yield sweep
     sweep.hold.unlink(missing_ok=True)  # a failed test leaves no run waiting for ever
+
+
+def runs_of(values: int, seeds: int = 1) -> list[Run]:
+    """pretrain dS -> prune pS.V -> finetune fS.V for each seed S and value V."""
+    fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
+
+    def run(run_id: str, stage: str, *needs: str) -> Run:
+        return Run(run_id=run_id, stage=stage, folder="", config="", needs=[*needs], **fixed)  # type: ignore[arg-type]
+
+    pairs = [(f"{seed}", f"{seed}.{value}") for seed in range(seeds) for value in range(values)]
+    return [
+        *(run(f"d{seed}", "pretrain") for seed in range(seeds)),
+        *(run(f"p{one}", "prune", f"d{seed}") for seed, one in pairs),
+        *(run(f"f{one}", "finetune", f"p{one}") for _, one in pairs),
+    ]
 
 
 def plan_sweep(result_dir: Path, stages: str = "pretrain,prune") -> Sweep:

@@ -11,7 +11,7 @@ case $3 in
   *) cat "$3" ;;
 esac
 """
-# Keeps the scripts, and the environment of the last call. refuse-N and interrupt-N are for script N.
+# Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N.
 SBATCH = """
 [[ $1 != --test-only ]] || exit 0
 cp "$1" script-$(ls script-* 2>/dev/null | wc -l)

@@ -10,8 +10,8 @@ from launch.__main__ import main
 from launch.profile import SlurmProfile
 from launch.slurm import doctor
 from launch.slurm.doctor import Limits, check_disk, check_place, examine, limits, preflight
+from tests.launch.conftest import runs_of
 from tests.launch.fake_cluster import FakeCluster
-from tests.launch.test_arrays import sweep_of
 
 ASSOC = "mine ||90|\nother |tiny|1|\nmine gpu|fast|7|\n"
 QOS = "normal|80|00:01:30|cluster|\ntiny|2|00:00:00|cancel|\nfast|60|00:00:10|requeue|55\n"
@@ -69,7 +69,7 @@ def test_accounting_that_does_not_answer_is_reported(cluster: FakeCluster) -> No
     warnings = findings("warning")
     assert [text.split()[0] for text in warnings] == ["preemption:", "limits"]
     assert all("not known: sacctmgr -nP: Unable to contact" in text for text in warnings)
-    assert preflight(profile(), sweep_of(3))[0].max_submit is None
+    assert preflight(profile(), runs_of(3))[0].max_submit is None
 
 
 def test_a_missing_command_is_named(cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,13 +78,13 @@ def test_a_missing_command_is_named(cluster: FakeCluster, monkeypatch: pytest.Mo
     (text,) = findings("error")
     assert text.startswith("srun: not found")
     with pytest.raises(UserError, match="srun: not found"):
-        preflight(profile(), sweep_of(3))
+        preflight(profile(), runs_of(3))
 
 
 def test_runs_share_tasks_until_all_tasks_fit_beside_what_is_queued(cluster: FakeCluster) -> None:
     """2 seeds x (1 + 10 + 10) runs; 80 - 67 = 13 jobs are free: 1 + 2 x 2 x 3 tasks of 4."""
     cluster.accounting(ASSOC, QOS)
-    runs = sweep_of(10, seeds=2)
+    runs = runs_of(10, seeds=2)
     cluster.file("queue", "x\n" * 38)
     assert preflight(profile(), runs)[1:] == (1, [])
     cluster.file("queue", "x\n" * 67)
@@ -96,7 +96,7 @@ def test_runs_share_tasks_until_all_tasks_fit_beside_what_is_queued(cluster: Fak
         preflight(profile(), runs)
     cluster.accounting(ASSOC, "normal|0|00:00:00|cluster|\n")
     with pytest.raises(UserError, match="may submit 0 jobs"):
-        preflight(profile(), sweep_of(3))
+        preflight(profile(), runs_of(3))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_a_sweep_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     facts = {"exp_name": "x", "exp_mode": "pretrain", "arch": "resnet18", "dataset": "CIFAR10"}
     config = build_config(facts | {"result_dir": tmp_path / "out"})
     assert check_disk([config], {"resnet18": 1000}, 1).startswith("disk: about 0.0 of ")
-    with pytest.raises(UserError, match="result_dir: .*--result-dir"):
+    with pytest.raises(UserError, match=r"result_dir: .*--result-dir"):
         check_disk([config], {"resnet18": 10**14}, 1)
 
 

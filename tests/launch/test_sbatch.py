@@ -174,7 +174,7 @@ def test_an_array_that_slurm_took_is_recorded_whatever_follows(
 ) -> None:
     monkeypatch.setattr(os, "link", failing(errno.EMLINK))
     monkeypatch.setattr("shutil.copyfile", failing(errno.ENOSPC))
-    with pytest.raises(UserError, match="No space left.*; submitted so far: pretrain 101"):
+    with pytest.raises(UserError, match=r"No space left.*; submitted so far: pretrain 101"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
 
@@ -184,7 +184,7 @@ def test_an_array_that_cannot_be_recorded_is_cancelled(
 ) -> None:
     sweep.fail(ids[0], "before")
     monkeypatch.setattr(arrays, "append_jsonl", failing(errno.ENOSPC))
-    with pytest.raises(UserError, match="No space.*; array 101 .* cancelled; .* so far: nothing"):
+    with pytest.raises(UserError, match=r"No space.*; array 101 .* cancelled; .* so far: nothing"):
         submit(sweep)
     assert cluster.cancelled == ["101"]
     assert recorded(sweep) == []
