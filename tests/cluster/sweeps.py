@@ -10,14 +10,14 @@ from bip.config import RunConfig, build_config, read_yaml
 from bip.files import read_jsonl
 from bip.training.checkpoint import read_checkpoint, split_state
 from launch.__main__ import main
-from tests.cluster.conftest import Cluster
+from tests.cluster.cluster import Cluster
 from tests.distributed.harness import run_ranks
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class ClusterSweep:
-    """One sweep in `results`/sweep on `cluster`; SLURM_CONF must name it in this process."""
+    """One sweep in `results`/sweep on `cluster`, submitted by this process."""
 
     def __init__(self, cluster: Cluster, results: Path, **profile: Any) -> None:
         self.cluster, self.results, self.folder = cluster, results, results / "sweep"
@@ -33,7 +33,7 @@ class ClusterSweep:
         words = ["series", "--configs", CONFIGS / config, "--no-wait", *place, *flags]
         return main([str(word) for word in words])
 
-    def points(self) -> dict[str, RunConfig]:
+    def runs(self) -> dict[str, RunConfig]:
         """RUN_ID -> configuration, each read once: whoever polls leaves the CPUs to the runs."""
         paths = sorted((self.folder / "points").glob("*.yml"))
         for path in paths:
@@ -45,7 +45,7 @@ class ClusterSweep:
         return list(read_jsonl(self.folder / "jobs" / "arrays.jsonl"))
 
     def task(self, run_id: str) -> str:
-        """The newest array task of a point."""
+        """The newest array task of a run."""
         return [
             f"{array['job']}_{index}"
             for array in self.arrays()
@@ -54,7 +54,7 @@ class ClusterSweep:
         ][-1]
 
     def attempts(self, run_id: str, event: str | None = None) -> list[dict[str, Any]]:
-        path = self.points()[run_id].run_folder / "attempts.jsonl"
+        path = self.runs()[run_id].run_folder / "attempts.jsonl"
         return [r for r in read_jsonl(path) if event in (None, r["event"])]
 
     def is_training(self, run_id: str) -> bool:
@@ -62,28 +62,37 @@ class ClusterSweep:
         records = self.attempts(run_id)
         if not records or records[-1]["event"] != "start" or self.result(run_id):
             return False
-        steps = read_jsonl(self.points()[run_id].run_folder / "metrics.jsonl")
+        steps = read_jsonl(self.runs()[run_id].run_folder / "metrics.jsonl")
         return any(record["step"] > records[-1]["step"] for record in steps)
 
     def training(self) -> list[str]:
-        """Those that SLURM shows as running, too: a run that a failed node took says no end."""
+        """Those that SLURM shows as running, too: where a node failed no end is recorded."""
         tasks = set(self.cluster.run("squeue", "-hr", "-t", "R", "-o", "%F_%K").split())
-        points = (run_id for run_id in self.points() if self.task(run_id) in tasks)
-        return [run_id for run_id in points if self.is_training(run_id)]
+        runs = (run_id for run_id in self.runs() if self.task(run_id) in tasks)
+        return [run_id for run_id in runs if self.is_training(run_id)]
 
     def result(self, run_id: str) -> dict[str, Any] | None:
-        path = self.points()[run_id].run_folder / "result.json"
+        path = self.runs()[run_id].run_folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def all_done(self) -> bool:
-        """All have their result, and have said so in their ledger, which comes a moment later."""
-        return all(is_done(config.run_folder) for config in self.points().values())
+        """All have their result, and its record in their ledger, which comes a moment later."""
+        return all(is_done(config.run_folder) for config in self.runs().values())
+
+    def causes(self, run_id: str, event: str) -> list[str]:
+        return [record["cause"] for record in self.attempts(run_id, event)]
+
+    def assert_as_undisturbed(self, *run_ids: str, ranks: int = 2) -> None:
+        """Their ledgers are in order, and their outcome is that of runs never interrupted."""
+        for run_id in run_ids:
+            assert_story(self.attempts(run_id))
+            assert_same_outcome(self.runs()[run_id], self.results.with_name("calm"), ranks)
 
     def log(self, run_id: str) -> str:
         return (self.folder / "jobs" / f"{run_id}.log").read_text()
 
     def wait(self, condition: Any, what: str, seconds: float = 400) -> None:
-        """Poll; a point that failed ends the test at once."""
+        """Poll; a run that failed ends the test at once."""
 
         def met() -> bool:
             for note in (self.folder / "jobs").glob("*.failed"):
@@ -114,27 +123,22 @@ def train_here(text: str) -> None:
     train(build_config(yaml.safe_load(text)))
 
 
-def undisturbed(config: RunConfig, results: Path, ranks: int = 2) -> Path:
-    """The run folder of the same run, never interrupted, without SLURM."""
-    same = config.model_copy(update={"result_dir": results})
-    if not (same.run_folder / "result.json").exists():
-        run_ranks(ranks, train_here, same.to_yaml(), join=False, timeout=300)
-    return same.run_folder
-
-
-def assert_same_outcome(one: Path, other: Path) -> None:
-    """Byte-equal mask and weights, the same accuracy."""
-    results = [json.loads((folder / "result.json").read_text()) for folder in (one, other)]
+def assert_same_outcome(config: RunConfig, calm: Path, ranks: int = 2) -> None:
+    """Byte-equal mask and weights, and the same accuracy, as the same run with result_dir `calm`,
+    on that many ranks, without SLURM and never interrupted."""
+    same = config.model_copy(update={"result_dir": calm})
+    run_ranks(ranks, train_here, same.to_yaml(), join=False, timeout=300)
+    folders = (config.run_folder, same.run_folder)
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     for name in ("mask_sha256", "weights_sha256", "kept", "top1", "best_top1"):
         assert results[0][name] == results[1][name], name
-    paths = [folder / "checkpoint" / "checkpoint.pth.tar" for folder in (one, other)]
+    paths = [folder / "checkpoint" / "checkpoint.pth.tar" for folder in folders]
     (weights, mask), (others, other_mask) = (split_state(read_checkpoint(p)) for p in paths)
     assert weights.keys() == others.keys()
-    for name, value in weights.items():
-        assert value.numpy().tobytes() == others[name].numpy().tobytes(), name
-    assert (mask is None) == (other_mask is None)
-    if mask is not None and other_mask is not None:
-        assert mask.numpy().tobytes() == other_mask.numpy().tobytes()
+    pairs = [(mask, other_mask), *((weights[name], others[name]) for name in weights)]
+    for one, other in pairs:
+        assert (one is None) == (other is None)
+        assert one is None or one.numpy().tobytes() == other.numpy().tobytes()
 
 
 def assert_story(attempts: list[dict[str, Any]]) -> None:
@@ -158,10 +162,6 @@ def is_done(run_folder: Path) -> bool:
     events = [record["event"] for record in read_jsonl(run_folder / "attempts.jsonl")]
     ran = [event for event in events if event in ("start", "end")]
     return (run_folder / "result.json").exists() and ran[-1:] == ["end"]
-
-
-def env_for(cluster: Cluster) -> dict[str, str]:
-    return {"SLURM_CONF": cluster.environment["SLURM_CONF"], "OMP_NUM_THREADS": "1"}
 
 
 def interrupted(attempts: list[dict[str, Any]]) -> int:

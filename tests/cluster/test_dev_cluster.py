@@ -1,4 +1,4 @@
-"""slurm/dev/cluster.sh: that the cluster is a real one, and that nothing of it is left behind."""
+"""slurm/dev/cluster.sh: the cluster is a real one, and nothing of it is left behind."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import CLUSTER_SH, Cluster, cluster_sh
+from tests.cluster.cluster import CLUSTER_SH, Cluster, cluster_sh
 
 pytestmark = pytest.mark.cluster
 
@@ -24,6 +24,10 @@ def other(cluster: Cluster, start_cluster: Callable[..., Cluster]) -> Cluster:
     """A second cluster, beside the first."""
     options = {"send-user-signal": True, "grace-time": 300, "job-requeue": 0}
     return start_cluster(nodes=1, **options, **{"max-array-size": 4})
+
+
+def refused(cluster: Cluster, *command: str) -> bool:
+    return subprocess.run(command, env=cluster.environment, capture_output=True).returncode != 0
 
 
 def states_of_nodes(cluster: Cluster) -> dict[str, str]:
@@ -49,15 +53,13 @@ def test_both_nodes_are_idle_and_partitions_as_declared(cluster: Cluster) -> Non
     cluster.wait(lambda: set(states_of_nodes(cluster).values()) == {"idle"}, "all nodes idle")
     assert set(states_of_nodes(cluster)) == {"n1", "n2"}
     low, high = (cluster.run("scontrol", "show", "partition", name) for name in ("low", "high"))
-    assert "PriorityTier=1 " in low
-    assert "PreemptMode=REQUEUE" in low
-    assert "PriorityTier=10 " in high
-    assert "PreemptMode=OFF" in high
+    assert all(text in low for text in ("PriorityTier=1 ", "PreemptMode=REQUEUE"))
+    assert all(text in high for text in ("PriorityTier=10 ", "PreemptMode=OFF"))
 
 
 def test_an_array_runs_and_is_accounted(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("echo $SLURM_ARRAY_TASK_ID", "--array=0-2", f"--output={tmp_path}/%a")
-    cluster.wait(lambda: cluster.accounted(job, "state") == ["COMPLETED"] * 3, "3 x COMPLETED")
+    cluster.wait_for_accounting(job, *["COMPLETED"] * 3)
     assert sorted(cluster.accounted(job, "jobid")) == [f"{job}_{task}" for task in range(3)]
     assert [(tmp_path / str(task)).read_text() for task in range(3)] == ["0\n", "1\n", "2\n"]
 
@@ -70,10 +72,9 @@ def test_a_step_spans_both_nodes(cluster: Cluster) -> None:
 def test_jobs_on_one_node_get_different_gpus(cluster: Cluster, tmp_path: Path) -> None:
     options = ("--array=0-1", "--nodelist=n1", "--gpus-per-node=1", f"--output={tmp_path}/%a")
     job = cluster.submit("echo $CUDA_VISIBLE_DEVICES; sleep 3", *options)
-    cluster.wait(lambda: cluster.accounted(job, "state") == ["COMPLETED"] * 2, "both ran")
+    cluster.wait_for_accounting(job, "COMPLETED", "COMPLETED")
     assert {(tmp_path / task).read_text() for task in "01"} == {"0\n", "1\n"}
-    too_many = ["sbatch", "--gpus-per-node=3", "--wrap=true"]
-    assert subprocess.run(too_many, env=cluster.environment, capture_output=True).returncode
+    assert refused(cluster, "sbatch", "--gpus-per-node=3", "--wrap=true")
 
 
 def test_high_preempts_low_which_is_requeued(cluster: Cluster) -> None:
@@ -84,9 +85,7 @@ def test_high_preempts_low_which_is_requeued(cluster: Cluster) -> None:
     cluster.wait_for_state(low, "COMPLETED")
     assert cluster.job(low)["Restarts"] == "1"
     assert cluster.job(high)["Restarts"] == "0"
-    cluster.wait(
-        lambda: cluster.accounted(low, "state") == ["PREEMPTED", "COMPLETED"], "both accounted"
-    )
+    cluster.wait_for_accounting(low, "PREEMPTED", "COMPLETED")
 
 
 def test_a_failed_node_requeues_its_job(cluster: Cluster, tmp_path: Path) -> None:
@@ -100,9 +99,7 @@ def test_a_failed_node_requeues_its_job(cluster: Cluster, tmp_path: Path) -> Non
     cluster.control("recover", "n2")
     cluster.wait_for_state(job, "COMPLETED")
     assert cluster.job(job)["Restarts"] == "1"
-    cluster.wait(
-        lambda: cluster.accounted(job, "state") == ["NODE_FAIL", "COMPLETED"], "both accounted"
-    )
+    cluster.wait_for_accounting(job, "NODE_FAIL", "COMPLETED")
 
 
 def test_a_job_outlives_restarts_of_the_daemons(cluster: Cluster, tmp_path: Path) -> None:
@@ -113,7 +110,7 @@ def test_a_job_outlives_restarts_of_the_daemons(cluster: Cluster, tmp_path: Path
         cluster.control("restart", daemon)
     assert cluster.job(job)["JobState"] == "RUNNING"
     (tmp_path / "go").touch()
-    cluster.wait(lambda: cluster.accounted(job, "state") == ["COMPLETED"], "COMPLETED")
+    cluster.wait_for_accounting(job, "COMPLETED")
     assert cluster.job(job)["Restarts"] == "0"
 
 
@@ -150,14 +147,11 @@ def test_send_user_signal(other: Cluster, tmp_path: Path) -> None:
 
 
 def test_job_requeue_and_max_array_size(other: Cluster) -> None:
-    def refused(*command: str) -> bool:
-        return subprocess.run(command, env=other.environment, capture_output=True).returncode != 0
-
-    assert refused("sbatch", "--array=0-4", "--wrap=true")
+    assert refused(other, "sbatch", "--array=0-4", "--wrap=true")
     job = other.submit("sleep 1000", "--array=0-3")
     assert other.job(f"{job}_0")["Requeue"] == "0"
     other.wait_for_state(f"{job}_0", "RUNNING")
-    assert refused("scontrol", "requeue", f"{job}_0")
+    assert refused(other, "scontrol", "requeue", f"{job}_0")
     other.run("scancel", job)
 
 
@@ -180,6 +174,14 @@ def test_down_leaves_nothing_and_the_first_cluster_alone(
     cluster.run("scancel", kept)
 
 
+def assert_error(named: str, *arguments: object) -> None:
+    done = cluster_sh(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert named in line
+
+
 def test_down_and_up_refuse_what_they_did_not_make(cluster: Cluster) -> None:
     foreign, copy = (cluster.directory.with_name(name) for name in ("foreign", "copy"))
     foreign.mkdir()
@@ -187,26 +189,20 @@ def test_down_and_up_refuse_what_they_did_not_make(cluster: Cluster) -> None:
     (foreign / "file").touch()
     shutil.copy(cluster.directory / ".slurm-dev-cluster", copy)
     for folder in (foreign, copy):
-        done = cluster_sh("down", "--dir", folder)
-        assert done.returncode == 2
-        message = f"error: {folder} was not made by cluster.sh up: left as it is\n"
-        assert done.stderr == message
-    done = cluster_sh("up", "--dir", foreign)
-    assert done.returncode == 2
-    assert done.stderr == f"error: --dir: {foreign} is neither new nor an empty folder of root's\n"
+        assert_error(f"{folder} was not made by", "down", "--dir", folder)
+    assert_error(f"--dir: {foreign} is neither new nor", "up", "--dir", foreign)
     assert [file.name for file in foreign.iterdir()] == ["file"]
     assert "n1: running" in cluster.control("status")
 
 
-def test_a_start_that_fails_leaves_nothing(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_start_that_fails_leaves_nothing(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "slurmd").write_text("#!/bin/sh\necho broken >&2; exit 1\n")
     (tmp_path / "slurmd").chmod(0o755)
     folder = cluster.directory.with_name("fails")
     done = cluster_sh("up", "--dir", folder, PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert done.returncode == 2
-    assert done.stderr == "error: n1 does not answer; it said:\nbroken\n"
+    assert done.stderr.startswith("error: n1 does not answer")
+    assert done.stderr.endswith("\nbroken\n")
     assert not folder.exists()
     assert processes_of(folder) == []
 
@@ -224,7 +220,7 @@ def test_an_interrupted_start_leaves_nothing(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"),
+    ("arguments", "named"),
     [
         ("up --nodes none", "--nodes needs a whole number, not 'none'"),
         ("up --nodes 0", "--nodes is 1 to 64"),
@@ -237,9 +233,5 @@ def test_an_interrupted_start_leaves_nothing(cluster: Cluster) -> None:
         ("start", "unknown command 'start'"),
     ],
 )
-def test_a_wrong_option_is_one_line(arguments: str, says: str) -> None:
-    done = cluster_sh(*arguments.split())
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert says in done.stderr
+def test_a_wrong_option_is_one_line(arguments: str, named: str) -> None:
+    assert_error(named, *arguments.split())

@@ -10,32 +10,18 @@ from pathlib import Path
 import pytest
 
 from launch.plan import UNSTRUCTURED
-from tests.cluster.conftest import Cluster
-from tests.cluster.sweeps import (
-    ClusterSweep,
-    assert_same_outcome,
-    assert_story,
-    env_for,
-    high,
-    interrupted,
-    undisturbed,
-)
+from tests.cluster.cluster import Cluster
+from tests.cluster.sweeps import ClusterSweep, high, interrupted
 
 pytestmark = pytest.mark.cluster
 KINDS = {"preempt", "fail_first_node", "requeue", "fail_second_node", "restart_controller"}
 
 
-@pytest.fixture(scope="module")
-def stormy(start_cluster: Callable[..., Cluster]) -> Cluster:
-    """Room for two runs at once; 15 s to save when preempted."""
-    return start_cluster(cpus=2, **{"grace-time": 15, "kill-wait": 5})
-
-
 class Storm:
     """What befalls the runs of a sweep, one blow at a time, at random moments."""
 
-    def __init__(self, cluster: Cluster, sweep: ClusterSweep) -> None:
-        self.cluster, self.sweep = cluster, sweep
+    def __init__(self, sweep: ClusterSweep) -> None:
+        self.cluster, self.sweep = sweep.cluster, sweep
         self.random = random.Random(4)
         self.blows: Iterator[Callable[[], None]] = itertools.chain(
             [self.preempt, self.fail_first_node, self.requeue, self.fail_second_node],
@@ -57,12 +43,12 @@ class Storm:
 
     def fail_first_node(self) -> None:
         """With the batch shells and the ranks 0."""
-        self._fail("n1")
+        self.fail("n1")
 
     def fail_second_node(self) -> None:
-        self._fail("n2")
+        self.fail("n2")
 
-    def _fail(self, node: str) -> None:
+    def fail(self, node: str) -> None:
         """Raises LookupError if it hit no run: the last ones had just ended."""
         training = self.sweep.training()
         self.cluster.control("fail", node)
@@ -89,7 +75,7 @@ class Storm:
         run_id = self.random.choice(struck)
         task = self.sweep.task(run_id)
         seconds = self.cluster.run("squeue", "-h", "-j", task, "-o", "%M").split(":")
-        self._limit(task, int(seconds[-2]) + 1)
+        self.set_limit(task, int(seconds[-2]) + 1)
         self.limited = run_id
 
     def limit_has_struck(self) -> bool:
@@ -103,11 +89,11 @@ class Storm:
                 return False
             self.blows = itertools.chain([self.time_limit], self.blows)
         else:
-            self._limit(self.sweep.task(self.limited), 30)
+            self.set_limit(self.sweep.task(self.limited), 30)
         self.limited = None
         return True
 
-    def _limit(self, task: str, minutes: int) -> None:
+    def set_limit(self, task: str, minutes: int) -> None:
         self.cluster.run("scontrol", "update", f"JobId={task}", f"TimeLimit={minutes}")
 
     def victim(self) -> str:
@@ -128,16 +114,16 @@ class Storm:
         while not self.sweep.all_done():
             assert time.monotonic() < deadline, self.cluster.run("squeue")
             self.sweep.wait(lambda: True, "no failure")
-            counts = {name: interrupted(self.sweep.attempts(name)) for name in self.sweep.points()}
+            counts = {name: interrupted(self.sweep.attempts(name)) for name in self.sweep.runs()}
             twice = sum(count >= 2 for count in counts.values()) >= len(counts) // 3
             over = twice and min(counts.values()) >= 1 and set(self.dealt) >= KINDS
             passed = not self.cluster.run("squeue", "-h", "-p", "high")
             if not over and passed and self.sweep.training():
                 time.sleep(self.random.uniform(0, 1.5))
-                self._strike()
+                self.strike()
             time.sleep(0.3)
 
-    def _strike(self) -> None:
+    def strike(self) -> None:
         # Runs beside the one with the near limit would be done before their turn.
         waiting = self.limited is not None and not self.limit_has_struck()
         blow = self.requeue if waiting else next(self.blows)
@@ -150,27 +136,20 @@ class Storm:
                 self.blows = itertools.chain(first, [blow], self.blows)
 
 
-def storm(
-    cluster: Cluster, tmp_path: Path, source: Path, series: tuple[str, ...], epochs: int,
-    seconds: float,
-) -> None:  # fmt: skip
-    sweep = ClusterSweep(cluster, tmp_path / "out", partition="low", parallelism=2)
+def storm(sweep: ClusterSweep, source: Path, series: tuple[str, ...], epochs: int,
+          seconds: float) -> None:  # fmt: skip
     settings = ["--epochs", epochs, "--print-freq", 4, "--eval-every", 10]
     settings += ["--checkpoint-minutes", 0.02, "--source-net", source]
     assert sweep.series("Digits/bip.yml", "--series", ",".join(series), *settings) == 0
     began = time.monotonic()
-    weather = Storm(cluster, sweep)
+    weather = Storm(sweep)
     weather.rage(seconds)
     took = time.monotonic() - began
     (array,) = sweep.arrays()
     assert [len(task) for task in array["tasks"]] == [1] * len(series)
-    counts = {}
-    for run_id, config in sweep.points().items():
-        attempts = sweep.attempts(run_id)
-        assert_story(attempts)
-        counts[config.k_text] = interrupted(attempts)
-        assert_same_outcome(config.run_folder, undisturbed(config, tmp_path / "calm"))
-    causes = [r["cause"] for run_id in sweep.points() for r in sweep.attempts(run_id, "requeue")]
+    sweep.assert_as_undisturbed(*sweep.runs())
+    counts = {c.k_text: interrupted(sweep.attempts(name)) for name, c in sweep.runs().items()}
+    causes = [cause for run_id in sweep.runs() for cause in sweep.causes(run_id, "requeue")]
     print(f"{weather.dealt}: interruptions {counts} in {took:.0f} s; requeued: {causes}")
     assert min(counts.values()) >= 1
     assert sum(count >= 2 for count in counts.values()) >= len(series) // 3
@@ -185,19 +164,20 @@ def storm(
         assert "timed_out" in causes
 
 
-def test_five_values_in_a_storm(
-    stormy: Cluster, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in env_for(stormy).items():
-        monkeypatch.setenv(name, value)
-    storm(stormy, tmp_path, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 20, 1200)
+@pytest.fixture
+def stormy(
+    start_cluster: Callable[..., Cluster], sweep_on: Callable[..., ClusterSweep]
+) -> ClusterSweep:
+    """Room for two runs at once; 15 s to save when preempted."""
+    cluster = start_cluster(cpus=2, **{"grace-time": 15, "kill-wait": 5})
+    return sweep_on(cluster, partition="low", parallelism=2)
+
+
+def test_five_values_in_a_storm(stormy: ClusterSweep, source: Path) -> None:
+    storm(stormy, source, ("0.5", "0.2", "0.1", "0.05", "0.02"), 20, 1200)
 
 
 @pytest.mark.storm
 @pytest.mark.timeout(3600)
-def test_the_whole_series_in_a_storm(
-    stormy: Cluster, tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in env_for(stormy).items():
-        monkeypatch.setenv(name, value)
-    storm(stormy, tmp_path, source, UNSTRUCTURED, 30, 3000)
+def test_the_whole_series_in_a_storm(stormy: ClusterSweep, source: Path) -> None:
+    storm(stormy, source, UNSTRUCTURED, 30, 3000)

@@ -87,12 +87,16 @@ class FakeSlurm:
         }  # fmt: skip
 
     def set_aside(self) -> list[str]:
-        """What was said of attempts that were not final."""
+        """The reasons of attempts that were not final."""
         return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
 
-    def note(self) -> str | None:
-        path = self.sweep.failure_path("run")
-        return json.loads(path.read_text())["reason"] if path.exists() else None
+    def note(self) -> str:
+        """Why the run is given up; "" if it is not."""
+        return _reason(self.sweep.failure_path("run"))
+
+    def lost(self) -> str:
+        """How a rank lost the others."""
+        return _reason(self.sweep.loss_path("run"))
 
     def batch(
         self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
@@ -135,13 +139,18 @@ class FakeSlurm:
         words = [sys.executable, "-m", "tests.launch.rank_that", ends, str(self.sweep.folder)]
         return subprocess.run(words, env=env, timeout=120, check=False).returncode
 
+    def records(self) -> list[dict[str, Any]]:
+        """Of all ranks."""
+        paths = self.sweep.folder.rglob("attempts.jsonl")
+        return [record for path in paths for record in read_jsonl(path)]
+
     def causes(self) -> list[str]:
         """Those of all requeues by ranks."""
-        paths = self.sweep.folder.rglob("attempts.jsonl")
-        records = [record for path in paths for record in read_jsonl(path)]
-        return [record["cause"] for record in records if record["event"] == "requeue"]
+        return [r["cause"] for r in self.records() if r["event"] == "requeue"]
 
     def events(self) -> list[str]:
-        """All records of ranks."""
-        paths = self.sweep.folder.rglob("attempts.jsonl")
-        return [record["event"] for path in paths for record in read_jsonl(path)]
+        return [record["event"] for record in self.records()]
+
+
+def _reason(path: Path) -> str:
+    return str(json.loads(path.read_text())["reason"]) if path.exists() else ""

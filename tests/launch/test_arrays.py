@@ -1,4 +1,4 @@
-"""Which arrays a sweep becomes, their chains and throttles, the profile, and SLURM's answers."""
+"""Which arrays a sweep becomes, their chains and throttles, and what sbatch gets of them."""
 
 from pathlib import Path
 
@@ -7,48 +7,73 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bip.errors import UserError
-from launch.profile import SlurmProfile, load_profile
+from launch.profile import SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.arrays import sbatch_parameters
 from launch.slurm.chain import Array, plan_arrays
 from launch.slurm.snapshot import snapshot
 from launch.sweep import Run, Sweep
-from tests.launch.conftest import ROOT
-
-PROFILES = ROOT / "slurm" / "profiles"
+from tests.launch.conftest import runs_of
 
 
-def record(run_id: str, stage: str, *needs: str) -> Run:
-    fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
-    return Run(run_id=run_id, stage=stage, folder="", config="", needs=list(needs), **fixed)  # type: ignore[arg-type]
-
-
-def sweep_of(values: int, seeds: int = 1) -> list[Run]:
-    """pretrain -> prune -> finetune for each seed and value."""
-    found = [record(f"d{seed}", "pretrain") for seed in range(seeds)]
-    for seed in range(seeds):
-        found += [record(f"p{seed}.{v}", "prune", f"d{seed}") for v in range(values)]
-    for seed in range(seeds):
-        found += [record(f"f{seed}.{v}", "finetune", f"p{seed}.{v}") for v in range(values)]
-    return found
-
-
-def number(arrays: list[Array]) -> list[Array]:
+def chains(
+    runs: list[Run], parallelism: int, queued: dict[str, str] | None = None
+) -> list[tuple[str, list[str], int, str]]:
+    """(stage, tasks, at once, dependency) of each array; the first one is job 100."""
+    arrays = plan_arrays(runs, {run.run_id for run in runs}, (), queued or {}, parallelism)
     for at, array in enumerate(arrays):
         array.job = str(100 + at)
-    return arrays
+    tasks = [[" ".join(task) for task in array.tasks] for array in arrays]
+    return [(a.stage, t, a.parallelism, a.dependency) for a, t in zip(arrays, tasks, strict=True)]
 
 
-def test_a_chain_of_three_arrays() -> None:
-    records = sweep_of(21)
-    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
-    assert [(a.stage, len(a.tasks), a.parallelism, a.dependency) for a in arrays] == [
-        ("pretrain", 1, 4, ""),
-        ("prune", 21, 4, "afterok:100_0"),
-        ("finetune", 21, 4, "aftercorr:101"),
-    ]
-    pairs = zip(arrays[1].tasks, arrays[2].tasks, strict=True)
-    assert all(prune[0][1:] == finetune[0][1:] for prune, finetune in pairs)
+@pytest.mark.parametrize(
+    ("runs", "parallelism", "queued", "expected"),
+    [
+        pytest.param(
+            runs_of(3), 4, {},
+            [
+                ("pretrain", ["d0"], 4, ""),
+                ("prune", ["p0.0", "p0.1", "p0.2"], 4, "afterok:100_0"),
+                ("finetune", ["f0.0", "f0.1", "f0.2"], 4, "aftercorr:101"),
+            ],
+            id="a chain of three arrays",
+        ),
+        pytest.param(
+            [run for run in runs_of(1, seeds=2) if run.run_id != "f0.0"], 4, {},
+            [
+                ("pretrain", ["d1", "d0"], 4, ""),
+                ("prune", ["p1.0", "p0.0"], 4, "aftercorr:100"),
+                ("finetune", ["f1.0"], 4, "aftercorr:101"),
+            ],
+            id="two series in one folder, the first without fine-tuning",
+        ),
+        pytest.param(
+            runs_of(2, seeds=2), 5, {},
+            [
+                ("pretrain", ["d0", "d1"], 5, ""),
+                ("prune", ["p0.0", "p0.1"], 3, "afterok:100_0"),
+                ("prune", ["p1.0", "p1.1"], 2, "afterok:100_1"),
+                ("finetune", ["f0.0", "f0.1"], 3, "aftercorr:101"),
+                ("finetune", ["f1.0", "f1.1"], 2, "aftercorr:102"),
+            ],
+            id="a pretraining that fails takes only its own pruning with it",
+        ),
+        pytest.param(
+            runs_of(2), 2, {"d0": "7_0", "p0.0": "8_0"},
+            [
+                ("prune", ["p0.1"], 2, "afterok:7_0"),
+                ("finetune", ["f0.1"], 1, "aftercorr:100"),
+                ("finetune", ["f0.0"], 1, "afterok:8_0"),
+            ],
+            id="runs in the queue are waited for, not submitted again",
+        ),
+    ],
+)  # fmt: skip
+def test_chains(
+    runs: list[Run], parallelism: int, queued: dict[str, str], expected: list[object]
+) -> None:
+    assert chains(runs, parallelism, queued) == expected
 
 
 @given(
@@ -61,7 +86,7 @@ def test_a_chain_of_three_arrays() -> None:
     dropped=st.sets(st.integers(0, 80)),
     going=st.sets(st.integers(0, 80)),
 )
-def test_every_plan_runs_each_missing_point_once_after_its_needs(
+def test_every_plan_runs_each_missing_run_once_after_its_needs(
     values: int,
     seeds: int,
     per_task: int,
@@ -73,7 +98,7 @@ def test_every_plan_runs_each_missing_point_once_after_its_needs(
 ) -> None:
     """Of any sweep, also one of several commands, whose stages are no full product."""
     records: list[Run] = []
-    for at, one in enumerate(sweep_of(values, seeds)):
+    for at, one in enumerate(runs_of(values, seeds)):
         if at not in dropped and {r.run_id for r in records}.issuperset(one.needs):
             records.append(one)
     by_name = {r.run_id: r for r in records}
@@ -112,116 +137,12 @@ def test_every_plan_runs_each_missing_point_once_after_its_needs(
         assert sum(array.parallelism for array in first) == (parallelism if mine else 0)
 
 
-def test_tasks_wait_for_their_own_need_where_an_earlier_stage_has_more() -> None:
-    """Two series in one folder, the first without fine-tuning."""
-    records = [r for r in sweep_of(1, seeds=2) if r.run_id != "f0.0"]
-    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 4))
-    assert [(a.tasks, a.dependency) for a in arrays] == [
-        ([["d1"], ["d0"]], ""),
-        ([["p1.0"], ["p0.0"]], "aftercorr:100"),
-        ([["f1.0"]], "aftercorr:101"),
-    ]
-
-
-def test_seeds_do_not_wait_for_one_another() -> None:
-    """One pretraining that fails takes only its own pruning with it."""
-    records = sweep_of(3, seeds=2)
-    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 5))
-    assert [(a.stage, len(a.tasks), a.parallelism, a.dependency) for a in arrays] == [
-        ("pretrain", 2, 5, ""),
-        ("prune", 3, 3, "afterok:100_0"),
-        ("prune", 3, 2, "afterok:100_1"),
-        ("finetune", 3, 3, "aftercorr:101"),
-        ("finetune", 3, 2, "aftercorr:102"),
-    ]
-
-
-def test_points_in_the_queue_are_waited_for_not_submitted_again() -> None:
-    records = sweep_of(2)
-    queued = {"d0": "7_0", "p0.0": "8_0"}
-    arrays = plan_arrays(records, {r.run_id for r in records}, (), queued, 2)
-    assert [a.tasks for a in arrays] == [[["p0.1"]], [["f0.1"]], [["f0.0"]]]
-    assert [a.dependency for a in number(arrays)] == ["afterok:7_0", "aftercorr:100", "afterok:8_0"]
-
-
 def test_a_need_that_nobody_runs_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"p0\.1 needs d0, which is neither done nor submitted"):
-        plan_arrays(sweep_of(2), {"p0.1"}, (), {}, 2)
+    with pytest.raises(UserError, match=r"p0\.1 needs d0"):
+        plan_arrays(runs_of(2), {"p0.1"}, (), {}, 2)
 
 
-@pytest.mark.parametrize("name", ["dev", "gpu", "preemptible", "container"])
-def test_profiles_load(name: str) -> None:
-    assert isinstance(load_profile(PROFILES / f"{name}.yml"), SlurmProfile)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("sbatch: {time: 1}\npartition: a\npartition: b", "key 'partition' is written twice"),
-        ("time: soon", "time: must be minutes"),
-        ("time: 1-", "time: must be minutes"),
-        ("time: 1:2:3:4", "time: must be minutes"),
-        ("time: '0'", "time: Input should be greater than or equal to 1"),
-        ("sbatch: {partition: x}", "sbatch: partition is a key of the profile"),
-        ("sbatch: {array: 0-3}", "sbatch: array is set by the launcher"),
-        ("sbatch: {ntasks: 3}", "sbatch: ntasks is set by the launcher"),
-        ("srun_args: [--label, --kill-on-bad=0]", "srun_args: --kill-on-bad is set by the"),
-        ("srun_args: [-N2]", "srun_args: -N2 is set by the launcher"),
-        ("srun_args: [--output, x]", "srun_args: --output is set by the launcher"),
-        ("srun_args: [--export=NONE]", "srun_args: --export is set by the launcher"),
-        ("srun_args: [--export, ALLES]", "srun_args: --export is set by the launcher"),
-        ("env: {NCCL-DEBUG: WARN}", "env: 'NCCL-DEBUG' is no name of a shell variable"),
-        ('python: "it\'s"', "python: No closing quotation"),
-        ("gpus_per_node: 1\nntasks_per_node: 2", "gpus_per_node: 1 GPUs for 2 ranks"),
-        ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
-        ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
-        ("retries: {bug: 3}", "unknown key 'retries.bug'"),
-    ],
-)
-def test_profile_errors_name_the_key(text: str, named: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.yml"
-    path.write_text(f"executor: slurm\n{text}\n")
-    with pytest.raises(UserError) as error:
-        load_profile(path)
-    assert f"{path}: {named}" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [
-        (90, 90), ("90", 90), ("30:00", 30), ("0:30", 1), ("30:61", 32), ("1:30:00", 90),
-        ("00:00:30", 1), ("1-2", 1560), ("1-2:3", 1563), ("1-2:3:4", 1564), ("0-0:0:1", 1),
-    ],
-)  # fmt: skip
-def test_time_limits_are_read_as_sbatch_reads_them(text: int | str, minutes: int) -> None:
-    assert SlurmProfile(executor="slurm", time=text, signal_lead=0).time == minutes  # type: ignore[arg-type]
-
-
-def test_other_arguments_of_srun_are_the_users() -> None:
-    words = ["--container-image=/x", "--nodelist=n1", "-l", "--cpu-bind=none", "--mpi", "none"]
-    words += ["--export=ALL,PATH=/nowhere", "--export", "ALL", "--exp=ALL"]
-    assert SlurmProfile(executor="slurm", srun_args=words).srun_args == words
-
-
-def test_a_node_may_be_asked_for_with_more_gpus_than_ranks() -> None:
-    assert SlurmProfile(executor="slurm", gpus_per_node=4).gpus_per_node == 4
-
-
-@pytest.mark.parametrize(
-    ("text", "minutes"),
-    [("2:30:00", 150), ("12:00:00", 720), ("1-00:00:00", 1440), ("150:00", 150), ("90", 90)],
-)
-def test_times_need_no_quotes(text: str, minutes: int, tmp_path: Path) -> None:
-    """YAML 1.1 reads 2:30:00 as 9000, a number to the base 60."""
-    path = tmp_path / "p.yml"
-    path.write_text(f"executor: slurm\ntime: {text}\nenv: {{CLOCK: 1:30}}\n")
-    profile = load_profile(path)
-    assert isinstance(profile, SlurmProfile)
-    assert (profile.time, profile.env) == (minutes, {"CLOCK": "1:30"})
-
-
-def test_what_sbatch_is_told(tmp_path: Path) -> None:
+def test_what_sbatch_gets(tmp_path: Path) -> None:
     profile = SlurmProfile(
         executor="slurm", partition="low", ntasks_per_node=2, gpus_per_node=2, mem="4G",
         signal_lead=45,
@@ -229,14 +150,14 @@ def test_what_sbatch_is_told(tmp_path: Path) -> None:
         setup=["module load x"],
     )  # fmt: skip
     array = Array("prune", [["a"], ["b"]], parallelism=2, after=["5_0"])
-    told = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now", tmp_path)
-    assert told["additional_parameters"] == {
+    got = sbatch_parameters(Sweep(tmp_path / "s"), profile, array, tmp_path, "now", tmp_path)
+    assert got["additional_parameters"] == {
         "array": "0-1%2", "requeue": True, "open-mode": "append", "signal": "USR2@45",
         "reservation": "r", "mem": "4G", "dependency": "afterok:5_0", "kill-on-invalid-dep": "yes",
     }  # fmt: skip
-    assert (told["gpus_per_node"], told["job_name"]) == (2, "s")
-    assert told["setup"][1] == "export NAME='two words'"
-    assert told["setup"][3:5] == ["module load x", "trap - ERR"]
+    assert (got["gpus_per_node"], got["job_name"]) == (2, "s")
+    assert got["setup"][1] == "export NAME='two words'"
+    assert got["setup"][3:5] == ["module load x", "trap - ERR"]
 
 
 def test_the_name_of_a_task_is_never_the_bare_id_of_its_array() -> None:

@@ -1,35 +1,74 @@
-"""The README's two commands are what is tested."""
+"""The README's commands: each is one of the programs', with flags that exist; the first one runs."""
 
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bip.__main__ import main as bip
+from launch.__main__ import main as launch
 from tests.launch.conftest import ROOT
 
-README = (ROOT / "README.md").read_text()
+PROGRAMS = {"bip": bip, "launch": launch, "bip-launch": launch}
 
 
-def main_command() -> str:
-    """The README's first command, one line."""
-    return re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[0].strip()
+def commands() -> Iterator[list[str]]:
+    """The words of each command in a shell block."""
+    text = (ROOT / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words: list[str] = []
+            for word in [*shlex.split(line, comments=True), "&&"]:
+                if word not in ("&&", "||", ";", "|", "&"):
+                    words.append(word)
+                elif words:
+                    yield words
+                    words = []
+
+
+def of_program(words: list[str]) -> list[str]:
+    """The program and its arguments, if it is one of the project's; else []."""
+    words = [word for at, word in enumerate(words) if at or "=" not in word]
+    if len(words) > 2 and Path(words[0]).name.startswith("python") and words[1] == "-m":
+        words = words[2:]
+    return words if Path(words[0]).name in PROGRAMS else []
+
+
+OURS = [words for words in map(of_program, commands()) if words]
+
+
+@pytest.mark.parametrize("words", OURS, ids=" ".join)
+def test_a_command_has_flags_that_exist(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *rest = words
+    nested = 2 if rest[0] == "data" else 1
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[Path(program).name]([*rest[:nested], "--help"])
+    assert not stop.value.code
+    known = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    flags = {word.split("=")[0] for word in rest if word.startswith("--")}
+    assert {flag.replace("_", "-") for flag in flags} <= {*known}
+
+
+def test_there_are_commands_of_both_programs_and_their_files_exist() -> None:
+    assert {Path(words[0]).name for words in OURS} >= {"bip", "launch"}
+    named = {word for words in commands() for word in words}
+    files = {word for word in named if word.startswith(("configs/", "slurm/", "tests/"))}
+    assert [name for name in files if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.slow
 def test_the_main_command_prunes_a_series(tmp_path: Path) -> None:
-    """On a shortened series, with this environment: installing is the CI's own part."""
+    """The first `series`, shortened, with this environment: installing is the CI's own part."""
     pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
-    make, install, run = main_command().split(" && ")
-    assert make == "python3 -m venv .venv"
-    assert install.startswith(".venv/bin/pip install")
-    words = shlex.split(run)
-    assert words[0] == ".venv/bin/python"
-    words[0] = sys.executable
-    assert words[words.index("--series") + 1] == "unstructured"
+    words = next(words for words in OURS if words[1] == "series")
+    words = [sys.executable, "-m", "launch", *words[1:]]
     words[words.index("--series") + 1] = "0.5,0.0092"
     done = subprocess.run(
         [*words, "--result-dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
@@ -37,10 +76,10 @@ def test_the_main_command_prunes_a_series(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "0.0092" in done.stdout
-    assert len(list(tmp_path.glob("digits/prune/*/result.json"))) == 2
-    assert "fine" in done.stderr + done.stdout, "k < 0.01 without fine-tuning gets advice"
+    assert len(list(tmp_path.glob("*/prune/*/result.json"))) == 2
+    assert "fine-tune" in done.stderr, "k < 0.01 without fine-tuning gets advice"
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
-    assert "\nbash tests/run.sh\n" in README
+    assert ["bash", "tests/run.sh"] in commands()
     assert "bash tests/run.sh" in (ROOT / ".ci" / "run").read_text()

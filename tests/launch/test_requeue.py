@@ -1,7 +1,6 @@
 """A rank carries out what `events` decides, with a fake scontrol; which errors are what."""
 
 import errno
-import json
 import os
 import signal
 from pathlib import Path
@@ -40,15 +39,10 @@ def test_how_an_error_ends_a_run(error: Exception, end: str) -> None:
     assert str(error) in classify(error)[1]
 
 
-def lost(fake: FakeSlurm) -> str | None:
-    path = fake.sweep.loss_path("run")
-    return json.loads(path.read_text())["reason"] if path.exists() else None
-
-
 def test_nothing_after_its_end_makes_a_failure_of_a_finished_run(fake: FakeSlurm) -> None:
     """Least of all submitit, which finds the torn result of an attempt that was killed."""
     assert fake.rank("finishes") == 0
-    assert (fake.note(), lost(fake)) == (None, None)
+    assert (fake.note(), fake.lost()) == ("", "")
     assert (fake.sweep.jobs / "run.begun").read_text() == "7_0.0\n"
 
 
@@ -57,12 +51,10 @@ def test_what_is_final_is_recorded_and_by_the_first_rank_alone(fake: FakeSlurm) 
     assert fake.note() == "error: lr: too high"
     assert fake.rank("has_a_bug", SLURM_PROCID="1") == 1
     assert fake.note() == "error: lr: too high"
-    assert (fake.calls("requeue"), lost(fake)) == (0, None)
-
-
-def test_a_rank_that_lost_its_peers_leaves_it_to_the_batch_script(fake: FakeSlurm) -> None:
+    assert (fake.calls("requeue"), fake.lost()) == (0, "")
+    fake.sweep.failure_path("run").unlink()
     assert fake.rank("loses_peers") == 1
-    assert (fake.note(), lost(fake)) == (None, "error: rank 1 is gone")
+    assert (fake.note(), fake.lost()) == ("", "error: rank 1 is gone"), "for the batch script"
 
 
 @pytest.mark.parametrize("by", ["scontrol", "batch"])
@@ -74,7 +66,7 @@ def test_a_saved_run_is_requeued_until_its_budget_is_spent(fake: FakeSlurm, by: 
     assert fake.causes() == ["preempted"]
     assert fake.rank("saves") == 1
     assert fake.causes() == ["preempted"]
-    assert "retries.preempted is 1" in (fake.note() or "")
+    assert "retries.preempted is 1" in fake.note()
     assert fake.calls("requeue") == (by == "scontrol")
 
 
@@ -83,7 +75,7 @@ def test_a_task_that_slurm_has_requeued_or_cancelled_is_left_alone(fake: FakeSlu
     assert fake.rank("saves") == os.EX_TEMPFAIL
     fake.says(CANCELLED)
     assert fake.rank("saves") == 1
-    assert f"python -m launch resume {fake.sweep.folder}" in (fake.note() or "")
+    assert f"python -m launch resume {fake.sweep.folder}" in fake.note()
     assert (fake.calls("requeue"), fake.causes()) == (0, ["requeued"])
 
 
@@ -94,7 +86,7 @@ def test_the_batch_script_tries_where_a_rank_cannot(fake: FakeSlurm) -> None:
     (ledger,) = fake.sweep.folder.rglob("attempts.jsonl")
     ledger.unlink()
     assert fake.rank("saves_and_cannot_record_it") == os.EX_TEMPFAIL
-    assert (fake.note(), lost(fake)) == (None, None)
+    assert (fake.note(), fake.lost()) == ("", "")
 
 
 def test_losses_count_in_the_ledger_or_else_by_a_note(fake: FakeSlurm) -> None:
@@ -102,16 +94,16 @@ def test_losses_count_in_the_ledger_or_else_by_a_note(fake: FakeSlurm) -> None:
     fake.profile(retries={"lost": 1})
     assert fake.rank("has_no_files", SLURM_PROCID="1") == os.EX_TEMPFAIL
     assert fake.causes() == []
-    assert "Stale file handle" in (lost(fake) or ""), "by which the batch script counts it"
+    assert "Stale file handle" in fake.lost(), "by which the batch script counts it"
     fake.sweep.loss_path("run").unlink()
     assert fake.rank("has_no_files") == os.EX_TEMPFAIL
-    assert (fake.causes(), lost(fake)) == (["lost"], None)
+    assert (fake.causes(), fake.lost()) == (["lost"], "")
     assert fake.rank("has_no_files") == 1
-    assert "retries.lost is 1" in (fake.note() or "")
+    assert "retries.lost is 1" in fake.note()
     fake.sweep.failure_path("run").unlink()
     fake.profile(retries={"lost": 0})
     assert fake.rank("finishes") == 1, "too many before it starts"
-    assert "--checkpoint-minutes" in (fake.note() or "")
+    assert "--checkpoint-minutes" in fake.note()
 
 
 def test_without_an_answer_of_slurm_the_batch_script_decides_what_broke(fake: FakeSlurm) -> None:
@@ -119,14 +111,14 @@ def test_without_an_answer_of_slurm_the_batch_script_decides_what_broke(fake: Fa
     fake.profile(retries={"lost": 0}, requeue_by="batch")
     fake.says("!scontrol: not found")
     assert fake.rank("breaks") == os.EX_TEMPFAIL
-    assert (fake.causes(), fake.note()) == ([], None)
-    reason = lost(fake) or ""
+    assert (fake.causes(), fake.note()) == ([], "")
+    reason = fake.lost()
     assert "a process of the compiler died" in reason
     fake.says(RUNNING, PREEMPTED)
     assert fake.batch(75, lost=reason) == os.EX_TEMPFAIL
     fake.says(RUNNING)
     assert fake.batch(75, lost=reason) == 1
-    assert reason in (fake.note() or "")
+    assert reason in fake.note()
 
 
 def test_a_rank_does_not_wait_for_one_that_failed(fake: FakeSlurm) -> None:

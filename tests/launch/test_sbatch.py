@@ -1,4 +1,4 @@
-"""Submission, resubmission and cancelling of arrays, with fake sbatch, squeue and scancel."""
+"""Submission, resubmission and cancelling of arrays."""
 
 import errno
 import json
@@ -15,7 +15,6 @@ from rich.console import Console
 from bip.errors import UserError
 from bip.files import read_jsonl
 from launch.__main__ import main
-from launch.plan import make_plan
 from launch.profile import SlurmProfile, load_profile
 from launch.slurm import arrays
 from launch.slurm.arrays import submit_arrays
@@ -23,63 +22,27 @@ from launch.slurm.executor import SlurmExecutor
 from launch.status import Row, status
 from launch.sweep import Sweep
 from launch.watch import wait
-from tests.launch.conftest import DIGITS
-
-SBATCH = """#!/bin/bash
-cd "$(dirname "$0")"
-cp "$1" script-$(ls script-* 2>/dev/null | wc -l)
-env >environment
-number=$(ls script-* | wc -l)
-if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
-if [[ -e interrupt-$number ]]; then kill -$(<interrupt-$number) $PPID $$; fi
-echo "Submitted batch job $((100 + number))"
-"""
-# The lines of queue-1, queue-2 ... in turn; then those of `queue`.
-SQUEUE = """#!/bin/bash
-cd "$(dirname "$0")"
-echo "$@" >squeue-args
-env >squeue-environment
-first=$(ls queue-* 2>/dev/null | head -n 1)
-cat "${first:-queue}"
-[[ -z $first ]] || rm "$first"
-"""
-SCANCEL = """#!/bin/bash
-cd "$(dirname "$0")"
-ls ../out/hand/jobs/*.failed >notes-at-scancel
-echo "$@" >scancel-args
-[[ ! -e refuse-scancel ]] || { echo "scancel: error: no" >&2; exit 1; }
-"""
+from tests.launch.conftest import finish, plan_sweep
+from tests.launch.fake_cluster import FakeCluster
 
 
 @pytest.fixture
-def bin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, text in {"sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL}.items():
-        (folder / name).write_text(text)
-        (folder / name).chmod(0o755)
-    (folder / "queue").touch()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    monkeypatch.setattr(arrays, "ENDING_SECONDS", 0.6)
-    return folder
-
-
-@pytest.fixture
-def sweep(bin: Path, tmp_path: Path) -> Sweep:
+def sweep(cluster: FakeCluster, tmp_path: Path) -> Sweep:
     """pretrain, and prune of two k."""
-    flags = {"configs": DIGITS / "bip.yml", "result_dir": tmp_path / "out", "exp_name": "hand"}
-    plan = make_plan(flags | {"series": "0.5,0.1", "stages": "pretrain,prune"})
-    found = Sweep(plan.folder)
-    found.add(plan.points)
-    return found
+    return plan_sweep(tmp_path / "out")
 
 
-def submit(sweep: Sweep, *told: list[str], per_task: int = 1) -> list[str]:
+@pytest.fixture
+def ids(sweep: Sweep) -> list[str]:
+    return [run.run_id for run in sweep.runs()]
+
+
+def submit(sweep: Sweep, *lines: list[str], per_task: int = 1, **profile: object) -> list[str]:
     """Everything that is missing; the jobs."""
-    profile = SlurmProfile(executor="slurm")
-    names = [record.run_id for record in sweep.runs()]
-    say = told[0].append if told else print
-    taken = submit_arrays(sweep, profile, names, 1001, per_task, keep_code=False, report=say)
+    facts = SlurmProfile(executor="slurm", **profile)  # type: ignore[arg-type]
+    names = [run.run_id for run in sweep.runs()]
+    report = lines[0].append if lines else print
+    taken = submit_arrays(sweep, facts, names, 1001, per_task, keep_code=False, report=report)
     return [array.job for array in taken]
 
 
@@ -87,77 +50,70 @@ def recorded(sweep: Sweep) -> list[str]:
     return [record["job"] for record in read_jsonl(sweep.jobs / "arrays.jsonl")]
 
 
-def finish(sweep: Sweep, run_id: str) -> None:
-    (record,) = [r for r in sweep.runs() if r.run_id == run_id]
-    folder = sweep.folder / record.folder
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text("{}")
+def failing(number: int) -> object:
+    """A function that raises this OSError."""
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
-def test_every_task_finds_its_pickle_and_its_own_profile(sweep: Sweep, bin: Path) -> None:
-    assert submit(sweep) == ["101", "102"]
+def test_every_task_finds_its_pickle_and_its_own_profile(
+    sweep: Sweep, cluster: FakeCluster
+) -> None:
+    assert submit(sweep, per_task=1) == ["101", "102"]
     pickles = {path.name for path in (sweep.jobs / "slurm").glob("*_submitted.pkl")}
     assert {"101_0_submitted.pkl", "102_0_submitted.pkl", "102_1_submitted.pkl"} <= pickles
-    script = (bin / "script-1").read_text()
+    script = cluster.script.read_text()
     assert "#SBATCH --array=0-1%2" in script
     assert "#SBATCH --dependency=afterok:101_0" in script
     (facts,) = sweep.jobs.glob("profile-*.json")
     assert f"BIP_PROFILE={facts}" in script
 
 
-def test_submission_from_inside_a_job_does_not_inherit_it(
-    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_pickle_with_too_many_links_is_copied(
+    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "5")
-    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
-    monkeypatch.setenv("SLURM_JWT", "token")
+    monkeypatch.setattr(os, "link", failing(errno.EMLINK))
     submit(sweep)
-    kept = ["SLURM_CONF=/etc/slurm.conf", "SLURM_JWT=token"]
-    assert sorted(options(bin / "environment")) == kept
+    one, other = ((sweep.jobs / "slurm" / f"102_{at}_submitted.pkl").read_bytes() for at in (0, 1))
+    assert one == other
 
 
-def options(environment: Path) -> list[str]:
-    """What a command that wrote its environment there may have taken for options."""
-    names = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SUBMITIT_")
-    return [line for line in environment.read_text().splitlines() if line.startswith(names)]
-
-
-def test_options_in_the_environment_change_nothing(
-    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+def test_variables_of_slurm_in_the_environment_change_nothing(
+    sweep: Sweep, cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SBATCH_PARTITION", "SBATCH_EXPORT", "SQUEUE_STATES", "SACCT_FORMAT"):
-        monkeypatch.setenv(name, "NONE")
-    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    """Those of the job around it, and options; but the cluster and the user's token are kept."""
+    for name in ("SLURM_JOB_ID", "SBATCH_PARTITION", "SBATCH_EXPORT", "SQUEUE_STATES",
+                 "SACCT_FORMAT"):  # fmt: skip
+        monkeypatch.setenv(name, "5")
+    for name in ("SLURM_CONF", "SLURM_JWT"):
+        monkeypatch.setenv(name, "kept")
     # submitit reads it once in a process.
     monkeypatch.setattr("submitit.slurm.slurm.SlurmJobEnvironment.USR_SIG", "USR1")
     submit(sweep)
-    script = (bin / "script-0").read_text()
+    script = cluster.script.read_text()
     assert "#SBATCH --signal=USR2@120\n" in script
     assert "USR1" not in script
     assert "wckey" not in script
     status(sweep.folder)
-    assert options(bin / "environment") == ["SLURM_CONF=/etc/slurm.conf"]
-    assert options(bin / "squeue-environment") == ["SLURM_CONF=/etc/slurm.conf"]
+    for name in ("environment", "squeue-environment"):
+        names = ("SLURM_", "SBATCH_", "SQUEUE_", "SACCT_", "SUBMITIT_")
+        left = [line for line in cluster.read(name).splitlines() if line.startswith(names)]
+        assert sorted(left) == ["SLURM_CONF=kept", "SLURM_JWT=kept"]
 
 
 def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
-    sweep: Sweep, bin: Path
+    sweep: Sweep, cluster: FakeCluster, ids: list[str]
 ) -> None:
-    dense, *pruned = [record.run_id for record in sweep.runs()]
-    for run_id in (dense, *pruned):
+    for run_id in ids:
         sweep.fail(run_id, "before")
-    (bin / "refuse-2").touch()
-    with pytest.raises(UserError) as error:
+    cluster.file("refuse-2")
+    with pytest.raises(UserError, match=r"^sbatch: .*; submitted so far: pretrain 101; python -m"):
         submit(sweep)
-    assert str(error.value).startswith("sbatch: ")
-    assert str(error.value).endswith(
-        f"no way; submitted so far: pretrain 101; python -m launch resume {sweep.folder} submits "
-        "the rest"
-    )
-    assert "\n" not in str(error.value)
     assert recorded(sweep) == ["101"]
-    left = [run_id for run_id in (dense, *pruned) if sweep.failure_path(run_id).exists()]
-    assert left == pruned
+    assert [run_id for run_id in ids if sweep.failure_path(run_id).exists()] == ids[1:]
 
 
 @pytest.fixture
@@ -169,15 +125,32 @@ def ctrl_c() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, bin: Path) -> None:
-    (bin / "interrupt-1").write_text("INT")
+def test_ctrl_c_during_sbatch_leaves_no_unknown_array(sweep: Sweep, cluster: FakeCluster) -> None:
+    cluster.file("interrupt-1", "INT")
     with pytest.raises(UserError, match="interrupted; submitted so far: pretrain 101; python -m"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
-    assert not (bin / "script-1").exists()
+    assert cluster.script.name == "script-0"
 
 
-@pytest.mark.usefixtures("ctrl_c")
+def test_a_lost_terminal_during_sbatch_ends_the_program_after_it(
+    sweep: Sweep, cluster: FakeCluster
+) -> None:
+    cluster.file("interrupt-1", "TERM")
+
+    def submit_in_a_terminal() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        submit(sweep)
+
+    process = multiprocessing.get_context("fork").Process(target=submit_in_a_terminal)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGTERM
+    assert recorded(sweep) == ["101"]
+    assert (sweep.jobs / "slurm" / "101_0_submitted.pkl").exists()
+    assert cluster.script.name == "script-0"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
 def test_signals_take_effect_at_the_end_of_a_submission(number: int) -> None:
     """As they did before it: those that were ignored stay so."""
@@ -196,99 +169,56 @@ def test_signals_take_effect_at_the_end_of_a_submission(number: int) -> None:
         signal.signal(number, outer)
 
 
-def test_a_lost_terminal_during_sbatch_ends_the_program_after_it(sweep: Sweep, bin: Path) -> None:
-    (bin / "interrupt-1").write_text("TERM")
-
-    def submit_in_a_terminal() -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        submit(sweep)
-
-    process = multiprocessing.get_context("fork").Process(target=submit_in_a_terminal)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGTERM
-    assert recorded(sweep) == ["101"]
-    assert (sweep.jobs / "slurm" / "101_0_submitted.pkl").exists()
-    assert not (bin / "script-1").exists()
-
-
 def test_an_array_that_slurm_took_is_recorded_whatever_follows(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "link", fail)
-    monkeypatch.setattr("shutil.copyfile", fail)
-    with pytest.raises(UserError, match="disk full; submitted so far: pretrain 101"):
+    monkeypatch.setattr(os, "link", failing(errno.EMLINK))
+    monkeypatch.setattr("shutil.copyfile", failing(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"No space left.*; submitted so far: pretrain 101"):
         submit(sweep)
     assert recorded(sweep) == ["101"]
 
 
 def test_an_array_that_cannot_be_recorded_is_cancelled(
-    sweep: Sweep, bin: Path, monkeypatch: pytest.MonkeyPatch
+    sweep: Sweep, cluster: FakeCluster, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    dense = sweep.runs()[0].run_id
-    sweep.fail(dense, "before")
-    monkeypatch.setattr(arrays, "append_jsonl", fail)
-    told = "No space left on device; array 101 could not be recorded and is cancelled; submitted "
-    with pytest.raises(UserError, match=told + "so far: nothing"):
+    sweep.fail(ids[0], "before")
+    monkeypatch.setattr(arrays, "append_jsonl", failing(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"No space.*; array 101 .* cancelled; .* so far: nothing"):
         submit(sweep)
-    assert (bin / "scancel-args").read_text() == "101\n"
+    assert cluster.cancelled == ["101"]
     assert recorded(sweep) == []
-    assert sweep.failure_path(dense).exists()
-    (bin / "refuse-scancel").touch()
+    assert sweep.failure_path(ids[0]).exists()
+    cluster.file("refuse-scancel")
     with pytest.raises(UserError, match=r"array 102 is not recorded: end it by scancel 102 \("):
         submit(sweep)
-
-
-def test_a_pickle_with_too_many_links_is_copied(
-    sweep: Sweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.EMLINK, "Too many links")
-
-    monkeypatch.setattr(os, "link", fail)
-    submit(sweep)
-    folder = sweep.jobs / "slurm"
-    one, other = (folder / f"102_{index}_submitted.pkl" for index in (0, 1))
-    assert one.read_bytes() == other.read_bytes()
-
-
-def test_a_setup_line_that_fails_ends_the_task(sweep: Sweep, bin: Path) -> None:
-    """With its name; what fails inside a function or a sourced file is that one's affair."""
-    (bin / "inner.sh").write_text("false; inner() { false; true; }\n")
-    setup = [f"source {bin}/inner.sh", "inner", "if false; then", "true", "fi", "echo here"]
-    for lines, told in ((setup, "here\n"), ([*setup, "test 1 = 2 # no"], "here\n")):
-        profile = SlurmProfile(executor="slurm", setup=lines)
-        names = [sweep.runs()[0].run_id]
-        submit_arrays(sweep, profile, names, 1001, keep_code=False)
-        newest = max(bin.glob("script-*"))
-        text = newest.read_text().replace("\n# command", "\nexit 0")
-        newest.write_text(text)
-        done = subprocess.run(["bash", newest], capture_output=True, text=True, check=False)
-        assert done.stdout == told
-        failed = lines != setup
-        assert done.returncode == failed
-        assert done.stderr == "setup: exit status 1 of: test 1 = 2 # no\n" * failed
-
-
-def test_a_batch_shell_tells_its_ranks_of_kill_wait(sweep: Sweep, bin: Path) -> None:
-    (bin / "scontrol").write_text("#!/bin/bash\necho 'KillWait                = 45 sec'\n")
-    (bin / "scontrol").chmod(0o755)
-    profile = SlurmProfile(executor="slurm", requeue_by="batch")
-    submit_arrays(sweep, profile, [sweep.runs()[0].run_id], 1001, keep_code=False)
-    text = (bin / "script-0").read_text().replace("\n# command", "\necho $BIP_KILL_WAIT; exit 0")
-    assert subprocess.check_output(["bash", "-c", text], text=True) == "45\n"
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(sweep: Sweep) -> None:
     (sweep.jobs / "slurm").touch()
     with pytest.raises(UserError, match=r"File exists.*; submitted so far: nothing; python -m"):
         submit(sweep)
+
+
+def test_a_setup_line_that_fails_ends_the_task(sweep: Sweep, cluster: FakeCluster) -> None:
+    """With its name; what fails inside a function or a sourced file is that one's affair."""
+    cluster.file("inner.sh", "false; inner() { false; true; }\n")
+    setup = [f"source {cluster.folder}/inner.sh", "inner", "if false; then", "true", "fi", "echo x"]
+    for last, code, err in (("true", 0, ""), ("test 1 = 2", 1, "setup: exit status 1 of: test 1")):
+        submit(sweep, setup=[*setup, last])
+        text = cluster.script.read_text().replace("\n# command", "\nexit 0")
+        cluster.script.write_text(text)
+        done = subprocess.run(["bash", cluster.script], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (code, "x\n")
+        assert done.stderr.startswith(err)
+        assert bool(done.stderr) == bool(code)
+
+
+def test_ranks_of_a_batch_shell_know_kill_wait(sweep: Sweep, cluster: FakeCluster) -> None:
+    cluster.file("scontrol", "#!/bin/bash\necho 'KillWait                = 45 sec'\n")
+    submit(sweep, requeue_by="batch")
+    text = cluster.script.read_text().replace("\n# command", "\necho $BIP_KILL_WAIT; exit 0")
+    assert subprocess.check_output(["bash", "-c", text], text=True) == "45\n"
 
 
 def test_resume_keeps_the_users_runs_per_task(sweep: Sweep) -> None:
@@ -298,151 +228,125 @@ def test_resume_keeps_the_users_runs_per_task(sweep: Sweep) -> None:
     assert load_profile(sweep.jobs / "profile.json") == SlurmProfile(executor="slurm")
 
 
-def test_cancel_marks_its_points_before_slurm_tells_them(sweep: Sweep, bin: Path) -> None:
+def test_cancel_marks_its_runs_before_slurm_signals_them(
+    sweep: Sweep, cluster: FakeCluster, ids: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cancel", str(sweep.folder)]) == 2, "nothing was submitted"
     submit(sweep)
-    dense, *pruned = [record.run_id for record in sweep.runs()]
-    finish(sweep, dense)
-    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n102_0|PENDING|x|0:00\n")
-    assert SlurmExecutor(sweep).cancel(0) == "2 tasks"
-    assert (bin / "scancel-args").read_text() == "101_0 102_0\n"
-    assert (bin / "notes-at-scancel").read_text().split("/")[-1] == f"{pruned[0]}.failed\n"
-    (row,) = status(sweep.folder, [pruned[0]])
-    assert row.state == "cancelled"
-    assert row.reason == f"cancelled; python -m launch resume {sweep.folder} continues it"
-
-
-def test_a_refused_cancel_marks_nothing(sweep: Sweep, bin: Path) -> None:
-    submit(sweep)
-    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
-    (bin / "refuse-scancel").touch()
-    with pytest.raises(UserError, match="scancel"):
-        SlurmExecutor(sweep).cancel(0)
+    finish(sweep, ids[0])
+    cluster.queue(t101_0="RUNNING", t102_0="PENDING")
+    cluster.file("refuse-scancel")
+    assert main(["cancel", str(sweep.folder)]) == 2
     assert not list(sweep.jobs.glob("*.failed"))
+    (cluster.folder / "refuse-scancel").unlink()
+    capsys.readouterr()
+    assert main(["cancel", str(sweep.folder)]) == 0
+    assert "cancelled 2 tasks" in capsys.readouterr().out
+    assert cluster.cancelled == ["101_0", "102_0"]
+    assert cluster.read("notes-at-scancel").split("/")[-1] == f"{ids[1]}.failed\n"
+    (row,) = status(sweep.folder, [ids[1]])
+    assert row.state == "cancelled"
+    assert f"python -m launch resume {sweep.folder}" in row.reason
 
 
-def test_resume_waits_for_cancelled_tasks_to_end(sweep: Sweep, bin: Path) -> None:
+def test_resume_waits_for_cancelled_tasks_to_end(
+    sweep: Sweep, cluster: FakeCluster, ids: list[str]
+) -> None:
     submit(sweep)
-    dense = sweep.runs()[0].run_id
-    sweep.fail(dense, "cancelled")
-    for number in (1, 2):
-        (bin / f"queue-{number}").write_text("101_0|COMPLETING|None|1:00\n")
-    told: list[str] = []
-    assert submit(sweep, told) == ["103", "104"]
-    assert told[0] == "waiting for 101_0 to end"
-    assert "#SBATCH --dependency=afterok:103_0" in (bin / "script-3").read_text()
+    sweep.fail(ids[0], "cancelled")
+    for file in ("queue-1", "queue-2"):
+        cluster.queue(file, t101_0="COMPLETING")
+    lines: list[str] = []
+    assert submit(sweep, lines) == ["103", "104"]
+    assert lines[0] == "waiting for 101_0 to end"
+    assert "#SBATCH --dependency=afterok:103_0" in cluster.script.read_text()
 
 
-def test_a_failed_point_whose_task_goes_on_is_left_out_and_said(sweep: Sweep, bin: Path) -> None:
-    dense, one, _ = [record.run_id for record in sweep.runs()]
-    finish(sweep, dense)
-    assert submit(sweep, per_task=2) == ["101"]
-    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
-    sweep.fail(one, "bug")
-    told: list[str] = []
-    assert submit(sweep, told) == []
-    assert told == ["left out (1): still in task 101_0; resume when it has ended"]
+@pytest.mark.parametrize(("dense_is_done", "count"), [(True, 1), (False, 3)])
+def test_a_failed_run_whose_task_goes_on_is_left_out_with_what_needs_it(
+    dense_is_done: bool, count: int, sweep: Sweep, cluster: FakeCluster, ids: list[str]
+) -> None:
+    if dense_is_done:
+        finish(sweep, ids[0])
+    submit(sweep, per_task=2)
+    cluster.queue(t101_0="RUNNING")
+    sweep.fail(ids[1] if dense_is_done else ids[0], "bug")
+    lines: list[str] = []
+    assert submit(sweep, lines) == []
+    assert lines == [f"left out ({count}): still in task 101_0; resume when it has ended"]
 
 
-def test_what_needs_a_point_that_is_left_out_gets_no_dead_chain(sweep: Sweep, bin: Path) -> None:
-    dense = sweep.runs()[0].run_id
-    submit(sweep)
-    (bin / "queue").write_text("101_0|RUNNING|None|1:00\n")
-    sweep.fail(dense, "bug")
-    told: list[str] = []
-    assert submit(sweep, told) == []
-    assert told == ["left out (3): still in task 101_0; resume when it has ended"]
-
-
-def test_status_of_what_left_the_queue_says_where_to_look_and_how_to_go_on(
-    sweep: Sweep, bin: Path, capsys: pytest.CaptureFixture[str]
+def test_status_of_what_left_the_queue_names_its_log_and_how_to_go_on(
+    sweep: Sweep, cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
     submit(sweep)
     assert main(["status", str(sweep.folder)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    resume = f"python -m launch resume {sweep.folder}"
-    assert f"left SLURM's queue and never started; {resume} submits it" in told
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"never started; python -m launch resume {sweep.folder}" in shown
     (sweep.jobs / "slurm" / "101_0_0_log.err").touch()
     assert main(["status", str(sweep.folder)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "left SLURM's queue without a result; see jobs/slurm/101_0_0_log.err" in told
-    assert told.endswith(f"python -m launch resume {sweep.folder}")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "without a result; see jobs/slurm/101_0_0_log.err" in shown
+    assert shown.endswith(f"python -m launch resume {sweep.folder}")
     # Any colleague's look finds the jobs; squeue fails for one unknown ID, but not for two.
-    assert "--jobs=101,102,101" in (bin / "squeue-args").read_text()
-    assert "--me" not in (bin / "squeue-args").read_text()
+    assert "--jobs=101,102,101" in cluster.read("squeue-args")
+    assert "--me" not in cluster.read("squeue-args")
 
 
 def test_one_look_at_the_queue_does_not_end_the_watch(
-    sweep: Sweep,
-    bin: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    sweep: Sweep, cluster: FakeCluster, ids: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Seen as gone three times, the file system away between, then all are there, then done."""
+) -> None:  # fmt: skip
+    """Seen as gone three times, its files unreachable between, then all are there, then done."""
     monkeypatch.setattr(SlurmExecutor, "poll_seconds", 0.01)
     submit(sweep)
-    run_ids = [record.run_id for record in sweep.runs()]
     looks: list[list[Row]] = []
-    away = iter([OSError(errno.ESTALE, "Stale file handle", str(sweep.ledger))] * 2)
+    unreachable = [OSError(errno.ESTALE, "Stale file handle")] * 2
 
     def look(*_: object) -> list[Row]:
-        if len(looks) == 2 and (error := next(away, None)):
-            raise error
+        if len(looks) == 2 and unreachable:
+            raise unreachable.pop()
         looks.append(status(sweep.folder))
         if len(looks) == 3:
-            lines = "".join(f"{task}|RUNNING|None|1:00\n" for task in ("101_0", "102_0", "102_1"))
-            (bin / "queue").write_text(lines)
+            cluster.queue(**dict.fromkeys(("t101_0", "t102_0", "t102_1"), "RUNNING"))
         if len(looks) == 5:
-            for run_id in run_ids:
-                finish(sweep, run_id)
+            finish(sweep, *ids)
         return looks[-1]
 
+    def watch() -> list[str]:
+        rows = wait(sweep, ids, Console(quiet=True), SlurmExecutor(sweep))
+        return [row.state for row in rows]
+
+    lost = ["failed", "blocked", "blocked"]
     monkeypatch.setattr("launch.watch.status", look)
-    rows = wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
-    assert [row.state for row in looks[1]] == ["failed", "blocked", "blocked"]
-    (told,) = capsys.readouterr().err.splitlines()
-    assert told == (
-        f"warning: [Errno 116] Stale file handle: '{sweep.ledger}'; the runs are left alone, "
-        "and looked for again for an hour"
-    )
-    assert [row.state for row in rows] == ["done"] * 3
+    assert watch() == ["done"] * 3
+    assert [row.state for row in looks[1]] == lost
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: [Errno 116] Stale")
     monkeypatch.setattr("launch.watch.LEFT_SECONDS", 0.05)
     monkeypatch.setattr("launch.watch.status", lambda *_: looks[1])
-    rows = wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
-    assert [row.state for row in rows] == ["failed", "blocked", "blocked"]
-
-    def never(*_: object) -> list[Row]:
-        raise OSError(errno.ESTALE, "Stale file handle")
-
+    assert watch() == lost
     monkeypatch.setattr("launch.watch.UNREACHABLE_SECONDS", 0.05)
-    monkeypatch.setattr("launch.watch.status", never)
+    monkeypatch.setattr("launch.watch.status", failing(errno.ESTALE))
     with pytest.raises(OSError, match="Stale"):
-        wait(sweep, run_ids, Console(quiet=True), SlurmExecutor(sweep))
-
-
-def test_nothing_is_cancelled_of_a_sweep_that_was_not_submitted(
-    sweep: Sweep, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["cancel", str(sweep.folder)]) == 2
-    assert "submitted" in capsys.readouterr().err
+        watch()
 
 
 def test_logs_of_a_task_are_its_batch_scripts_where_its_run_printed_nothing(
-    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+    sweep: Sweep, ids: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def logs(*words: str) -> str:
+        capsys.readouterr()
+        assert main(["logs", str(sweep.folder), *words]) == 0
+        return capsys.readouterr().out
+
     submit(sweep)
-    run_id = sweep.runs()[1].run_id
     (sweep.jobs / "slurm" / "102_0_0_log.err").write_text("srun: error: no node\n")
-    capsys.readouterr()
-    for name in ("102_0", run_id):
-        assert main(["logs", str(sweep.folder), name]) == 0
-        assert capsys.readouterr().out == "srun: error: no node\n"
-    sweep.log(run_id).write_text("step 1\nValueError: bug\n")
-    sweep.fail(run_id, "exit code 1 of srun")
-    assert main(["logs", str(sweep.folder), "102_0"]) == 0
-    assert capsys.readouterr().out == sweep.log(run_id).read_text()
-    assert main(["logs", str(sweep.folder)]) == 0
-    shown = capsys.readouterr().out
-    assert all(text in shown for text in (run_id, "ValueError: bug", str(sweep.log(run_id))))
-    assert main(["logs", str(sweep.folder), "prune"]) == 2, "several"
-    assert main(["logs", str(sweep.folder), "101_9"]) == 2, "none"
-    assert len(capsys.readouterr().err.splitlines()) == 2
+    assert logs("102_0") == logs(ids[1]) == "srun: error: no node\n"
+    sweep.log(ids[1]).write_text("step 1\nValueError: bug\n")
+    sweep.fail(ids[1], "exit code 1 of srun")
+    assert logs("102_0") == sweep.log(ids[1]).read_text()
+    assert all(text in logs() for text in (ids[1], "ValueError: bug", str(sweep.log(ids[1]))))
+    for several_or_none in ("prune", "101_9"):
+        assert main(["logs", str(sweep.folder), several_or_none]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""Told to stop before it trains: a whole rank with all its processes, and the next attempt."""
+"""Stopped before it trains: a whole rank with all its processes, and the next attempt."""
 
 import contextlib
 import os
@@ -25,16 +25,12 @@ class Life:
     def __init__(self, folder: Path, **settings: object) -> None:
         self.slurm = FakeSlurm(folder)
         self.log = self.slurm.sweep.jobs / "run.log"
-        facts = {
-            "result_dir": str(self.slurm.sweep.folder),
-            "epochs": 1,
-            "max_steps": 3,
-            "num_workers": 0,
-        }
-        point = self.slurm.sweep.folder / "points" / "run.yml"
-        point.parent.mkdir()
-        point.write_text(yaml.safe_dump(read_yaml(DIGITS / "pretrain.yml") | facts | settings))
-        self.config = build_config(read_yaml(point))
+        facts = {"result_dir": str(self.slurm.sweep.folder), "epochs": 1, "max_steps": 3}
+        values = read_yaml(DIGITS / "pretrain.yml") | facts | {"num_workers": 0} | settings
+        path = self.slurm.sweep.folder / "points" / "run.yml"
+        path.parent.mkdir()
+        path.write_text(yaml.safe_dump(values))
+        self.config = build_config(read_yaml(path))
         self.result = self.config.run_folder / "result.json"
 
     @contextlib.contextmanager
@@ -59,7 +55,7 @@ class Life:
             rank.wait()
 
     def preempt(self, rank: "subprocess.Popen[bytes]", when: Callable[[int], bool]) -> int:
-        """Tell all its processes to stop once `when` says so of the rank; its exit status."""
+        """Signal all its processes once `when` is true of the rank; its exit status."""
         deadline = time.monotonic() + 120
         while not when(rank.pid):
             assert rank.poll() is None, self.log.read_text()
@@ -89,9 +85,8 @@ def test_while_it_imports(tmp_path: Path) -> None:
     with life.start() as rank:
         assert life.preempt(rank, life.has_begun) == os.EX_TEMPFAIL, life.log.read_text()
     assert "stopped by SIGTERM at step " in life.log.read_text()
-    assert life.slurm.causes() == ["preempted"]
-    assert life.slurm.calls("requeue") == 1
-    assert life.slurm.note() is None
+    assert (life.slurm.causes(), life.slurm.calls("requeue")) == (["preempted"], 1)
+    assert life.slurm.note() == ""
     with life.start(restarts=1) as rank:
         assert rank.wait(120) == 0, life.log.read_text()
     assert life.result.exists()
@@ -105,9 +100,8 @@ def test_while_it_compiles(tmp_path: Path) -> None:
     with life.start(TORCHINDUCTOR_CACHE_DIR=cache, TORCHINDUCTOR_COMPILE_THREADS="1") as rank:
         assert life.preempt(rank, runs_compiler) == os.EX_TEMPFAIL, life.log.read_text()
     assert "Traceback" in life.log.read_text()
-    assert life.slurm.causes() == ["preempted"]
-    assert life.slurm.calls("requeue") == 1
-    assert life.slurm.note() is None
+    assert (life.slurm.causes(), life.slurm.calls("requeue")) == (["preempted"], 1)
+    assert life.slurm.note() == ""
     begun, ended, again = read_jsonl(life.config.run_folder / "attempts.jsonl")
     assert [begun["event"], ended["event"], again["event"]] == ["start", "end", "requeue"]
     assert ended["cause"].startswith("error: ")

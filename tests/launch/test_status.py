@@ -1,4 +1,4 @@
-"""`launch status` on sweeps that were written by hand, finished, half-finished and broken."""
+"""`launch status` of sweeps that are done, half-done and broken."""
 
 import fcntl
 import json
@@ -7,57 +7,40 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bip.config import RunConfig
-from bip.files import append_jsonl, atomic_write_json
+from bip.files import append_jsonl
 from launch.__main__ import main
-from launch.plan import SeriesOptions, make_plan
 from launch.sweep import Run, Sweep
-from tests.launch.conftest import DIGITS, ROOT
-
-RESULT = {"kept": 4734, "sparsity": 0.9, "top1": 91.25, "epochs": 15, "seconds": 12.5}
+from tests.launch.conftest import ROOT, finish, plan_sweep
 
 
 @pytest.fixture
 def sweep(tmp_path: Path) -> Sweep:
-    """pretrain, prune and finetune of two k, planned and not begun."""
-    flags = {"configs": DIGITS / "bip.yml", "result_dir": tmp_path, "exp_name": "hand"}
-    assert not (set(flags) - set(RunConfig.model_fields)) - set(SeriesOptions.model_fields)
-    plan = make_plan(flags | {"series": "0.5,0.1", "stages": "pretrain,prune,finetune"})
-    found = Sweep(plan.folder)
-    found.add(plan.points)
-    return found
+    return plan_sweep(tmp_path, "pretrain,prune,finetune")
 
 
 def of(sweep: Sweep, stage: str, k: str) -> Run:
-    (record,) = [r for r in sweep.runs() if (r.stage, r.k) == (stage, k)]
-    return record
+    (run,) = [run for run in sweep.runs() if (run.stage, run.k) == (stage, k)]
+    return run
 
 
-def finish(sweep: Sweep, record: Run) -> None:
-    folder = sweep.folder / record.folder
-    folder.mkdir(parents=True)
-    atomic_write_json(folder / "result.json", RESULT)
-
-
-def rows(
-    sweep: Sweep, capsys: pytest.CaptureFixture[str]
-) -> dict[tuple[str, str], dict[str, object]]:
+def rows(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> dict[tuple[str, str], Any]:
     assert main(["status", str(sweep.folder), "--json"]) == 0
     return {(row["stage"], row["k"]): row for row in json.loads(capsys.readouterr().out)}
 
 
 def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    finish(sweep, of(sweep, "pretrain", "1"))
+    finish(sweep, of(sweep, "pretrain", "1").run_id)
     failed, running = of(sweep, "prune", "0.5"), of(sweep, "prune", "0.1")
     sweep.fail(failed.run_id, "exit code 1: RuntimeError: out of memory")
     metrics = sweep.folder / running.folder / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
+    step = {"event": "step", "epochs": 15}
     for epoch in range(1, 4):
-        append_jsonl(metrics, {"event": "step", "step": 9 * epoch, "epoch": epoch, "epochs": 15,
-                               "loss": 1 / epoch})  # fmt: skip
+        append_jsonl(metrics, step | {"step": 9 * epoch, "epoch": epoch, "loss": 1 / epoch})
     with open(metrics, "a") as stream:
         stream.write('{"event": "step", "epoch": 4, "epo')  # killed in mid-write
     claim = sweep.claim_path(running.run_id)
@@ -66,8 +49,7 @@ def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -
         fcntl.flock(held, fcntl.LOCK_EX)
         found = rows(sweep, capsys)
         assert main(["status", str(sweep.folder)]) == 0
-    states = {key: row["state"] for key, row in found.items()}
-    assert states == {
+    assert {key: row["state"] for key, row in found.items()} == {
         ("pretrain", "1"): "done",
         ("prune", "0.5"): "failed",
         ("prune", "0.1"): "running",
@@ -76,8 +58,8 @@ def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -
     }
     row = found["prune", "0.1"]
     assert (row["epoch"], row["epochs"], row["loss"]) == (3, 15, 1 / 3)
-    assert 60 <= row["seconds"] < 90  # type: ignore[operator]
-    assert found["finetune", "0.5"]["reason"] == f"needs {failed.run_id}, which failed"
+    assert 60 <= row["seconds"] < 90
+    assert failed.run_id in found["finetune", "0.5"]["reason"]
     table = capsys.readouterr().out
     shown = ["3/15", "RuntimeError: out of memory", "91.25", "90.00", "4,734", "12.5"]
     shown += ["1 waiting, 1 running, 1 done, 1 failed, 1 blocked", str(sweep.folder)]
@@ -86,28 +68,25 @@ def test_half_finished_sweep(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -
     assert rows(sweep, capsys)["prune", "0.1"]["state"] == "waiting"
 
 
-def test_result_beats_everything(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    record = of(sweep, "prune", "0.5")
-    sweep.fail(record.run_id, "an older attempt")
-    finish(sweep, record)
-    assert rows(sweep, capsys)["prune", "0.5"]["state"] == "done"
-
-
 def test_broken_files_are_shown_not_raised(
     sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = of(sweep, "prune", "0.5")
-    finish(sweep, record)
-    (sweep.folder / record.folder / "result.json").write_text("{")
-    sweep.failure_path(of(sweep, "prune", "0.1").run_id).write_text("[]")
+    """And a result beats everything."""
+    one, other = of(sweep, "prune", "0.5"), of(sweep, "prune", "0.1")
+    finish(sweep, one.run_id)
+    sweep.fail(one.run_id, "an older attempt")
+    sweep.failure_path(other.run_id).write_text("[]")
     found = rows(sweep, capsys)
-    assert found["prune", "0.5"]["reason"] == "result.json is not readable"
-    assert found["prune", "0.1"]["reason"] == "failed (its record is unreadable)"
+    assert (found["prune", "0.5"]["state"], found["prune", "0.1"]["state"]) == ("done", "failed")
+    assert "unreadable" in found["prune", "0.1"]["reason"]
+    (sweep.folder / one.folder / "result.json").write_text("{")
+    row = rows(sweep, capsys)["prune", "0.5"]
+    assert (row["state"], row["reason"]) == ("done", "result.json is not readable")
     assert main(["status", str(sweep.folder)]) == 0
 
 
 def test_sweep_folder_can_be_moved(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
-    finish(sweep, of(sweep, "prune", "0.5"))
+    finish(sweep, of(sweep, "prune", "0.5").run_id)
     moved = sweep.folder.rename(sweep.folder.with_name("elsewhere"))
     row = rows(Sweep(moved), capsys)["prune", "0.5"]
     assert row["state"] == "done"
@@ -117,7 +96,7 @@ def test_sweep_folder_can_be_moved(sweep: Sweep, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        (None, "not a sweep folder (no series.json)"),
+        (None, "no series.json"),
         ("{", "not a readable ledger"),
         ("{}", "not a readable ledger"),
         ('{"version": 99, "points": []}', "format version 99"),
@@ -133,12 +112,6 @@ def test_other_folders_are_a_clear_error(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}")
     assert named in line
-
-
-@pytest.mark.parametrize("argv", [[], ["a", "b"], ["a", "--jsn"]])
-def test_bad_status_arguments(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", *argv]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_status_does_not_import_torch(sweep: Sweep) -> None:

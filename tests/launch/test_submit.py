@@ -1,13 +1,11 @@
 """Workers, locks and launchers: real processes through submitit, a stand-in for the training."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,18 +13,12 @@ import torch
 from bip.errors import UserError
 from launch.local.worker import run_environment
 from launch.plan import check_same_source
-from launch.status import status
 from launch.sweep import Lock, Queue, Sweep
-from tests.launch.conftest import FakeSweep, until
+from tests.launch.conftest import DIGITS, FakeSweep, until
 
 CHAIN = ("--stages", "pretrain,prune")
+ONE = ("--series", "0.5", *CHAIN, "--parallelism", "1")
 SIX = ("--series", "0.9,0.8,0.7,0.6,0.5,0.4", *CHAIN)
-
-
-def states(fake: FakeSweep) -> dict[str, str]:
-    """k (or 'dense') -> state."""
-    rows = status(fake.folder)
-    return {"dense" if row.stage == "pretrain" else row.k: row.state for row in rows}
 
 
 def most_at_once(fake: FakeSweep) -> int:
@@ -40,59 +32,53 @@ def most_at_once(fake: FakeSweep) -> int:
     return most
 
 
-def running_note(fake: FakeSweep) -> dict[str, Any]:
-    """What the claim of the one running point tells of its worker."""
-    sweep = Sweep(fake.folder)
-    (row,) = [row for row in status(fake.folder) if row.state == "running"]
-    note: dict[str, Any] = json.loads(sweep.claim_path(row.run_id).read_text())
-    return note
+def stages(fake: FakeSweep) -> list[str]:
+    """Of all starts."""
+    return [record["stage"] for record in fake.events("start")]
 
 
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 
 
-def test_parallelism_is_honoured(fake: FakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_SECONDS", "0.5")
-    assert fake.series(*SIX, "--parallelism", "2") == 0
-    assert len(fake.events("end")) == 7
-    assert most_at_once(fake) == 2
-    assert fake.events("start")[0]["stage"] == "pretrain"
+@pytest.fixture
+def going(fake: FakeSweep) -> int:
+    """The process of the pretraining, which runs until `hold` is gone; its pruning waits."""
+    fake.hold.touch()
+    fake.series(*ONE, "--no-wait")
+    return int(until(lambda: fake.events("start"))[0]["pid"])
 
 
-def test_two_launchers_share_the_slots(fake: FakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_launchers_share_the_slots(
+    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same command again while runs are going adds no worker beyond --parallelism."""
-    monkeypatch.setenv("FAKE_SECONDS", "0.3")
+    monkeypatch.setenv("FAKE_SECONDS", "0.5")
     line = (*SIX, "--parallelism", "2")
     assert fake.series(*line, "--no-wait") == 0
     assert fake.series(*line, "--no-wait") == 0
     assert fake.series(*line) == 0
-    assert most_at_once(fake) <= 2
+    assert most_at_once(fake) == 2
+    assert stages(fake)[0] == "pretrain"
     run_ids = [record["run_id"] for record in fake.events("start")]
-    assert len(run_ids) == len(set(run_ids)) == 7
+    assert len(run_ids) == len(set(run_ids)) == len(fake.events("end")) == 7
 
 
-def test_second_call_adds_nothing_and_runs_nothing(
+def test_a_second_call_runs_only_what_it_adds(
     fake: FakeSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ("--series", "0.5,0.1", *CHAIN)
-    assert fake.series(*line) == 0
-    first = capsys.readouterr().out
-    assert first.count("] done") == 3
-    assert "50.00" in first  # the table
+    assert fake.series(*ONE) == 0
+    assert capsys.readouterr().out.count("] done") == 2
     ledger = (fake.folder / "series.json").read_bytes()
-    assert fake.series(*line) == 0
-    assert "3 of 3 runs were finished before" in capsys.readouterr().out
-    assert len(fake.events("start")) == 3
+    assert fake.series(*ONE) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 2 runs were finished before" in shown
+    assert "50.00" in shown  # the table
     assert (fake.folder / "series.json").read_bytes() == ledger
-
-
-def test_more_values_join_the_ledger_and_only_they_run(fake: FakeSweep) -> None:
-    assert fake.series("--series", "0.5", *CHAIN) == 0
     assert fake.series("--series", "0.5,0.1", *CHAIN) == 0
     assert [record["k"] for record in fake.events("start")] == ["1", "0.5", "0.1"]
-    assert fake.series("--series", "0.5", *CHAIN, "--lr2", "0.5") == 0
-    assert len(status(fake.folder)) == 4
+    assert fake.series(*ONE, "--lr2", "0.5") == 0
+    assert len(fake.rows()) == 4
 
 
 def test_runs_get_their_threads_and_no_foreign_ranks(
@@ -106,7 +92,7 @@ def test_runs_get_their_threads_and_no_foreign_ranks(
     profile.write_text(
         "executor: local\ncpus_per_task: 3\nenv: {FAKE_SECONDS: 0.01, COLOUR: red}\n"
     )
-    assert fake.series("--series", "0.5", *CHAIN, "--profile", str(profile)) == 0
+    assert fake.series(*ONE, "--profile", str(profile)) == 0
     for record in fake.events("start"):
         environment = record["environment"]
         assert environment["OMP_NUM_THREADS"] == "3"
@@ -120,12 +106,15 @@ def test_runs_get_their_threads_and_no_foreign_ranks(
 def test_failure_is_shown_blocks_its_dependants_and_spares_the_others(
     fake: FakeSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FAKE_FAIL", "0.5")
     line = ("--series", "0.5,0.1", "--stages", "pretrain,prune,finetune")
+    monkeypatch.setenv("FAKE_FAIL", "1")
     assert fake.series(*line) == 1
-    rows = {(row.stage, row.k): row for row in status(fake.folder)}
-    found = {key: row.state for key, row in rows.items()}
-    assert found == {
+    assert fake.states() == ["failed"] + 4 * ["blocked"]
+    assert stages(fake) == ["pretrain"]
+    monkeypatch.setenv("FAKE_FAIL", "0.5")
+    assert fake.series(*line) == 1
+    rows = {(row.stage, row.k): row for row in fake.rows()}
+    assert {key: row.state for key, row in rows.items()} == {
         ("pretrain", "1"): "done",
         ("prune", "0.5"): "failed",
         ("prune", "0.1"): "done",
@@ -136,28 +125,18 @@ def test_failure_is_shown_blocks_its_dependants_and_spares_the_others(
     assert rows["prune", "0.5"].reason == reason
     assert rows["prune", "0.5"].run_id in rows["finetune", "0.5"].reason
     assert reason in capsys.readouterr().out
-
-    monkeypatch.delenv("FAKE_FAIL")  # the user mends it and gives the same command
+    monkeypatch.delenv("FAKE_FAIL")  # the user repairs it and gives the same command
+    before = len(fake.events("start"))
     assert fake.series(*line) == 0
-    starts = [(record["stage"], record["k"]) for record in fake.events("start")]
-    assert sorted(starts) == sorted([*found, ("prune", "0.5")])
-
-
-def test_failed_pretraining_blocks_everything(
-    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FAKE_FAIL", "1")
-    assert fake.series("--series", "0.5", "--stages", "pretrain,prune,finetune") == 1
-    assert [row.state for row in status(fake.folder)] == ["failed", "blocked", "blocked"]
-    assert len(fake.events("start")) == 1
+    again = [(record["stage"], record["k"]) for record in fake.events("start")[before:]]
+    assert again == [("prune", "0.5"), ("finetune", "0.5")]
 
 
 def test_ctrl_c_leaves_the_runs_going(fake: FakeSweep) -> None:
     fake.hold.touch()
-    call = f"main({fake.argv(*SIX)}, {fake.command})"
-    program = f"import sys; from launch.__main__ import main; sys.exit({call})"
+    call = f"main({fake.argv(*ONE)}, {fake.command})"
     launcher = subprocess.Popen(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", f"import sys; from launch.__main__ import main; sys.exit({call})"],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,  # its own process group, as on a terminal
@@ -170,47 +149,38 @@ def test_ctrl_c_leaves_the_runs_going(fake: FakeSweep) -> None:
     output, _ = launcher.communicate(timeout=20)
     assert launcher.returncode == 130
     assert f"python -m launch status {fake.folder}" in output
-    assert states(fake)["dense"] == "running"
+    assert fake.states() == ["running", "waiting"]
     fake.hold.unlink()
-    until(lambda: set(states(fake).values()) == {"done"})
-    assert len(fake.events("start")) == 7
+    until(lambda: fake.states() == ["done", "done"])
+    assert stages(fake) == ["pretrain", "prune"]
 
 
-def test_killed_run_is_a_failure_with_its_signal(fake: FakeSweep) -> None:
-    fake.hold.touch()
-    fake.series("--series", "0.5", *CHAIN, "--no-wait")
-    kill(until(lambda: fake.events("start"))[0]["pid"])
-    until(lambda: states(fake)["dense"] == "failed")
-    assert status(fake.folder)[0].reason.startswith("killed by SIGKILL")
+def test_killed_run_is_a_failure_with_its_signal(fake: FakeSweep, going: int) -> None:
+    kill(going)
+    until(lambda: fake.states() == ["failed", "blocked"])
+    assert fake.rows()[0].reason.startswith("killed by SIGKILL")
 
 
-def test_point_of_a_killed_worker_is_taken_up_again(fake: FakeSweep) -> None:
-    fake.hold.touch()
-    line = ("--series", "0.5", *CHAIN, "--parallelism", "1")
-    fake.series(*line, "--no-wait")
-    run = until(lambda: fake.events("start"))[0]["pid"]
-    kill(running_note(fake)["worker"])
-    kill(run)
-    until(lambda: states(fake)["dense"] == "waiting")
+def test_run_of_a_killed_worker_is_taken_up_again(fake: FakeSweep, going: int) -> None:
+    kill(fake.claim()["worker"])
+    kill(going)
+    until(lambda: fake.states()[0] == "waiting")
     assert Sweep(fake.folder).live_workers() == 0
     fake.hold.unlink()
-    assert fake.series(*line) == 0
-    assert [record["stage"] for record in fake.events("start")] == ["pretrain"] * 2 + ["prune"]
+    assert fake.series(*ONE) == 0
+    assert stages(fake) == ["pretrain", "pretrain", "prune"]
 
 
+@pytest.mark.usefixtures("going")
 def test_run_outlives_its_killed_worker_and_is_not_started_twice(fake: FakeSweep) -> None:
-    fake.hold.touch()
-    line = ("--series", "0.5", *CHAIN, "--parallelism", "1")
-    fake.series(*line, "--no-wait")
-    until(lambda: fake.events("start"))
-    kill(running_note(fake)["worker"])
-    fake.series(*line, "--no-wait")
+    kill(fake.claim()["worker"])
+    fake.series(*ONE, "--no-wait")
     time.sleep(1.5)  # time enough for a second worker to make the mistake
-    assert len(fake.events("start")) == 1
-    assert states(fake)["dense"] == "running"
+    assert stages(fake) == ["pretrain"]
+    assert fake.states()[0] == "running"
     fake.hold.unlink()
-    assert fake.series(*line) == 0
-    assert [record["stage"] for record in fake.events("start")] == ["pretrain", "prune"]
+    assert fake.series(*ONE) == 0
+    assert stages(fake) == ["pretrain", "prune"]
 
 
 def test_launcher_stops_waiting_when_no_worker_is_left(
@@ -218,16 +188,16 @@ def test_launcher_stops_waiting_when_no_worker_is_left(
 ) -> None:
     monkeypatch.setattr("launch.watch.DEAD_SECONDS", 0.1)
     monkeypatch.setattr("launch.local.executor.LocalExecutor.submit", lambda *_: None)
-    assert fake.series("--series", "0.5", *CHAIN) == 1
-    output = capsys.readouterr()
-    assert "no worker is alive (2 waiting)" in output.err
-    assert "waiting" in output.out
+    assert fake.series(*ONE) == 1
+    out, err = capsys.readouterr()
+    assert "no worker is alive (2 waiting)" in err
+    assert "waiting" in out
 
 
 def test_run_that_ends_without_a_result_has_failed(fake: FakeSweep) -> None:
     fake.script.write_text("print('good bye')")
-    assert fake.series("--series", "0.5", *CHAIN) == 1
-    assert status(fake.folder)[0].reason == "ended without a result; last line: good bye"
+    assert fake.series(*ONE) == 1
+    assert fake.rows()[0].reason == "ended without a result; last line: good bye"
 
 
 def test_several_ranks_start_through_torchrun(fake: FakeSweep, tmp_path: Path) -> None:
@@ -242,10 +212,10 @@ def test_several_ranks_start_through_torchrun(fake: FakeSweep, tmp_path: Path) -
     )
     profile = tmp_path / "profile.yml"
     profile.write_text("executor: local\nntasks_per_node: 2\n")
-    fake.series("--stages", "pretrain", "--configs", str(Path(fake.argv()[2]).with_name(
-        "pretrain.yml")), "--profile", str(profile))  # fmt: skip
+    configs = ("--configs", str(DIGITS / "pretrain.yml"), "--profile", str(profile))
+    fake.series("--stages", "pretrain", *configs)
     assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["0 0 2", "1 1 2"]
-    assert status(fake.folder)[0].reason == "exit code 1: error: batch_size: too small"
+    assert fake.rows()[0].reason == "exit code 1: error: batch_size: too small"
 
 
 def test_a_planned_run_never_changes_its_source(fake: FakeSweep, tmp_path: Path) -> None:
@@ -273,7 +243,7 @@ def test_unwritable_place_is_a_clear_error(
     fake: FakeSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.results.write_text("a file where the folder should be")
-    assert fake.series("--series", "0.5", *CHAIN) == 2
+    assert fake.series(*ONE) == 2
     assert f"error: {fake.folder}: cannot be written" in capsys.readouterr().err
 
 

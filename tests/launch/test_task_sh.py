@@ -26,17 +26,21 @@ def test_unanswered_calls_are_repeated(fake: FakeSlurm) -> None:
     assert fake.calls("requeue") == 2
 
 
-def test_no_answer_for_ten_minutes_and_a_refusal_are_final(fake: FakeSlurm) -> None:
+def test_no_answer_for_ten_minutes_a_refusal_and_a_cancel_are_final(fake: FakeSlurm) -> None:
     fake.says(NO_ANSWER)
     assert fake.batch(75) == 1
-    assert "refuses to requeue" in (fake.note() or "")
+    assert "refuses to requeue" in fake.note()
     assert 60 <= fake.calls("show") <= 65
     fake.sweep.failure_path("run").unlink()
     fake.says(RUNNING)
     fake.refuses("Requested operation is presently disabled for job 7_0")
     assert fake.batch(75) == 1
     assert fake.calls("requeue") == 1
-    assert f"python -m launch resume {fake.sweep.folder}" in (fake.note() or "")
+    fake.sweep.failure_path("run").unlink()
+    fake.says(CANCELLED)
+    assert fake.batch(75) == 1
+    assert fake.calls("requeue") == 1
+    assert f"cancelled; python -m launch resume {fake.sweep.folder}" in fake.note()
 
 
 @pytest.mark.parametrize(("state", "waits"), [("COMPLETING", False), ("RUNNING", True)])
@@ -46,16 +50,9 @@ def test_a_task_that_slurm_has_requeued_is_left_alone(
     """Its shell ends at once, if the next attempt does not run: that would end with it."""
     fake.says(REQUEUED.replace("COMPLETING", state))
     assert fake.batch(137, lost=GONE) == os.EX_TEMPFAIL
-    assert fake.note() is None
+    assert fake.note() == ""
     assert fake.calls("requeue") == 0
     assert (fake.calls("show") > 10) == waits
-
-
-def test_a_cancelled_task_is_not_requeued(fake: FakeSlurm) -> None:
-    fake.says(CANCELLED)
-    assert fake.batch(75) == 1
-    assert (fake.note() or "").startswith("cancelled; python -m launch resume ")
-    assert fake.calls("requeue") == 0
 
 
 def test_a_note_of_a_rank_is_final_in_this_attempt_and_later_ones(fake: FakeSlurm) -> None:
@@ -80,7 +77,7 @@ def test_nodes_are_asked_whether_they_live(fake: FakeSlurm) -> None:
     fake.sweep.failure_path("run").unlink()
     assert fake.batch(1, nodes=1, lost=GONE, SLURM_NNODES="2") == os.EX_TEMPFAIL
     assert fake.calls("probe") == 3, "one failed probe is not taken for a failed node"
-    assert (fake.note(), fake.set_aside()) == (None, [GONE])
+    assert (fake.note(), fake.set_aside()) == ("", [GONE])
 
 
 def test_losses_are_counted_once_each_and_from_the_last_progress_on(fake: FakeSlurm) -> None:
@@ -96,19 +93,20 @@ def test_losses_are_counted_once_each_and_from_the_last_progress_on(fake: FakeSl
     assert attempt(1, saves=True) == os.EX_TEMPFAIL
     assert attempt(2) == os.EX_TEMPFAIL
     assert attempt(3) == 1
-    assert "retries.lost is 1" in (fake.note() or "")
+    assert "retries.lost is 1" in fake.note()
 
 
 def test_a_failure_names_its_last_error_and_both_logs(fake: FakeSlurm) -> None:
     lost = "error: rank 1 (n2 pid 7, f\xfcr \x1b[31m) has not answered for 10 s"
     assert fake.batch(1, prints=f"step 1\x01\nerror: of another kind\n{lost}\nbye\n") == 1
-    assert "; error: rank 1 (n2 pid 7, f??r ?[31m) has not answered for 10 s; see run.log" in (
-        fake.note() or ""
+    assert (
+        "; error: rank 1 (n2 pid 7, f??r ?[31m) has not answered for 10 s; see run.log"
+        in fake.note()
     )
-    assert "slurm/7_0_0_log.err" in (fake.note() or "")
+    assert "slurm/7_0_0_log.err" in fake.note()
     fake.sweep.failure_path("run").unlink()
     assert fake.batch(1) == 1
-    assert "error:" not in (fake.note() or ""), "that of the attempt before is still in the log"
+    assert "error:" not in fake.note(), "that of the attempt before is still in the log"
 
 
 def test_a_bus_error_is_found_in_the_log_of_this_attempt(fake: FakeSlurm) -> None:
@@ -121,7 +119,7 @@ def test_options_of_the_setup_lines_do_not_change_what_follows(fake: FakeSlurm) 
     setup = "set -efuo pipefail; shopt -s nullglob failglob"
     assert fake.batch(0, setup=setup) == 0
     assert fake.batch(1, setup=setup) == 1
-    assert (fake.note() or "").startswith("exit code 1 of srun")
+    assert fake.note().startswith("exit code 1 of srun")
     for left in ("failed", "begun"):
         (fake.sweep.jobs / f"run.{left}").unlink()
     assert fake.batch(1, begun=False, setup=setup) == os.EX_TEMPFAIL
@@ -162,7 +160,7 @@ def test_where_python_does_not_start_requeues_are_bounded(fake: FakeSlurm, pytho
     assert fake.calls("requeue") == 2
     fake.says(RUNNING)
     assert fake.batch(75, SLURM_RESTART_COUNT="10") == 1
-    assert "already restarted 10 times" in (fake.note() or "")
+    assert "already restarted 10 times" in fake.note()
     fake.sweep.failure_path("run").unlink()
     assert fake.batch(1, failed="error: lr: too high") == 1
     assert fake.note() == "error: lr: too high"

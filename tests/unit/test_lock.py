@@ -209,7 +209,7 @@ def test_an_unreachable_file_system_is_no_sign_of_a_free_lock(
     def unreachable(*_: object) -> None:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    monkeypatch.setattr(module, "AWAY", 1.0)
+    monkeypatch.setattr(module, "UNREACHABLE_SECONDS", 1.0)
     second = RunLock(tmp_path)
     assert lock.acquire()
     if place == "os.link":
