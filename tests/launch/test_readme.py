@@ -1,4 +1,4 @@
-"""The README's commands: each is one of the programs', with flags that exist; the first one runs."""
+"""README's commands: each is one of the programs', with flags that exist; the first one runs."""
 
 import os
 import re
