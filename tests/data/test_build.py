@@ -181,7 +181,7 @@ def test_a_failing_disk_is_no_bad_image(
     assert not (out / "train.lmdb").exists()
     monkeypatch.undo()
     build_lmdb(small_cifar_zip, out, skip_bad=skip_bad)
-    assert "going on after 96 images" in capsys.readouterr().err
+    assert "resuming after 96 images" in capsys.readouterr().err
     assert len(LmdbStore(out / "train.lmdb")) == 310
 
 

@@ -434,7 +434,7 @@ def test_undecodable_files_are_listed_and_an_error_unless_skipped(
     assert not (out / "train.lmdb").exists()
     build_lmdb(src, out, check=True, skip_bad=True)
     printed = capsys.readouterr().err
-    assert "going on after 14 images" in printed
+    assert "resuming after 14 images" in printed
     assert "12 images" in printed
     assert "2 skipped" in printed
     assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]

@@ -57,7 +57,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(tmp_path: Path, number: int) -
     blocked.unlink()
     blocked.write_bytes(data)
     again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "going on after 2000 images" in again.stderr
+    assert "resuming after 2000 images" in again.stderr
     assert content(out / "train.lmdb") == content(whole / "train.lmdb")
     assert LmdbStore(out / "train.lmdb").header == LmdbStore(whole / "train.lmdb").header
     assert [path.name for path in out.iterdir()] == ["train.lmdb"]
@@ -109,6 +109,6 @@ def test_a_build_that_fails_at_its_last_step_goes_on_there(
             build_lmdb(src, out)
     assert {path.name for path in out.iterdir()} == {".train.lmdb.partial", ".train.lmdb.progress"}
     build_lmdb(src, out)
-    assert "going on after 10 images" in capsys.readouterr().err
+    assert "resuming after 10 images" in capsys.readouterr().err
     assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]
     assert {path.name for path in out.iterdir()} == {"train.lmdb", "val.lmdb"}
