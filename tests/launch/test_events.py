@@ -337,4 +337,5 @@ for name, module in sorted(sys.modules.items()):
     for path in files:
         text = Path(path).read_text()
         ast.parse(text, feature_version=(3, 8))
+        assert not text.strip() or "from __future__ import annotations" in text, path
         assert not re.search("StrEnum|datetime import UTC|import Self|slots=", text), path
