@@ -1,4 +1,9 @@
-"""The exceptions of this project, and the table of exit codes."""
+"""How a command ends when it does not finish: the exceptions, and the one table of exit codes.
+
+For Python 3.8 (see `bip/slurm.py`).
+"""
+
+from __future__ import annotations
 
 import errno
 from enum import IntEnum

@@ -33,7 +33,7 @@ from launch.slurm.events import (
     losses_in_a_row,
     standing_of,
     why_not_start,
-)
+)  # fmt: skip
 from tests.launch import fake_slurm
 from tests.launch.conftest import ROOT
 
@@ -41,14 +41,10 @@ NOW = 1e9
 RUNNING, PREEMPTED, GONE, NODE_FAILED, AT_LIMIT, ENDED = (
     Task.parse(line)
     for line in (
-        fake_slurm.RUNNING,
-        fake_slurm.PREEMPTED,
-        fake_slurm.REQUEUED,
-        fake_slurm.NODE_FAILED,
-        fake_slurm.AT_LIMIT,
-        fake_slurm.CANCELLED,
+        fake_slurm.RUNNING, fake_slurm.PREEMPTED, fake_slurm.REQUEUED, fake_slurm.NODE_FAILED,
+        fake_slurm.AT_LIMIT, fake_slurm.CANCELLED,
     )
-)
+)  # fmt: skip
 NEAR = replace(RUNNING, end=NOW + 180)  # within signal_lead and the two minutes before it
 PENDING = replace(RUNNING, state="PENDING")
 TAKEN_FOR_GOOD = replace(ENDED, preempted=True)  # PreemptMode=CANCEL
@@ -228,15 +224,15 @@ RANK: list[tuple[str, Facts, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("facts", "action", "told"),
+    ("facts", "action", "named"),
     [pytest.param(*row[1:], id=f"{kind}: {row[0]}")
      for kind, rows in (("batch", BATCH), ("rank", RANK)) for row in rows],
 )  # fmt: skip
-def test_situation(facts: Facts, action: str, told: str) -> None:
-    """`told` is a part of the reason for the user, or the cause for the ledger."""
+def test_situation(facts: Facts, action: str, named: str) -> None:
+    """`named` is a part of the reason for the user, or the cause for the ledger."""
     decision = decide(facts)
     assert decision.action == action
-    assert told in (decision.reason, decision.cause) or (told and told in decision.reason)
+    assert named in (decision.reason, decision.cause) or (named and named in decision.reason)
 
 
 def test_losses_count_unless_slurm_caused_them_or_something_was_saved() -> None:
@@ -341,4 +337,5 @@ for name, module in sorted(sys.modules.items()):
     for path in files:
         text = Path(path).read_text()
         ast.parse(text, feature_version=(3, 8))
+        assert not text.strip() or "from __future__ import annotations" in text, path
         assert not re.search("StrEnum|datetime import UTC|import Self|slots=", text), path
