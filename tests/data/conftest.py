@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 from bip.data.batches import Data, open_data
@@ -90,7 +89,8 @@ def cifar_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (folder / name).write_bytes(pickle.dumps(content))
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
-    cifar = torchvision.datasets.CIFAR10
+    from torchvision.datasets import CIFAR10 as cifar  # takes a second
+
     monkeypatch.setattr(cifar, "train_list", [batch(f"data_batch_{i}") for i in range(1, 6)])
     monkeypatch.setattr(cifar, "test_list", [batch("test_batch")])
     names = {"label_names": [f"class{i}" for i in range(10)]}

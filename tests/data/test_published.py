@@ -95,7 +95,7 @@ def test_what_is_not_plain_data_is_refused(data: bytes) -> None:
 )
 def test_memory_is_bounded_by_the_data_and_the_opcodes(unit: bytes) -> None:
     for start, end in itertools.product((b"\x80\x04](K\x01\x94", b"\x80\x04K\x01"), (b"e.", b"")):
-        data = start + unit * (200_000 // len(unit)) + end
+        data = start + unit * (100_000 // len(unit)) + end
         for opcodes in (64, 50_000, 300_000):
             with peak_memory() as peak, contextlib.suppress(ValueError):
                 load_plain(data, opcodes)
