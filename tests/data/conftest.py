@@ -6,9 +6,10 @@ import io
 import itertools
 import os
 import pickle
+import random
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,25 @@ def damage(path: Path, *indices: int) -> None:
 
 def read_all(store: ImageStore) -> list[tuple[bytes, int]]:
     return [store.read(index) for index in range(len(store))]
+
+
+def mutate(
+    rng: random.Random,
+    data: bytes,
+    most: int,
+    words: Sequence[bytes] = (b"\xff\xff", b"\x00\x00", b"\x7f\xff", b"\x80\x00"),
+) -> bytes:
+    """`data` with 1 to `most` faults: another byte, bytes missing, noise, one of `words`."""
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, most)):
+        at = rng.randrange(len(changed)) if changed else 0
+        way = rng.randrange(4)
+        if way == 0 and changed:
+            changed[at] = rng.randrange(256)
+        elif way == 1:
+            del changed[at : at + rng.randint(1, 30)]
+        elif way == 2:
+            changed[at:at] = rng.randbytes(rng.randint(1, 8))
+        else:
+            changed[at : at + 2] = rng.choice(words)
+    return bytes(changed)

@@ -29,7 +29,7 @@ from bip.data.stores.lmdb import LmdbStore, record_key
 from bip.data.stores.published import open_store
 from bip.errors import LostWorker, UserError
 from bip.files import may_pass
-from tests.data.conftest import DALI, damage, encoded, opened, refused, same, take
+from tests.data.conftest import DALI, damage, encoded, mutate, opened, refused, same, take
 
 CIFAR: dict[str, Any] = {"dataset": "CIFAR10", "num_classes": 10, "loader": "lmdb"}
 
@@ -260,22 +260,6 @@ def test_a_missing_record_is_no_bad_image(cifar: Path, skip_bad: bool) -> None:
 
 def open_env(path: Path) -> lmdb.Environment:
     return lmdb.open(str(path), subdir=False, lock=False, map_size=64 << 20, sync=False)
-
-
-def mutate(rng: random.Random, data: bytes, most: int) -> bytes:
-    changed = bytearray(data)
-    for _ in range(rng.randint(1, most)):
-        at = rng.randrange(len(changed)) if changed else 0
-        way = rng.randrange(4)
-        if way == 0 and changed:
-            changed[at] = rng.randrange(256)
-        elif way == 1:
-            del changed[at : at + rng.randint(1, 30)]
-        elif way == 2:
-            changed[at:at] = rng.randbytes(rng.randint(1, 8))
-        else:
-            changed[at : at + 2] = rng.choice([b"\xff\xff", b"\x00\x00", b"\x7f\xff", b"\x80\x00"])
-    return bytes(changed)
 
 
 def test_8_000_mutated_records_are_errors_with_their_index(cifar: Path) -> None:
