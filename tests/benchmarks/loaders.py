@@ -27,20 +27,24 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from io import BytesIO
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from bip.data.batches import Data, open_data
+from bip.data.decode import decode
 from bip.data.loaders import dali
 from bip.data.options import DataOptions
 from bip.data.sets import dataset_spec
 from bip.data.stores.lmdb import LmdbStore
+from bip.data.stores.writer import LmdbWriter
 from bip.data.tools.build import build_lmdb
 from tests.benchmarks.common import arguments, finish, machine, ratio, shared_data, synchronize
 
@@ -111,8 +115,6 @@ class CifarArrays(torch.utils.data.Dataset[Any]):
     """torchvision's CIFAR10: an array in memory, each image through Pillow and the transforms."""
 
     def __init__(self, store: LmdbStore) -> None:
-        from bip.data.decode import decode
-
         pairs = [store.read(index) for index in range(len(store))]
         self.images = np.stack([decode(data, 3) for data, _ in pairs])
         self.labels = [label for _, label in pairs]
@@ -143,7 +145,7 @@ def ours(
     classes: int = 171,
     device: torch.device | None = None,
 ) -> Data:
-    """On the GPU if there is one, unless printed."""
+    """On `device`; None: the GPU if there is one."""
     options = DataOptions(
         dataset=dataset,
         data_dir=root,
@@ -289,12 +291,6 @@ def cold_reads(path: Path, rounds: int) -> dict[str, float]:
 
 def many_records(folder: Path, count: int) -> dict[str, float]:
     """What a store of `count` records costs to open, and a worker to hold."""
-    from io import BytesIO
-
-    from PIL import Image
-
-    from bip.data.stores.writer import LmdbWriter
-
     stream = BytesIO()
     Image.new("RGB", (16, 16), (120, 60, 30)).save(stream, "JPEG")
     classes = [f"n{number:08}" for number in range(1000)]

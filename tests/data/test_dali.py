@@ -1,9 +1,9 @@
 """The `dali` loader on the CPU: DALI itself, real JPEGs, the other loaders as oracle."""
 
 import random
+import subprocess
 import sys
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,13 @@ from PIL import Image
 
 from bip.data.loaders import dali
 from bip.data.reader import Request
+from bip.data.splits import open_split
 from bip.errors import UserError
-from tests.data.conftest import opened, options
-from tests.data.test_loaders import same, take
+from tests.data.conftest import DALI, as_folder, encoded, opened, options, refused, same, take
 
-pytestmark = pytest.mark.skipif(
-    not dali.is_installed(), reason="DALI is missing: pip install 'bip-hpc[dali]'"
-)
-CASE: dict[str, Any] = {
-    "dataset": "ImageNet",
-    "num_classes": 171,
-    "batch_size": 24,
-    "normalize": False,
-}
+pytestmark = DALI
+CASE: dict[str, Any] = {"dataset": "ImageNet", "num_classes": 171, "normalize": False}
+CASE |= {"batch_size": 24}
 
 
 @pytest.mark.parametrize("test_batch_size", [1, 50, 171])
@@ -57,82 +51,44 @@ def test_training_is_that_of_lmdb(imagenet: Path) -> None:
     assert 72 - 8 <= equal <= 72
 
 
-def test_two_levels_in_turn_through_two_pipelines(imagenet: Path) -> None:
-    data = opened(**CASE, data_dir=imagenet, loader="dali", image_dim=48)
-    alone = {level: take(data.train(level), 9) for level in ("lower", "upper")}
-    streams = {level: data.train(level) for level in alone}
-    for number in range(9):
-        for level, stream in streams.items():
-            assert same(take(stream, 1), [alone[level][number]])
-    data.close()
-
-
 @pytest.mark.parametrize("image_dim", [32, 24])
 def test_small_sets_too(small_cifar: Path, image_dim: int) -> None:
     case = {"dataset": "CIFAR10", "data_dir": small_cifar, "image_dim": image_dim, "holdout": 50}
     mine, others = (opened(**case, loader=loader) for loader in ("dali", "lmdb"))
-    pairs = [
-        *zip(take(mine.train(), 5), take(others.train(), 5), strict=True),
-        *zip(take(mine.evaluate("holdout")), take(others.evaluate("holdout")), strict=True),
-    ]
-    for (images, labels), (x, y) in pairs:
-        assert torch.equal(labels, y)
-        assert torch.equal(images, x)
+    assert same(take(mine.train(), 5), take(others.train(), 5))
+    assert same(take(mine.evaluate("holdout")), take(others.evaluate("holdout")))
 
 
 def tree(root: Path, files: dict[str, bytes]) -> Path:
-    for split in ("train", "val"):
-        for name, content in files.items():
-            (root / split / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / split / name).write_bytes(content)
-    return root
+    return as_folder(root, {f"{s}/{name}": files[name] for s in ("train", "val") for name in files})
 
 
-def encoded(mode: str, kind: str, **how: Any) -> bytes:
-    stream = BytesIO()
-    gradient = Image.linear_gradient("L").resize((90, 70))
-    image = Image.merge("RGB", [gradient, gradient.rotate(180), gradient])
-    image.convert(mode).save(stream, kind, **how)
-    return stream.getvalue()
-
-
-def test_every_kind_of_image_has_the_other_loaders_pixels(tmp_path: Path) -> None:
+def every_kind() -> dict[str, bytes]:
+    """An image of each kind, in two classes."""
     exif = Image.Exif()
     exif[0x0112] = 6  # "turn by 90 degrees", which no loader does
-    files = {
+    return {
         "a/1.jpg": encoded("RGB", "JPEG"),
         "a/2.jpg": encoded("L", "JPEG"),
         "a/3.jpg": encoded("CMYK", "JPEG"),
         "a/4.jpg": encoded("RGB", "JPEG", exif=exif),
         "a/5.jpg": encoded("RGB", "JPEG", progressive=True, subsampling=0),
+        "a/6.jpg": encoded("RGB", "JPEG", subsampling=1),
+        "a/7.jpg": encoded("RGB", "JPEG", restart_marker_blocks=3),
         "b/1.png": encoded("RGB", "PNG"),
         "b/2.png": encoded("RGBA", "PNG"),
         "b/3.png": encoded("P", "PNG"),
         "b/4.jpg": encoded("L", "PNG"),
     }
-    case = {**CASE, "num_classes": 2, "data_dir": tree(tmp_path, files), "image_dim": 48}
-    case["batch_size"] = 9
-    ((x, y),) = opened(**case, loader="folder").evaluate("test")
-    ((images, labels),) = opened(**case, loader="dali").evaluate("test")
-    assert torch.equal(labels, y)
-    assert torch.equal(images, x)
 
 
-@pytest.mark.parametrize("damage", ["no image", "cut short", "header only", "noise"])
-def test_an_image_that_does_not_decode_is_named(tmp_path: Path, damage: str) -> None:
-    good = encoded("RGB", "JPEG")
-    bad = {
-        "no image": b"<html>404</html>",
-        "cut short": good[: len(good) // 2],
-        "header only": good[:30],
-        "noise": good[:25] + bytes(range(256)) * 4 + good[-2:],
-    }[damage]
-    root = tree(tmp_path, {"a/1.jpg": good, "a/2.jpg": bad})
-    data = opened(**{**CASE, "num_classes": 1, "batch_size": 2}, data_dir=root, loader="dali")
-    printed = r"train/a/2\.jpg .image 1, class a. does not decode .*, or give --skip-bad$"
-    with pytest.raises(UserError, match=printed) as error:
-        next(data.train())
-    assert "\n" not in str(error.value)
+def test_every_kind_of_image_has_the_other_loaders_pixels(tmp_path: Path) -> None:
+    case = {**CASE, "num_classes": 2, "data_dir": tree(tmp_path, every_kind()), "image_dim": 48}
+    case["batch_size"] = 11
+    mine, others = (
+        take(opened(**case, loader=loader).evaluate("test")) for loader in ("dali", "folder")
+    )
+    assert same(mine, others)
 
 
 def harmed(data: bytes, way: str) -> bytes:
@@ -156,16 +112,13 @@ HARMED = {3: "marker", 5: "table", 31: "noise", 32: "noise", 60: "zeros", 90: "s
 
 @pytest.fixture(scope="module")
 def harmed_photos(imagenet: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Real photos, some of them damaged, in the order of `HARMED`'s indices."""
-    root = tmp_path_factory.mktemp("harmed")
+    """Real photos, in train/ some of them damaged, in the order of `HARMED`'s indices."""
+    root, files = tmp_path_factory.mktemp("harmed"), {}
     for number, path in enumerate(sorted((imagenet / "val").rglob("*.JPEG"))):
-        data = path.read_bytes()
-        kept = harmed(data, HARMED[number]) if number in HARMED else data
-        for split in ("train", "val"):
-            (root / split / path.parent.name).mkdir(parents=True, exist_ok=True)
-            place = root / split / path.parent.name / path.name
-            place.write_bytes(kept if split == "train" else data)
-    return root
+        name, data = f"{path.parent.name}/{path.name}", path.read_bytes()
+        files[f"val/{name}"] = data
+        files[f"train/{name}"] = harmed(data, HARMED[number]) if number in HARMED else data
+    return as_folder(root, files)
 
 
 def test_damaged_photos_are_skipped_as_by_the_folder_loader(
@@ -179,9 +132,8 @@ def test_damaged_photos_are_skipped_as_by_the_folder_loader(
     assert len(printed) == 12
     assert printed[:6] == printed[6:]
     for start in (1, 5):
-        assert same(
-            take(opened(**case, loader="dali").train("lower", start), 8 - start), mine[start:]
-        )
+        rest = opened(**case, loader="dali").train("lower", start)
+        assert same(take(rest, 8 - start), mine[start:])
 
 
 def test_a_damaged_photo_is_named(harmed_photos: Path) -> None:
@@ -220,27 +172,26 @@ def test_what_dali_alone_refuses_gets_the_other_loaders_pixels(
     assert same(take(mine.train(), 14), take(others.train(), 14))
     assert same(take(mine.evaluate("test")), take(others.evaluate("test")))
     monkeypatch.setattr(dali, "_for_dali", lambda *_: (b"\xff\xd8\xff\xe0", (70, 90)))
-    with pytest.raises(UserError, match=r"train: DALI fails on a batch \(.*rror.*\); use") as error:
+    with refused(r"train: DALI fails on a batch \(.*rror.*\); use --loader lmdb or folder"):
         take(opened(**case, loader="dali").train(), 1)
-    assert "\n" not in str(error.value)
+
+
+def check_start_error(data_dir: Path, device: torch.device) -> None:
+    case = {**CASE, "data_dir": data_dir, "loader": "dali"}
+    source = open_split("ImageNet", data_dir, True, "lmdb")
+    loader = dali.DaliLoader(source, options(**case), device)
+    with refused(r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"):
+        next(loader.fetch([Request(np.arange(2))]))
 
 
 def test_a_dali_that_does_not_start_is_reported(
     imagenet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = r"^loader: DALI does not start here \(.+\); use --loader lmdb or folder$"
-    case = {**CASE, "data_dir": imagenet, "loader": "dali"}
     if not torch.cuda.is_available():
-        source = opened(**case)._train
-        assert isinstance(source, dali.DaliLoader)
-        on_gpu = dali.DaliLoader(source.reader.store, options(**case), torch.device("cuda:0"))
-        with pytest.raises(UserError, match=printed) as error:
-            next(on_gpu.fetch([Request(np.arange(2))]))
-        assert "\n" not in str(error.value)
+        check_start_error(imagenet, torch.device("cuda:0"))
     monkeypatch.setattr(dali, "is_installed", lambda: True)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)  # a broken import
-    with pytest.raises(UserError, match=printed):
-        take(opened(**case).train(), 1)
+    check_start_error(imagenet, torch.device("cpu"))
 
 
 def test_lack_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +199,7 @@ def test_lack_of_memory_is_no_bad_image(imagenet: Path, monkeypatch: pytest.Monk
         raise MemoryError
 
     monkeypatch.setattr(dali, "_for_dali", fail)
-    with pytest.raises(UserError, match=r"train\.lmdb: no memory for a batch"):
+    with refused(r"train\.lmdb: no memory for a batch", "--batch-size"):
         take(opened(**CASE, data_dir=imagenet, loader="dali", skip_bad=True).train(), 1)
 
 
@@ -281,7 +232,5 @@ def test_without_dali_the_error_names_the_extra(
 
 
 def test_dali_is_not_imported_before_it_is_used() -> None:
-    import subprocess
-
     code = "import sys, bip.run; sys.exit('nvidia.dali' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,11 +6,13 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import lmdb
 import numpy as np
@@ -21,17 +23,19 @@ from bip.__main__ import main
 from bip.data import decode
 from bip.data.stores.base import DamagedImage
 from bip.data.stores.folder import FolderStore
-from bip.data.stores.lmdb import _RECORD, LmdbStore, record_key
+from bip.data.stores.lmdb import LmdbStore, record_key
 from bip.data.stores.writer import LmdbWriter
 from bip.data.tools.build import build_lmdb, stored_size
 from bip.data.tools.check import verify
 from bip.data.tools.prepare import prepare_imagenet
 from bip.errors import UserError
-from tests.data.test_datasets import cifar_archive  # noqa: F401
+from tests.data.conftest import as_folder, damage, encoded, read_all, refused
 
 CLASSES = ["n01440764", "n01443537", "n02102040"]
 TRAIN = {f"{name}/{name}_{i}.JPEG": label for label, name in enumerate(CLASSES) for i in range(4)}
 VAL = {f"ILSVRC2012_val_{i:08}.JPEG": (i * 7) % 3 for i in range(1, 8)}
+Layout = Callable[[], dict[str, bytes]]
+Packed = Callable[[Path, dict[str, bytes]], Path]
 
 
 def jpeg(seed: object, size: tuple[int, int] = (30, 20), mode: str = "RGB", **how: object) -> bytes:
@@ -61,13 +65,11 @@ def kaggle_xml() -> dict[str, bytes]:
     files = train_files(root)
     files |= {f"{root}val/{name}": jpeg(name) for name in VAL}
     files |= {f"{root}test/ILSVRC2012_test_{i:08}.JPEG": jpeg(i) for i in range(3)}
-    for name, label in VAL.items():
-        files[f"{notes}val/{name.removesuffix('.JPEG')}.xml"] = xml(CLASSES[label])
-    sets = "ILSVRC/ImageSets/CLS-LOC/"  # running numbers, no labels
-    for split, images in (("train_cls", TRAIN), ("val", VAL)):
-        lines = [f"{name.removesuffix('.JPEG')} {i}\n" for i, name in enumerate(images, 1)]
-        files[f"{sets}{split}.txt"] = "".join(lines).encode()
+    files |= {f"{notes}val/{Path(name).stem}.xml": xml(CLASSES[y]) for name, y in VAL.items()}
     files |= {f"{notes}train/{name.removesuffix('.JPEG')}.xml": xml("wrong") for name in TRAIN}
+    for split, images in (("train_cls", TRAIN), ("val", VAL)):  # running numbers, no labels
+        lines = [f"{name.removesuffix('.JPEG')} {i}\n" for i, name in enumerate(images, 1)]
+        files[f"ILSVRC/ImageSets/CLS-LOC/{split}.txt"] = "".join(lines).encode()
     files["LOC_synset_mapping.txt"] = "".join(f"{name} fish, x\n" for name in CLASSES).encode()
     return files
 
@@ -97,13 +99,6 @@ def tiny() -> dict[str, bytes]:
     return files
 
 
-def as_folder(path: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(data)
-    return path
-
-
 def as_zip(path: Path, files: dict[str, bytes]) -> Path:
     with zipfile.ZipFile(path.with_suffix(".zip"), "w") as archive:
         for name, data in files.items():
@@ -128,26 +123,21 @@ def as_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 def content(path: Path) -> list[tuple[bytes, str]]:
     store = LmdbStore(path)
-    pairs = [store.read(index) for index in range(len(store))]
-    return [(data, store.classes[label]) for data, label in pairs]
+    return [(data, store.classes[label]) for data, label in read_all(store)]
+
+
+STORED = [(jpeg(name), CLASSES[label]) for name, label in TRAIN.items()]  # of `train_files`
 
 
 @pytest.mark.parametrize("layout", [imagefolder, kaggle_xml, kaggle_csv, caffe, tiny])
 @pytest.mark.parametrize("packed", [as_folder, as_zip, as_tar])
-def test_every_layout_in_every_wrapping(
-    tmp_path: Path,
-    layout: Callable[[], dict[str, bytes]],
-    packed: Callable[[Path, dict[str, bytes]], Path],
-) -> None:
+def test_every_layout_in_every_wrapping(tmp_path: Path, layout: Layout, packed: Packed) -> None:
     build_lmdb(packed(tmp_path / "src", layout()), tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"train.lmdb", "val.lmdb"}
     ordered = sorted(VAL, key=lambda name: (VAL[name], name))
-    assert content(tmp_path / "out" / "val.lmdb") == [
-        (jpeg(name), CLASSES[VAL[name]]) for name in ordered
-    ]
-    assert content(tmp_path / "out" / "train.lmdb") == [
-        (jpeg(name), CLASSES[label]) for name, label in TRAIN.items()
-    ]
+    expected = [(jpeg(name), CLASSES[VAL[name]]) for name in ordered]
+    assert content(tmp_path / "out" / "val.lmdb") == expected
+    assert content(tmp_path / "out" / "train.lmdb") == STORED
 
 
 @pytest.mark.parametrize("prefix", ["", "train/"])
@@ -158,22 +148,18 @@ def test_imagenets_tar_of_tars(tmp_path: Path, prefix: str) -> None:
         inner = {n.split("/")[1]: jpeg(n) for n in TRAIN if n.startswith(class_name)}
         files[f"{prefix}{class_name}.tar"] = tar_of(inner)
     build_lmdb(as_tar(tmp_path / "src", files), tmp_path / "out")
-    assert content(tmp_path / "out" / "train.lmdb") == [
-        (jpeg(name), CLASSES[label]) for name, label in TRAIN.items()
-    ]
+    assert content(tmp_path / "out" / "train.lmdb") == STORED
 
 
-def test_cifars_archive(cifar_archive: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_cifars_archive(cifar_archive: Path, tmp_path: Path) -> None:
     folder = cifar_archive / "cifar-10-batches-py"
-    for number, src in enumerate((cifar_archive, folder)):
-        out = (cifar_archive, tmp_path / "out")[number]
+    batch = pickle.loads((folder / "test_batch").read_bytes())
+    order = sorted(range(6), key=lambda row: (batch["labels"][row], row))
+    for src, out in ((cifar_archive, cifar_archive), (folder, tmp_path / "out")):
         build_lmdb(src, out)
         build_lmdb(src, out)  # kept
-        batch = pickle.loads((folder / "test_batch").read_bytes())
-        got = content(out / "test.lmdb")
-        want = sorted(zip(batch["labels"], range(6), strict=True))
-        for (data, class_name), (label, row) in zip(got, want, strict=True):
-            assert class_name == f"class{label}"
+        for (data, class_name), row in zip(content(out / "test.lmdb"), order, strict=True):
+            assert class_name == f"class{batch['labels'][row]}"
             pixels = decode.decode(data, 3).transpose(2, 0, 1)
             np.testing.assert_array_equal(pixels.ravel(), batch["data"][row])
 
@@ -193,9 +179,8 @@ def test_annotations_that_do_not_fit(
     tmp_path: Path, change: dict[str, bytes | None], message: str
 ) -> None:
     files = {name: data for name, data in (caffe() | change).items() if data is not None}
-    with pytest.raises(UserError, match=message) as error:
+    with refused(message):
         build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
-    assert "\n" not in str(error.value)
 
 
 def test_numbers_without_a_train_folder_are_named_by_the_mapping(tmp_path: Path) -> None:
@@ -203,15 +188,13 @@ def test_numbers_without_a_train_folder_are_named_by_the_mapping(tmp_path: Path)
     names = [f"n{100 - number:08}" for number in range(12)]
     files = {f"val/{number:02}.JPEG": jpeg(number) for number in range(12)}
     files["val.txt"] = "".join(f"{n:02}.JPEG {n}\n" for n in range(12)).encode()
-    with pytest.raises(UserError, match=r"val/: .* class number 0, and neither a train/") as error:
+    with refused("val/: .* class number 0", "LOC_synset_mapping.txt"):
         build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
-    assert "\n" not in str(error.value)
     files["LOC_synset_mapping.txt"] = "".join(f"{name} fish, x\n" for name in names).encode()
     build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
     assert LmdbStore(tmp_path / "out" / "val.lmdb").classes == sorted(names)
-    assert content(tmp_path / "out" / "val.lmdb") == [
-        (jpeg(number), names[number]) for number in reversed(range(12))
-    ]
+    expected = [(jpeg(number), names[number]) for number in reversed(range(12))]
+    assert content(tmp_path / "out" / "val.lmdb") == expected
 
 
 @pytest.mark.parametrize("name", ["../../../escaped", "..", ".", "a/b", "a\0b", "/tmp/escaped"])
@@ -220,9 +203,24 @@ def test_annotations_put_nothing_outside_the_folder(tmp_path: Path, name: str) -
     src = as_folder(tmp_path / "a" / "b" / "src", files)
     before = sorted(tmp_path.rglob("*"))
     for act in (prepare_imagenet, build_lmdb):
-        with pytest.raises(UserError, match=r"val/: its annotations name a class .* no name$"):
+        with refused(r"val/: its annotations name a class .* no name$"):
             act(src, tmp_path / "a" / "b" / "out")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def pack(src: Path, *more: tarfile.TarInfo) -> Path:
+    """A .tar of a folder, its links as they are, and of further members."""
+    with tarfile.open(src.with_suffix(".tar"), "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.add(src, ".")
+        for member in more:
+            archive.addfile(member)
+    return src.with_suffix(".tar")
+
+
+def sparse(name: str) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type = tarfile.GNUTYPE_SPARSE
+    return member
 
 
 def test_links_in_a_tar_are_files(tmp_path: Path) -> None:
@@ -231,9 +229,7 @@ def test_links_in_a_tar_are_files(tmp_path: Path) -> None:
     os.link(first / f"{CLASSES[0]}_1.JPEG", second / "hard.JPEG")
     (second / "soft.JPEG").symlink_to(f"../{CLASSES[0]}/{CLASSES[0]}_2.JPEG")
     (second / "a_chain.JPEG").symlink_to("soft.JPEG")
-    with tarfile.open(tmp_path / "src.tar", "w") as archive:
-        archive.add(src, ".")
-    for source, out in ((src, "folder"), (tmp_path / "src.tar", "tar")):
+    for source, out in ((src, "folder"), (pack(src), "tar")):
         build_lmdb(source, tmp_path / out)
     assert content(tmp_path / "tar" / "train.lmdb") == content(tmp_path / "folder" / "train.lmdb")
     assert len(content(tmp_path / "tar" / "train.lmdb")) == 15
@@ -250,32 +246,22 @@ def test_links_in_a_tar_are_files(tmp_path: Path) -> None:
 def test_a_link_out_of_a_tar_is_named(tmp_path: Path, name: str, target: str) -> None:
     src = as_folder(tmp_path / "src", train_files(""))
     (src / "train" / CLASSES[0] / name).symlink_to(target)
-    with tarfile.open(tmp_path / "src.tar", "w") as archive:
-        archive.add(src, ".")
-    with pytest.raises(UserError, match=f"/{name}: links to .*no file in the archive"):
-        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+    with refused(f"/{name}: links to .*no file in the archive", "--dereference"):
+        build_lmdb(pack(src), tmp_path / "out")
 
 
 def test_a_sparse_member_of_a_tar_is_reported(tmp_path: Path) -> None:
-    member = tarfile.TarInfo(f"train/{CLASSES[0]}/sparse.JPEG")
-    member.type = tarfile.GNUTYPE_SPARSE
-    with tarfile.open(tmp_path / "src.tar", "w", format=tarfile.GNU_FORMAT) as archive:
-        archive.addfile(member)
-    with pytest.raises(UserError, match=r"sparse\.JPEG: is stored sparse"):
-        build_lmdb(tmp_path / "src.tar", tmp_path / "out")
+    src = as_folder(tmp_path / "src", train_files(""))
+    with refused(r"sparse\.JPEG: is stored sparse", "without --sparse"):
+        build_lmdb(pack(src, sparse(f"train/{CLASSES[0]}/sparse.JPEG")), tmp_path / "out")
 
 
 def test_links_and_sparse_members_that_are_no_images_are_left_out(tmp_path: Path) -> None:
     src = as_folder(tmp_path / "src", train_files(""))
     (src / "README").symlink_to("nowhere")
     (src / "newest").symlink_to("train")
-    member = tarfile.TarInfo("holes.bin")
-    member.type = tarfile.GNUTYPE_SPARSE
-    with tarfile.open(tmp_path / "src.tar", "w", format=tarfile.GNU_FORMAT) as archive:
-        archive.add(src, ".")
-        archive.addfile(member)
-    build_lmdb(tmp_path / "src.tar", tmp_path / "out")
-    assert len(content(tmp_path / "out" / "train.lmdb")) == 12
+    build_lmdb(pack(src, sparse("holes.bin")), tmp_path / "out")
+    assert content(tmp_path / "out" / "train.lmdb") == STORED
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -290,34 +276,27 @@ def test_a_zip_member_that_occurs_twice_is_stored_once(tmp_path: Path) -> None:
 def test_huge_files_are_reported_and_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    huge = f"train/{CLASSES[0]}/0_huge.JPEG"
+    huge, read = f"train/{CLASSES[0]}/0_huge.JPEG", zipfile.ZipFile.read
     files = train_files("") | {huge: bytes(3_000_000)}
-    monkeypatch.setattr("bip.data.tools.layouts.MAX_BYTES", 2_000_000)
-    monkeypatch.setattr("bip.data.stores.folder.MAX_BYTES", 2_000_000)
-    monkeypatch.setattr(zipfile.ZipFile, "read", refuse_huge(zipfile.ZipFile.read))
-    for number, packed in enumerate((as_folder, as_zip, as_tar)):
-        src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"
-        with pytest.raises(UserError, match=f"{huge} cannot be stored .is too large"):
-            build_lmdb(src, out)
-        build_lmdb(src, out, skip_bad=True)
-        assert "1 skipped" in capsys.readouterr().err
-    with pytest.raises(DamagedImage, match=r"0_huge.* .image 0, class n01440764.: is too large"):
-        FolderStore(tmp_path / "src0" / "train").read(0)
-    lists = caffe() | {"val.txt": bytes(3_000_000)}
-    with pytest.raises(UserError, match=r"val\.txt: has 3 MB, too many for a list"):
-        build_lmdb(as_zip(tmp_path / "lists", lists), tmp_path / "out")
 
-
-def refuse_huge(read: Callable[..., bytes]) -> Callable[..., bytes]:
     def checked(archive: zipfile.ZipFile, name: str) -> bytes:
         assert archive.getinfo(name).file_size < 2_000_000
         return read(archive, name)
 
-    return checked
-
-
-def kaggle_mapping() -> dict[str, bytes]:
-    return caffe() | {"LOC_synset_mapping.txt": "\n".join(CLASSES).encode()}
+    monkeypatch.setattr("bip.data.tools.layouts.MAX_BYTES", 2_000_000)
+    monkeypatch.setattr("bip.data.stores.folder.MAX_BYTES", 2_000_000)
+    monkeypatch.setattr(zipfile.ZipFile, "read", checked)
+    for number, packed in enumerate((as_folder, as_zip, as_tar)):
+        src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"
+        with refused(f"{huge} cannot be stored .is too large", "--skip-bad"):
+            build_lmdb(src, out)
+        build_lmdb(src, out, skip_bad=True)
+        assert "1 skipped" in capsys.readouterr().err
+    with refused(r"0_huge.* .image 0, class n01440764.: is too large", kind=DamagedImage):
+        FolderStore(tmp_path / "src0" / "train").read(0)
+    lists = caffe() | {"val.txt": bytes(3_000_000)}
+    with refused(r"val\.txt: has 3 MB, too many for a list"):
+        build_lmdb(as_zip(tmp_path / "lists", lists), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -326,22 +305,19 @@ def kaggle_mapping() -> dict[str, bytes]:
         (tiny, "val_annotations.txt"),
         (kaggle_csv, "LOC_val_solution.csv"),
         (kaggle_xml, "ILSVRC2012_val_00000003.xml"),
+        (kaggle_xml, "LOC_synset_mapping.txt"),
         (caffe, "val.txt"),
-        (kaggle_mapping, "LOC_synset_mapping.txt"),
     ],
 )
-def test_damaged_annotations_are_named(
-    tmp_path: Path, layout: Callable[[], dict[str, bytes]], name: str
-) -> None:
+def test_damaged_annotations_are_named(tmp_path: Path, layout: Layout, name: str) -> None:
     files = layout()
     (full,) = (file for file in files if file.endswith(name) and "ImageSets" not in file)
     src = as_zip(tmp_path / "src", files)
     packed = bytearray(src.read_bytes())
     packed[packed.index(files[full]) + 5] ^= 1
     src.write_bytes(packed)
-    with pytest.raises(UserError, match=rf"{full}: cannot be read \(Bad CRC") as error:
+    with refused(rf"{full}: cannot be read \(Bad CRC", "repair or copy it again"):
         build_lmdb(src, tmp_path / "out")
-    assert "\n" not in str(error.value)
 
 
 def test_a_tar_that_cannot_be_opened_is_named(
@@ -357,39 +333,33 @@ def test_a_tar_that_cannot_be_opened_is_named(
         build_lmdb(src, tmp_path / "out")
 
 
-def test_compressed_tars_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "x.tar.gz").write_bytes(b"")
-    with pytest.raises(UserError, match="unpack it first"):
-        build_lmdb(tmp_path / "x.tar.gz", tmp_path / "out")
-
-
-def odd_files() -> dict[str, bytes]:
-    stream = io.BytesIO()
-    Image.new("P", (8, 6), 3).save(stream, "PNG")
-    return train_files("") | {
-        f"train/{CLASSES[0]}/cmyk.JPEG": jpeg(1, (40, 30), "CMYK"),
-        f"train/{CLASSES[0]}/png.JPEG": stream.getvalue(),
-        f"train/{CLASSES[1]}/gray.JPEG": jpeg(2, mode="L"),
-        f"train/{CLASSES[1]}/honest.png": stream.getvalue() + b"trailing",
-    }
-
-
 def test_cmyk_and_misnamed_images_are_repaired_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = odd_files()
+    files = train_files("") | {
+        f"train/{CLASSES[0]}/cmyk.JPEG": encoded("CMYK", "JPEG"),
+        f"train/{CLASSES[0]}/png.JPEG": encoded("P", "PNG"),
+        f"train/{CLASSES[1]}/gray.JPEG": encoded("L", "JPEG"),
+        f"train/{CLASSES[1]}/honest.png": encoded("P", "PNG") + b"trailing",
+    }
     build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out", check=True)
     printed = capsys.readouterr().err
     assert "1 x CMYK JPEG repaired, 1 x PNG named as JPEG repaired" in printed
-    store = LmdbStore(tmp_path / "out" / "train.lmdb")
-    assert len(store) == len(files)
-    stored = {store.read(index)[0] for index in range(len(store))}
-    changed = {name for name, data in files.items() if data not in stored}
-    assert {Path(name).name for name in changed} == {"cmyk.JPEG", "png.JPEG"}
-    for data in stored - set(files.values()):
-        assert decode.plain_jpeg_size(data) in ((30, 40), (6, 8))
+    stored = [data for data, _ in content(tmp_path / "out" / "train.lmdb")]
+    assert len(stored) == len(files)
+    changed = {Path(name).name for name, data in files.items() if data not in stored}
+    assert changed == {"cmyk.JPEG", "png.JPEG"}
+    for data in set(stored) - set(files.values()):
+        assert decode.plain_jpeg_size(data) == (70, 90)
         with decode.open_image(data) as image:
             assert image.mode == "RGB"
+
+
+def sizes(path: Path) -> list[tuple[int, int]]:
+    """(height, width) of each record, as stored beside its image (bytes 4 to 12)."""
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        values = [value for key, value in txn.cursor() if key != b"header"]
+    return [struct.unpack_from(">ii", value, 4)[::-1] for value in values]
 
 
 def test_shrinking(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -398,19 +368,19 @@ def test_shrinking(imagenet: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     build_lmdb(tmp_path / "src", tmp_path / "out", short_side=120, quality=80, check=True)
     printed = capsys.readouterr().err
     assert "at most 18 MB" in printed
+    stored = sizes(tmp_path / "out" / "val.lmdb")
     small, whole = (LmdbStore(p / "val.lmdb") for p in (tmp_path / "out", imagenet))
     saved = 1 - small.header["image_bytes"] / whole.header["image_bytes"]
     assert f"({100 * saved:.0f}%) saved by shrinking" in printed
     assert saved > 0.8
-    with small._env().begin() as transaction:
-        for index in range(0, 171, 9):
-            _, width, height = _RECORD.unpack_from(transaction.get(record_key(index)))
-            data, before = small.read(index)[0], decode.image_size(whole.read(index)[0])
-            assert decode.image_size(data) == (height, width)
-            assert min(height, width) == min(120, *before)
-            assert abs(height / width - before[0] / before[1]) < 0.02
-            if min(before) <= 120:
-                assert data == whole.read(index)[0]
+    for index in range(0, 171, 9):
+        data, before = small.read(index)[0], decode.image_size(whole.read(index)[0])
+        height, width = stored[index]
+        assert decode.image_size(data) == (height, width)
+        assert min(height, width) == min(120, *before)
+        assert abs(height / width - before[0] / before[1]) < 0.02
+        if min(before) <= 120:
+            assert data == whole.read(index)[0]
 
 
 def bad_files() -> dict[str, bytes]:
@@ -425,28 +395,23 @@ def test_undecodable_files_are_listed_and_an_error_unless_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     src, out = as_folder(tmp_path / "src", bad_files()), tmp_path / "out"
-    with pytest.raises(UserError, match=r"0_html\.JPEG and 1 others cannot.*--skip-bad") as error:
+    with refused(r"0_html\.JPEG and 1 others cannot.*--skip-bad"):
         build_lmdb(src, out, check=True)
-    assert "\n" not in str(error.value)
     printed = capsys.readouterr().err
     assert f"train/{CLASSES[0]}/0_html.JPEG: no known image format" in printed
     assert f"train/{CLASSES[1]}/0_cut.JPEG: " in printed
     assert not (out / "train.lmdb").exists()
-    build_lmdb(src, out, check=True, skip_bad=True)
-    printed = capsys.readouterr().err
-    assert "resuming after 14 images" in printed
-    assert "12 images" in printed
-    assert "2 skipped" in printed
-    assert content(out / "train.lmdb") == [(jpeg(n), CLASSES[y]) for n, y in TRAIN.items()]
+    for parts in (["resuming after 14 images", "12 images", "2 skipped"], ["kept"]):
+        build_lmdb(src, out, check=True, skip_bad=True)
+        printed = capsys.readouterr().err
+        assert all(part in printed for part in parts)
+    assert content(out / "train.lmdb") == STORED
     assert [path.name for path in out.iterdir()] == ["train.lmdb"]
-    build_lmdb(src, out, check=True, skip_bad=True)
-    assert "kept" in capsys.readouterr().err
 
 
 def test_the_estimate_holds(imagenet: Path, small_cifar: Path) -> None:
     for path in (imagenet / "val.lmdb", small_cifar / "train.lmdb"):
-        store = LmdbStore(path)
-        estimate = sum(stored_size(len(store.read(index)[0])) for index in range(len(store)))
+        estimate = sum(stored_size(len(data)) for data, _ in read_all(LmdbStore(path)))
         assert 0.8 < estimate / path.stat().st_size < 1.1
 
 
@@ -454,16 +419,13 @@ def test_room_for_one_of_two_stores_is_too_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     src = as_folder(tmp_path / "src", imagefolder())
-    sizes = [stored_size(path.stat().st_size) for path in src.rglob("*.JPEG")]
-    for free, enough in ((sum(sizes) - 10, False), (sum(sizes) + 10, True)):
-        usage = type("usage", (), {"free": free})()
-        monkeypatch.setattr("shutil.disk_usage", lambda _, usage=usage: usage)
-        if enough:
-            build_lmdb(src, tmp_path / "out")
-            continue
-        with pytest.raises(UserError, match=r"train\.lmdb and .*val\.lmdb: will take"):
-            build_lmdb(src, tmp_path / "out")
-        assert list((tmp_path / "out").iterdir()) == []
+    needed = sum(stored_size(path.stat().st_size) for path in src.rglob("*.JPEG"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed - 10))
+    with refused(r"train\.lmdb and .*val\.lmdb: will take", "make room"):
+        build_lmdb(src, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=needed + 10))
+    build_lmdb(src, tmp_path / "out")
 
 
 def test_a_page_that_ends_its_reader_is_reported(tmp_path: Path) -> None:
@@ -479,11 +441,8 @@ def test_a_page_that_ends_its_reader_is_reported(tmp_path: Path) -> None:
     struct.pack_into("=H", content, node + 2, 0x4000)
     path.unlink()
     path.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"train\.lmdb: reading it ended by SIGBUS at record \d+ or soon after it"
-    ) as error:
+    with refused(r"train\.lmdb: reading it ended by SIGBUS at record \d+ or soon after it"):
         verify(path, workers=1)
-    assert "\n" not in str(error.value)
     assert multiprocessing.active_children() == []
 
 
@@ -502,27 +461,21 @@ def test_verify_finds_every_damaged_record(
 ) -> None:
     verify(small_cifar)
     assert "train.lmdb: 310 images, 0 damaged" in capsys.readouterr().out
-    content = bytearray((small_cifar / "test.lmdb").read_bytes())
-    store = LmdbStore(small_cifar / "test.lmdb")
-    for index in (3, 50):
-        content[content.index(store.read(index)[0]) + 30] ^= 1
-    (tmp_path / "test.lmdb").write_bytes(content)
-    with pytest.raises(UserError, match="2 damaged records"):
-        verify(tmp_path)
-    printed = capsys.readouterr().err
-    assert "record 3 (class" in printed
-    assert "record 50 (class" in printed
+    shutil.copy(small_cifar / "test.lmdb", tmp_path)
+    damage(tmp_path / "test.lmdb", 3, 50)
     assert main(["data", "verify", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    for part in ("record 3 (class", "record 50 (class", "2 damaged records"):
+        assert part in printed
 
 
 def test_verify_recounts_the_classes(small_cifar: Path, tmp_path: Path) -> None:
-    path = tmp_path / "test.lmdb"
-    path.write_bytes((small_cifar / "test.lmdb").read_bytes())
+    path = Path(shutil.copy(small_cifar / "test.lmdb", tmp_path))
     with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
         header = json.loads(txn.get(b"header"))
         header["class_counts"][:2] = [6, 8]
         txn.put(b"header", json.dumps(header).encode())
-    with pytest.raises(UserError, match=r"header counts 6 images of class airplane, .* are 7"):
+    with refused(r"header counts 6 images of class airplane, .* are 7"):
         verify(path)
 
 
@@ -544,9 +497,7 @@ def test_prepare_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert (out / "val" / CLASSES[label] / name).read_bytes() == jpeg(name)
     prepare_imagenet(src, out)
     assert "0 links made" in capsys.readouterr().out
-    build_lmdb(src, tmp_path / "flat")
-    build_lmdb(out, tmp_path / "arranged")
-    for split in ("train.lmdb", "val.lmdb"):
-        assert content(tmp_path / "flat" / split) == content(tmp_path / "arranged" / split)
-    with pytest.raises(UserError, match="both --src and --out"):
+    build_lmdb(out, tmp_path / "stores")
+    assert content(tmp_path / "stores" / "train.lmdb") == STORED
+    with refused("both --src and --out"):
         prepare_imagenet(src)

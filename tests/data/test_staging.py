@@ -1,23 +1,22 @@
 """Copies of stores on local disk: made once, confirmed, safe under concurrent tasks."""
 
+import contextlib
 import fcntl
+import io
+import multiprocessing
 import os
-import subprocess
-import sys
-import textwrap
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from bip.data.stores import staging
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.stores.staging import network_filesystem, stage
-from bip.errors import UserError
-from tests.data.conftest import opened
-from tests.data.test_stores import images, write
+from tests.data.conftest import DALI, opened, read_all, refused, same, take
+from tests.data.test_stores import PAIRS, images, write
 
 MOUNTS = """\
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -31,29 +30,15 @@ MOUNTS = """\
 35 34 0:30 / /stacked rw - beegfs beegfs_nodev rw
 36 22 0:31 / /homework rw - ext4 /dev/sdd rw
 """
+KINDS = {"/home/user/train.lmdb": "nfs4", "/scratch": "lustre", "/stacked/x": "beegfs"}
+KINDS |= {"/mnt/with space/x": "fuse.sshfs"}
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/data/x", None),
-        ("/home/user/train.lmdb", "nfs4"),
-        ("/home/local/train.lmdb", None),
-        ("/scratch", "lustre"),
-        ("/mnt/with space/x", "fuse.sshfs"),
-        ("/stacked/x", "beegfs"),
-        ("/homework/x", None),
-        ("/container/data", None),
-        ("/image/data", None),
-    ],
-)
-def test_network_filesystems_are_known(path: str, kind: str | None) -> None:
-    assert network_filesystem(Path(path), MOUNTS) == kind
-
-
-def test_this_machines_mounts_are_read(tmp_path: Path) -> None:
-    network_filesystem(tmp_path)
-    assert network_filesystem(Path("/proc/self")) is None
+def test_network_filesystems_are_known() -> None:
+    local = ("/data/x", "/home/local/train.lmdb", "/homework/x", "/container/data", "/image/data")
+    for path in (*KINDS, *local):
+        assert network_filesystem(Path(path), MOUNTS) == KINDS.get(path), path
+    assert network_filesystem(Path("/proc/self")) is None  # by this machine's own table
 
 
 @pytest.fixture
@@ -69,7 +54,6 @@ def test_a_copy_reads_the_same_and_is_made_once(
     inode = first.stat().st_ino
     assert "SHA-256 confirmed" in capsys.readouterr().out
     assert first.read_bytes() == store.read_bytes()
-    assert LmdbStore(first).read(7) == images()[7][:2]
     assert stage(store, tmp_path / "local") == first
     assert first.stat().st_ino == inode
     assert capsys.readouterr().out == ""
@@ -79,7 +63,7 @@ def test_a_store_that_is_a_folder(store: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder.lmdb"
     folder.mkdir()
     store.rename(folder / "data.mdb")
-    assert LmdbStore(stage(folder, tmp_path / "local")).read(7) == images()[7][:2]
+    assert read_all(LmdbStore(stage(folder, tmp_path / "local"))) == PAIRS
 
 
 def test_a_store_that_was_built_again_is_copied_again(store: Path, tmp_path: Path) -> None:
@@ -91,41 +75,21 @@ def test_a_store_that_was_built_again_is_copied_again(store: Path, tmp_path: Pat
     assert len(LmdbStore(new)) == 3
 
 
-CODE = """
-    import sys
-    from pathlib import Path
-    from bip.data.stores.lmdb import LmdbStore
-    from bip.data.stores.staging import stage
-
-    print("ready", flush=True)
-    sys.stdin.readline()
-    copy = stage(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(copy, len(LmdbStore(copy)), flush=True)
-"""
+def stage_when_all_are_there(store: Path, folder: Path, barrier: Any) -> tuple[Path, str]:
+    barrier.wait()
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return stage(store, folder), printed.getvalue()
 
 
 def test_four_processes_stage_one_copy(tmp_path: Path) -> None:
     store = write(tmp_path / "train.lmdb", [(os.urandom(1 << 20), 0, 1, 1) for _ in range(60)])
-    command = [sys.executable, "-c", textwrap.dedent(CODE), store, tmp_path / "local"]
-    tasks = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    for task in tasks:
-        assert task.stdout is not None
-        task.stdout.readline()
-    outputs = []
-    for task in tasks:  # all at once
-        assert task.stdin is not None
-        task.stdin.write("go\n")
-        task.stdin.flush()
-    for task in tasks:
-        outputs.append(task.communicate(timeout=60)[0].splitlines())
-        assert task.returncode == 0
+    fork = multiprocessing.get_context("fork")
+    with fork.Manager() as manager, fork.Pool(4) as pool:
+        task = (store, tmp_path / "local", manager.Barrier(4))
+        copies, printed = zip(*pool.starmap(stage_when_all_are_there, [task] * 4), strict=True)
     (copy,) = (tmp_path / "local").glob("*.lmdb")
-    assert [lines[-1] for lines in outputs] == [f"{copy} 60"] * 4
-    printed = [line for lines in outputs for line in lines]
-    assert sum("SHA-256 confirmed" in line for line in printed) == 1, "one of them copied"
+    assert copies == (copy,) * 4
+    assert "".join(printed).count("SHA-256 confirmed") == 1, "one of them copied"
     assert copy.read_bytes() == store.read_bytes()
     assert not list((tmp_path / "local").glob(".*.partial"))
 
@@ -151,18 +115,19 @@ def test_a_lock_file_that_is_removed_locks_nobody_out_nor_in(
 
 
 def test_a_killed_copy_is_made_again(store: Path, tmp_path: Path) -> None:
-    code = """
-import os, pathlib, sys
-from bip.data.stores.staging import stage
-store, folder = map(pathlib.Path, sys.argv[1:])
-stage(store, folder, lambda: os.kill(os.getpid(), 9) if list(folder.glob(".*.partial")) else None)
-"""
     local = tmp_path / "local"
-    killed = subprocess.run([sys.executable, "-c", code, store, local], check=False)
-    assert killed.returncode == -9
+
+    def die() -> None:
+        if list(local.glob(".*.partial")):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=stage, args=(store, local, die))
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert list(local.glob(".*.partial"))
     assert not list(local.glob("*.lmdb"))
-    assert LmdbStore(stage(store, local)).read(7) == images()[7][:2]
+    assert read_all(LmdbStore(stage(store, local))) == PAIRS
 
 
 def test_a_killed_copy_s_bytes_are_free_again(
@@ -181,22 +146,18 @@ def test_a_killed_copy_s_bytes_are_free_again(
     assert stage(store, local).name == name
 
 
-class ToldToStop(Exception):
-    pass
-
-
 def test_copying_and_waiting_end_on_request(store: Path, tmp_path: Path) -> None:
     def give_up() -> None:
-        raise ToldToStop
+        raise KeyboardInterrupt
 
-    with pytest.raises(ToldToStop):
+    with pytest.raises(KeyboardInterrupt):
         stage(store, tmp_path, give_up)
     assert not list(tmp_path.glob("*lmdb"))
     assert not list(tmp_path.glob(".*.partial"))
     (lock,) = tmp_path.glob(".*.lock")
     with open(lock) as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        with pytest.raises(ToldToStop):
+        with pytest.raises(KeyboardInterrupt):
             stage(store, tmp_path, give_up)
 
 
@@ -204,7 +165,7 @@ def test_a_copy_that_differs_is_refused(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(staging, "sha256_file", lambda _: "0" * 64)
-    with pytest.raises(UserError, match="differs from it"):
+    with refused("differs from it", "choose another folder"):
         stage(store, tmp_path / "local")
     assert not list((tmp_path / "local").glob("*lmdb"))
 
@@ -212,29 +173,26 @@ def test_a_copy_that_differs_is_refused(
 def test_a_full_or_missing_disk_is_reported(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    remedy = "choose another folder or leave --stage-to out"
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"stage_to: .* cannot be copied to"):
+    with refused(r"stage_to: .* cannot be copied to", remedy):
         stage(store, tmp_path / "file")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("usage", (), {"free": 10})())
-    with pytest.raises(UserError, match=r"0\.00 GB free"):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
+    with refused(r"stage_to: .*0\.00 GB free", remedy):
         stage(store, tmp_path / "local")
 
 
-@pytest.mark.parametrize("loader", ["lmdb", "memory", "dali"])
+@pytest.mark.parametrize("loader", ["lmdb", "memory", pytest.param("dali", marks=DALI)])
 def test_training_from_a_copy_is_the_same(small_cifar: Path, tmp_path: Path, loader: str) -> None:
     case: dict[str, Any] = {"dataset": "CIFAR10", "data_dir": small_cifar, "loader": loader}
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali")
-    staged = next(opened(**case, stage_to=tmp_path).train())
+    staged = take(opened(**case, stage_to=tmp_path).train(), 1)
     assert len(list(tmp_path.glob("*.lmdb"))) == 2
-    plain = next(opened(**case).train())
-    assert torch.equal(staged[0], plain[0])
-    assert torch.equal(staged[1], plain[1])
+    assert same(staged, take(opened(**case).train(), 1))
 
 
 def test_folders_of_images_are_not_staged(imagenet: Path, tmp_path: Path) -> None:
     case: dict[str, Any] = {"dataset": "ImageNet", "num_classes": 171, "data_dir": imagenet}
-    with pytest.raises(UserError, match="stage_to: copies LMDB stores"):
+    with refused("stage_to: copies LMDB stores", "build-lmdb"):
         opened(**case, batch_size=8, loader="folder", stage_to=tmp_path)
 
 

@@ -49,19 +49,17 @@ class FolderStore:
     def prefetch(self, indices: Iterable[int]) -> None:
         """Nothing to do: a file is read in one piece anyway."""
 
-    def label(self, index: int) -> int:
-        return int(self._labels[index])
-
     def read(self, index: int) -> tuple[bytes, int]:
         """The file's bytes and its label. Raises UserError if the file cannot be read, OSError if
         its file system is unreachable."""
-        name, what = self.name(index), f"image {index}, class {self.classes[self.label(index)]}"
+        name, label = self.name(index), int(self._labels[index])
+        what = f"image {index}, class {self.classes[label]}"
         try:
             with open(name, "rb") as stream:
                 size = os.fstat(stream.fileno()).st_size
                 if size > MAX_BYTES:
                     raise DamagedImage(f"{name} ({what}): {too_large(size)}; remove it")
-                return stream.read(), self.label(index)
+                return stream.read(), label
         except OSError as error:
             raise_passing(error, f"{name} ({what})")
             raise UserError(f"{name}: cannot be read ({error.strerror}); {what}") from error

@@ -59,12 +59,6 @@ class LmdbStore(LmdbFile):
     def __len__(self) -> int:
         return self._count
 
-    def label(self, index: int) -> int:
-        """The label, without the checksum. As slow as the image, as LMDB reads its pages too."""
-        with self._env().begin(buffers=True) as transaction:
-            label, _, _ = _RECORD.unpack_from(self._value(transaction, index))
-        return int(label)
-
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes and the label.
 

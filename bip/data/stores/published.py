@@ -128,9 +128,6 @@ class PublishedStore(LmdbFile):
     def __len__(self) -> int:
         return len(self._ends)
 
-    def label(self, index: int) -> int:
-        return self.read(index)[1]
-
     def read(self, index: int) -> tuple[bytes, int]:
         """The encoded bytes and the label.
 

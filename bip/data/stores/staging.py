@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from bip.data.stores.environment import data_file
 from bip.errors import UserError
@@ -140,7 +139,7 @@ def _copy(source: Path, target: Path, status: os.stat_result, give_up: Callable[
 def _locked(path: Path, give_up: Callable[[], None], waiting: str) -> Iterator[None]:
     for turn in itertools.count():
         with open(path, "w") as stream:
-            if _claims(stream, path):
+            if claims(stream.fileno(), path):
                 yield
                 return
         if turn == 10:
@@ -149,10 +148,11 @@ def _locked(path: Path, give_up: Callable[[], None], waiting: str) -> Iterator[N
         time.sleep(0.1)
 
 
-def _claims(stream: TextIO, path: Path) -> bool:
+def claims(file: int, path: Path) -> bool:
+    """Lock an open file that was found at `path`. False: another process has it, or moved it."""
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another process may have removed the file between open and lock.
-        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The file may have been removed or renamed between open and lock.
+        return os.path.samestat(os.fstat(file), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         return False

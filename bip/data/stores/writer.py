@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ import lmdb
 
 from bip.data.stores.environment import size_of
 from bip.data.stores.lmdb import FORMAT, HEADER_KEY, VERSION, pack_record, record_key
+from bip.data.stores.staging import claims
 from bip.errors import UserError
 from bip.files import atomic_write_json, fsync_folder, read_json
 
@@ -35,8 +35,8 @@ class LmdbWriter:
 
     Attributes:
         skipped: (name, reason) of source images left out.
-        repaired: number of repaired images, by their fault.
-        source_bytes: size of the images before any re-encoding.
+        repaired: how many images were repaired, by what they were.
+        image_bytes, source_bytes: size of the images as stored, and before any re-encoding.
 
     Raises:
         UserError: `path` exists, another process is building it, or the filesystem has no locks.
@@ -68,7 +68,7 @@ class LmdbWriter:
         self._pending: list[tuple[bytes, bytes]] = []
         self._pending_bytes = 0
         self._count: int = note.get("count", 0)
-        self._image_bytes: int = note.get("image_bytes", 0)
+        self.image_bytes: int = note.get("image_bytes", 0)
         self._class_counts: list[int] = note.get("class_counts", [0] * len(self.classes))
         self.source_bytes: int = note.get("source_bytes", 0)
         self.skipped: list[tuple[str, str]] = [(n, why) for n, why in note.get("skipped", [])]
@@ -78,10 +78,6 @@ class LmdbWriter:
     def done(self) -> int:
         """Source images that were stored or skipped."""
         return self._count + len(self.skipped)
-
-    @property
-    def image_bytes(self) -> int:
-        return self._image_bytes
 
     def add(
         self,
@@ -96,7 +92,7 @@ class LmdbWriter:
         self._pending.append((record_key(self._count), pack_record(data, label, width, height)))
         self._pending_bytes += len(data)
         self._count += 1
-        self._image_bytes += len(data)
+        self.image_bytes += len(data)
         if self._numbered and label >= len(self.classes):
             more = range(len(self.classes), label + 1)
             self.classes += map(str, more)
@@ -172,11 +168,7 @@ class LmdbWriter:
 
     def _claim(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The file may have been renamed to its final name between open and lock.
-            claimed = os.path.samestat(os.fstat(self._lock), os.stat(self._partial))
-        except (BlockingIOError, FileNotFoundError):
-            claimed = False
+            claimed = claims(self._lock, self._partial)
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
                 raise
@@ -219,7 +211,7 @@ class LmdbWriter:
             "count": self._count,
             "classes": self.classes,
             "class_counts": self._class_counts,
-            "image_bytes": self._image_bytes,
+            "image_bytes": self.image_bytes,
             "skipped": len(self.skipped),
             "options": self._options,
         }
@@ -235,7 +227,7 @@ class LmdbWriter:
             note = {
                 "plan": self._plan,
                 "count": self._count,
-                "image_bytes": self._image_bytes,
+                "image_bytes": self.image_bytes,
                 "class_counts": self._class_counts,
                 "source_bytes": self.source_bytes,
                 "skipped": self.skipped,
