@@ -48,6 +48,8 @@ class Setting:
     `of_method`: it acts only in methods that list it in their `keys`.
     `idle`: why it does not act in a run, or None.
     `choices`: its values, for --help and errors, where the type does not list them.
+    `before`: of a key that came after version 0.1, the value that this version worked by. At it
+    the key is left out of the fingerprint, and settings recorded by version 0.1 mean it.
     """
 
     group: str
@@ -55,6 +57,7 @@ class Setting:
     of_method: bool = False
     idle: Idle = lambda _config: None
     choices: Callable[[], Iterable[str]] | None = None
+    before: Any = ...
 
 
 def setting(
@@ -66,10 +69,11 @@ def setting(
     of_method: bool = False,
     idle: Idle = lambda _config: None,
     choices: Callable[[], Iterable[str]] | None = None,
+    before: Any = ...,
     **field: Any,
 ) -> Any:
     """A field of RunConfig. `...` as the default: it must be given."""
-    about = Setting(group, numbers, of_method, idle, choices)
+    about = Setting(group, numbers, of_method, idle, choices, before)
     return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
 
 
@@ -176,6 +180,11 @@ class RunConfig(BaseModel):
     scores_init_type: ScoreInit | None = setting(
         PRUNING, None, "other score initialisations (default kaiming_uniform)",
         of_method=True, idle=_unless_drawn,
+    )  # fmt: skip
+    dead_filters: Literal["scaled", "full"] = setting(
+        PRUNING, "scaled",
+        "score gradient of wholly pruned filters: scaled to the others', or full as published",
+        of_method=True, before="full",
     )  # fmt: skip
     recalibrate_bn: int = setting(
         PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
@@ -364,7 +373,7 @@ class RunConfig(BaseModel):
         found = {
             name: value
             for name, value in values.items()
-            if about(name).numbers and name not in idle
+            if about(name).numbers and name not in idle and value != about(name).before
         }
         return found | {"source_run": self.source_run}
 
@@ -484,10 +493,22 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
     `where` is the file that they come from, but for those that are in `flags`.
     """
     try:
-        return RunConfig(**values)
+        return RunConfig(**_recorded_before(values) | values)
     except ValidationError as error:
         key = next(iter(error.errors()[0]["loc"]), None)
         raise one_line(error, known_keys(), "" if key in flags else where) from None
+
+
+def _recorded_before(values: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1 worked by in place of keys that came later, if it recorded `values`.
+
+    Only a record holds every key that always has a value.
+    """
+    fields = RunConfig.model_fields
+    old = [n for n in fields if about(n).before is ... and fields[n].default is not None]
+    if not values.keys() >= {*old}:
+        return {}
+    return {name: about(name).before for name in fields if about(name).before not in (..., None)}
 
 
 def merge(flags: dict[str, Any]) -> dict[str, Any]:

@@ -29,9 +29,9 @@ Mode = Literal["pretrain", "prune", "finetune"]
 Start = Literal["fresh", "dense", "pruned"]
 
 # Settings that act in some methods only: those of every method with a mask, and those of methods
-# that let the user choose how the scores start.
+# that train scores.
 MASK = frozenset({"k", "layer_type", "scope", "recalibrate_bn"})
-SCORES = frozenset({"scaled_score_init", "scores_init_type"})
+SCORES = frozenset({"scaled_score_init", "scores_init_type", "dead_filters"})
 
 
 @dataclass

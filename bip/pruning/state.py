@@ -21,6 +21,8 @@ from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
 from bip.pruning.passes import mask_out, upper_gradient, write_products
 from bip.pruning.select import Alone, Exchange, NanError, make_selector
 
+BATCH_NORM_EPS = 1e-5  # torch's default
+
 
 class PrunedParameters:
     """The pruned-parameter state of one network.
@@ -124,6 +126,29 @@ class PrunedParameters:
                 self.gradient[part],
             )  # fmt: skip
         self.scores.grad = self.gradient
+
+    @torch.no_grad()
+    def scale_dead_filters(self) -> None:
+        """Scale s.grad of wholly pruned filters down to the mean size of the living ones'.
+
+        A filter that is pruned whole gives zero, where batch-norm in training mode has the slope
+        1/sqrt(eps), about 316; a living filter has 1/σ. Unscaled, the scores of dead filters
+        outgrow all others within a few steps, and the mask becomes noise. Filters of one layer
+        keep their order. Does not wait for the device.
+        """
+        for gradient, mask in zip(self.views(self.gradient), self.views(self.mask), strict=True):
+            if mask.dim() <= 2:
+                continue  # no convolution: its outputs are the classes, or unnormalised
+            lives = mask.flatten(1).amax(1)
+            if gradient.device.type == "cpu" and bool(lives.all()):
+                continue
+            sizes = gradient.flatten(1).abs().sum(1)
+            living, dead = lives.sum(), (1 - lives).sum()
+            mean = (sizes * lives).sum() / living.clamp(min=1)
+            mean_of_dead = (sizes * (1 - lives)).sum() / dead.clamp(min=1)
+            ratio = torch.where(living > 0, mean / mean_of_dead, BATCH_NORM_EPS**0.5)
+            factor = torch.where(lives > 0, 1.0, ratio.nan_to_num(1.0).clamp(max=1.0))
+            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
 
     @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:

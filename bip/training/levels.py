@@ -76,6 +76,8 @@ class UpperLevel:
         if self.measures_terms and parts.clock.is_due(iteration + 1, parts.config.print_freq):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
+        if parts.config.dead_filters == "scaled":
+            self.pruned.scale_dead_filters()
         self.optimizer.step()
         self.pruned.update_mask_and_z()
         return [report]
