@@ -199,6 +199,10 @@ class RunConfig(BaseModel):
         BILEVEL, False, "BiP without the implicit term, upper step first", of_method=True
     )
     lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step", of_method=True)
+    levels: Literal["alternate", "simultaneous"] = setting(
+        BILEVEL, "alternate", "each level by its own batch, or both by one batch at half the cost",
+        of_method=True, before="alternate",
+    )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
     mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr", of_method=True)
     mask_wd: Rate | None = setting(
@@ -327,6 +331,11 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide by --accumulate "
                 f"{self.accumulate}; nearest: {nearest_multiple(self.batch_size, self.accumulate)}"
+            )
+        if self.levels == "simultaneous" and (self.accelerate or self.lower_steps > 1):
+            raise ValueError(
+                "levels: simultaneous moves both levels once by one batch; leave --accelerate and "
+                "--lower-steps out"
             )
         if self.freeze_bn and self.recalibrate_bn:
             raise ValueError(

@@ -3,6 +3,8 @@
 One iteration: the lower level trains θ for the mask as it is, on the lower batch; then the upper
 level moves the scores by the hypergradient of eq. A4, on another batch, and the mask follows.
 `accelerate` is the published cheaper variant: upper level first, without the implicit term.
+With `levels` simultaneous both levels move by the gradient of one batch, which costs one
+forward-backward an iteration instead of two.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Bip(Method):
     summary = "trains weights and mask in turn, as two levels"
     mode = "prune"
     keys = (
-        MASK | SCORES | {"lr2", "accelerate", "lower_steps"}
+        MASK | SCORES | {"lr2", "accelerate", "lower_steps", "levels"}
         | {"mask_lr", "mask_lr_schedule", "mask_wd"}
     )  # fmt: skip
 
@@ -48,9 +50,20 @@ class Bip(Method):
         return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
+        if self.parts.config.levels == "simultaneous":
+            return self._step_both(iteration)
         if self.parts.config.accelerate:
             return self.upper.step(iteration) + self.lower.step(iteration)
         return self.lower.step(iteration) + self.upper.step(iteration)
+
+    def _step_both(self, iteration: int) -> list[Report]:
+        pruned = self.upper.pruned
+        report = self.lower.forward_backward(iteration)
+        self.upper.move_scores(iteration)  # by θ as it was in the forward pass
+        self.lower.move_weights()  # by m as it was there
+        pruned.update_mask()
+        pruned.write_z()
+        return [report]
 
     def facts(self) -> dict[str, float]:
         return self.upper.facts()

@@ -26,19 +26,29 @@ class LowerLevel:
         self.batches: Iterator[Batch] = parts.batches("lower", parts.start * repeats)
 
     def step(self, iteration: int) -> list[Report]:
-        parts, pruned = self.parts, self.parts.pruned
-        set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
+        pruned = self.parts.pruned
         reports = []
         for draw in range(iteration * self.repeats, (iteration + 1) * self.repeats):
-            reports.append(parts.forward_backward(next(self.batches), "lower", draw))
-            if pruned is not None:
-                pruned.set_lower_gradient()
-            self.optimizer.step()
+            reports.append(self.forward_backward(iteration, draw))
+            self.move_weights()
             if pruned is not None:
                 pruned.write_z()
                 if self.mask_is_final:
                     pruned.write_followers()
         return reports
+
+    def forward_backward(self, iteration: int, draw: int | None = None) -> Report:
+        """On the next lower batch, number `draw` of all, at this iteration's learning rate."""
+        parts = self.parts
+        set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
+        number = iteration if draw is None else draw
+        return parts.forward_backward(next(self.batches), "lower", number)
+
+    def move_weights(self) -> None:
+        """The optimizer's step, by the gradient that the last backward pass left; not yet z."""
+        if self.parts.pruned is not None:
+            self.parts.pruned.set_lower_gradient()
+        self.optimizer.step()
 
 
 class UpperLevel:
@@ -70,17 +80,21 @@ class UpperLevel:
         self.batches: Iterator[Batch] = parts.batches("upper", parts.start)
 
     def step(self, iteration: int) -> list[Report]:
+        report = self.parts.forward_backward(next(self.batches), "upper", iteration)
+        self.move_scores(iteration)
+        self.pruned.update_mask_and_z()
+        return [report]
+
+    def move_scores(self, iteration: int) -> None:
+        """The optimizer's step, by the gradient that the last backward pass left; not yet m."""
         parts = self.parts
         set_rate(self.optimizer, self.rate(parts.config, iteration, parts.clock))
-        report = parts.forward_backward(next(self.batches), "upper", iteration)
         if self.measures_terms and parts.clock.is_due(iteration + 1, parts.config.print_freq):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
         if parts.config.dead_filters == "scaled":
             self.pruned.scale_dead_filters()
         self.optimizer.step()
-        self.pruned.update_mask_and_z()
-        return [report]
 
     def facts(self) -> dict[str, float]:
         """The implicit term's share of the last step: its norm over the direct term's."""
