@@ -58,17 +58,16 @@ def outcome(error: BaseException) -> tuple[ExitCode, str] | None:
     """
     from bip.files import may_pass  # which imports this module
 
-    match error:
-        case UserError():
-            return ExitCode.USER, f"error: {error}"
-        case RankError():
-            return ExitCode.FAILED, f"error: {error}"
-        case Stopped():
-            return ExitCode.STOPPED, str(error)
-        case KeyboardInterrupt():
-            return ExitCode.INTERRUPTED, "interrupted"
-        case OSError(errno=errno.EPIPE):
-            return ExitCode.BROKEN_PIPE, ""
-        case OSError() if may_pass(error):
-            return ExitCode.UNREACHABLE, f"error: {error}; try again"
+    if isinstance(error, UserError):
+        return ExitCode.USER, f"error: {error}"
+    if isinstance(error, RankError):
+        return ExitCode.FAILED, f"error: {error}"
+    if isinstance(error, Stopped):
+        return ExitCode.STOPPED, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "interrupted"
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return ExitCode.BROKEN_PIPE, ""
+    if isinstance(error, OSError) and may_pass(error):
+        return ExitCode.UNREACHABLE, f"error: {error}; try again"
     return None

@@ -289,14 +289,14 @@ class RunFolder:
 
         `dense`, where given, is written as a plain network. Returns the completed result.
         """
-        result |= {"source_sha256": self.source_sha256}
+        attempts = self.group.ask_first(lambda: len(self.attempts.starts()))
+        result |= {"source_sha256": self.source_sha256, "attempts": attempts}
 
         def write() -> None:
             if dense is not None:
                 write_checkpoint(self.path / DENSE, dense)
             # Nothing is left to resume: the optimizers' state would only take space.
             self._save(state() | {"optimizer": {}}, step, keep_before=0)
-            result["attempts"] = len(self.attempts.starts())
             atomic_write_json(self.path / "result.json", result)
             print(f"finished: {self.path} top1 {result['top1']:.2f}%", flush=True)
 

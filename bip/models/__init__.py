@@ -1,29 +1,22 @@
-"""The networks by their published names. All are plain modules that know nothing of pruning."""
+"""The networks by their published names. All are plain modules that know nothing of pruning.
+
+A file of this folder is a family; its NETWORKS name their constructors, which take (num_classes,
+channels).
+"""
 
 import difflib
 import math
+import pkgutil
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import nn
 
 from bip.errors import UserError
-from bip.models import resnet, resnet_cifar
-from bip.models.digits import DigitsNet
 
 _TORCHVISION = "torchvision/"
-
-# Constructors take (num_classes, channels).
-_OWN: dict[str, Callable[[int, int], nn.Module]] = {
-    "digits_net": DigitsNet,
-    "resnet18": resnet.resnet18,
-    "resnet34": resnet.resnet34,
-    "resnet50": resnet.resnet50,
-    "resnet20s": resnet_cifar.resnet20s,
-    "resnet32s": resnet_cifar.resnet32s,
-    "resnet44s": resnet_cifar.resnet44s,
-    "resnet56s": resnet_cifar.resnet56s,
-}
 
 # Capitals: the 7x7 stem and max-pool of ImageNet.
 _IMAGENET_STEM = {"ResNet18": "resnet18", "ResNet34": "resnet34", "ResNet50": "resnet50"}
@@ -32,9 +25,17 @@ _IMAGENET_STEM = {"ResNet18": "resnet18", "ResNet34": "resnet34", "ResNet50": "r
 _WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
+@cache
+def _own() -> dict[str, Callable[[int, int], nn.Module]]:
+    found: dict[str, Callable[[int, int], nn.Module]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        found |= import_module(f"{__name__}.{module.name}").NETWORKS
+    return found
+
+
 def names() -> list[str]:
     """The networks' own names; ``torchvision/NAME`` builds any torchvision classifier besides."""
-    return [*_OWN, *_IMAGENET_STEM]
+    return [*_own(), *_IMAGENET_STEM]
 
 
 def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
@@ -43,8 +44,8 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     Raises UserError, with the nearest right name, for an unknown ``arch``, and for a torchvision
     network (the capital names too) with other than 3 channels.
     """
-    if arch in _OWN:
-        return _OWN[arch](num_classes, channels)
+    if arch in _own():
+        return _own()[arch](num_classes, channels)
     import torchvision  # takes over a second, and most runs have no need of it
 
     classifiers = torchvision.models.list_models(module=torchvision.models)
@@ -60,7 +61,7 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     if channels != 3:
         raise UserError(
             f"arch: '{arch}' takes 3-channel images, not {channels}; "
-            f"use one of {', '.join(_OWN)} for these images"
+            f"use one of {', '.join(_own())} for these images"
         )
     options = {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
     network: nn.Module = torchvision.models.get_model(

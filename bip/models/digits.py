@@ -30,3 +30,6 @@ class DigitsNet(nn.Module):
         out = self.layer1(F.max_pool2d(out, 2))
         logits: Tensor = self.linear(torch.flatten(F.adaptive_avg_pool2d(out, 1), 1))
         return logits
+
+
+NETWORKS = {"digits_net": DigitsNet}

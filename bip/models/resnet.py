@@ -107,3 +107,6 @@ def resnet34(num_classes: int, channels: int = 3) -> ResNet:
 
 def resnet50(num_classes: int, channels: int = 3) -> ResNet:
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, channels)
+
+
+NETWORKS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}

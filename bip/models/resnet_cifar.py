@@ -69,3 +69,11 @@ def resnet44s(num_classes: int, channels: int = 3) -> CifarResNet:
 
 def resnet56s(num_classes: int, channels: int = 3) -> CifarResNet:
     return CifarResNet(9, num_classes, channels)
+
+
+NETWORKS = {
+    "resnet20s": resnet20s,
+    "resnet32s": resnet32s,
+    "resnet44s": resnet44s,
+    "resnet56s": resnet56s,
+}
