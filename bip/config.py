@@ -96,6 +96,11 @@ def _networks() -> list[str]:
     return [*models.names(), "torchvision/NAME"]
 
 
+def _unless_global_groups(config: "RunConfig") -> str | None:
+    groups = config.layer_type != "unstructured" and config.ranking_scope == "global"
+    return None if groups else "it is for --scope global on filters or channels"
+
+
 def _unless_scaled(config: "RunConfig") -> str | None:
     scales = config.method.has_mask or config.scale_rand_init
     return None if scales else "a dense network is trained"
@@ -120,6 +125,15 @@ def _unless_constant(config: "RunConfig") -> str | None:
 
 def _unless_trained(config: "RunConfig") -> str | None:
     return "--freeze-bn trains no batch-norm" if config.freeze_bn else None
+
+
+def _unless_steps(config: "RunConfig") -> str | None:
+    masks = "mask_lr_schedule" in config.method.keys and config.mask_lr_schedule == "step"
+    return None if masks or config.lr_schedule == "step" else "no schedule is step"
+
+
+def _unless_later_stage(config: "RunConfig") -> str | None:
+    return "pretrain is the first stage" if config.exp_mode == "pretrain" else None
 
 
 def _unless_adam(config: "RunConfig") -> str | None:
@@ -173,6 +187,11 @@ class RunConfig(BaseModel):
         PRUNING, None, "one ranking over the network, or k per layer (structured: layer)",
         of_method=True,
     )  # fmt: skip
+    ranking: Literal["balanced", "plain"] = setting(
+        PRUNING, "balanced",
+        "global ranking of filters or channels: by size, each layer keeps one; or plain norms",
+        of_method=True, idle=_unless_global_groups, before="plain",
+    )  # fmt: skip
     k: Fraction = setting(
         PRUNING, Decimal("1.0"), "keep ratio, in (0, 1]", of_method=True, idle=_unless_scaled
     )
@@ -185,6 +204,10 @@ class RunConfig(BaseModel):
         PRUNING, "scaled",
         "score gradient of wholly pruned filters: scaled to the others', or full as published",
         of_method=True, before="full",
+    )  # fmt: skip
+    score_gain: Literal["published", "torch"] = setting(
+        PRUNING, "published", "deviation of drawn scores: the published code's, or torch's layers'",
+        of_method=True, idle=_unless_drawn, before="torch",
     )  # fmt: skip
     recalibrate_bn: int = setting(
         PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
@@ -202,6 +225,10 @@ class RunConfig(BaseModel):
     levels: Literal["alternate", "simultaneous"] = setting(
         BILEVEL, "alternate", "each level by its own batch, or both by one batch at half the cost",
         of_method=True, before="alternate",
+    )  # fmt: skip
+    mask_until: float = setting(
+        BILEVEL, 1.0, "part of training in which the mask moves; then the weights alone do",
+        of_method=True, before=1.0, ge=0, le=1,
     )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
     mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr", of_method=True)
@@ -223,6 +250,10 @@ class RunConfig(BaseModel):
     )
     normalize: bool = setting(DATA, False, "normalise by the data set's mean and deviation")
     image_dim: int | None = setting(DATA, None, "image side in pixels", ge=1)
+    stage_order: Literal["own", "replayed"] = setting(
+        DATA, "own", "order and crops of pruning and fine-tuning: own, or those of pretraining",
+        idle=_unless_later_stage, before="replayed",
+    )  # fmt: skip
     holdout: int = setting(DATA, 0, "training images held out to choose the best epoch", ge=0)
     data_fraction: float = setting(
         DATA, 1.0, "accepted from published files", numbers=False, gt=0, le=1
@@ -235,6 +266,12 @@ class RunConfig(BaseModel):
     optimizer: Literal["sgd", "adam", "rmsprop"] = setting(OPTIMIZATION, "sgd", "both levels'")
     lr: Rate = setting(OPTIMIZATION, 0.1, "learning rate (of the scores in HYDRA)")
     lr_schedule: Schedule = setting(OPTIMIZATION, "cosine", "schedule of lr")
+    step_drops: str = setting(
+        OPTIMIZATION, "0.75,0.9",
+        "parts of training from which a step schedule divides the rate by ten (what the published "
+        "code really ran: 0.5,0.75)",
+        idle=_unless_steps, before="0.75,0.9",
+    )  # fmt: skip
     wd: Rate = setting(OPTIMIZATION, 5e-4, "weight decay")
     bn_wd: bool = setting(
         OPTIMIZATION, True, "weight decay on batch-norm affine", idle=_unless_trained
@@ -313,6 +350,17 @@ class RunConfig(BaseModel):
             raise ValueError("must be a plain folder name, without '/'")
         return name
 
+    @field_validator("step_drops")
+    @classmethod
+    def _drops_are_fractions(cls, text: str) -> str:
+        try:
+            drops = [float(part) for part in text.split(",")]
+        except ValueError:
+            drops = []
+        if not drops or drops != sorted({*drops}) or not 0 < drops[0] <= drops[-1] < 1:
+            raise ValueError("must be rising fractions between 0 and 1, such as 0.5,0.75")
+        return text
+
     @field_validator("data_fraction")
     @classmethod
     def _all_data(cls, fraction: float) -> float:
@@ -362,6 +410,19 @@ class RunConfig(BaseModel):
     def score_init(self) -> ScoreInit | Literal["scaled"]:
         """How the scores start; --scaled-score-init beats --scores-init-type, as published."""
         return "scaled" if self.scaled_score_init else self.scores_init_type or "kaiming_uniform"
+
+    @property
+    def drops(self) -> list[float]:
+        """The fractions of training at which a step schedule drops."""
+        return [float(part) for part in self.step_drops.split(",")]
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the data's order and crops, another one in each stage."""
+        if self.exp_mode == "pretrain" or self.stage_order == "replayed":
+            return self.seed
+        digest = hashlib.sha256(f"{self.exp_mode} {self.seed}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
     @property
     def dataset_name(self) -> str:

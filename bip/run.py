@@ -120,7 +120,10 @@ class Run:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
         layout = find_prunable(self.network, config.layer_type)
-        pruned = PrunedParameters(self.network, layout, config.k, config.ranking_scope, self.group)
+        pruned = PrunedParameters(
+            self.network, layout, config.k, config.ranking_scope, self.group,
+            balanced=config.ranking == "balanced" and config.ranking_scope == "global",
+        )  # fmt: skip
         dim = self.data.image_dim
         sample = torch.zeros(2, self.data.channels, dim, dim, device=self.group.device)
         pruned.followers = find_followers(self.network, layout, sample)
@@ -129,8 +132,9 @@ class Run:
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)
             initialise_scores(
-                scores, pruned.weights.detach().cpu(), layout, method.score_init(config)
-            )
+                scores, pruned.weights.detach().cpu(), layout, method.score_init(config),
+                config.score_gain,
+            )  # fmt: skip
             with torch.no_grad():
                 pruned.scores.copy_(scores)
             self.group.broadcast_(pruned.scores.data)

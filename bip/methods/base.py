@@ -30,8 +30,8 @@ Start = Literal["fresh", "dense", "pruned"]
 
 # Settings that act in some methods only: those of every method with a mask, and those of methods
 # that train scores.
-MASK = frozenset({"k", "layer_type", "scope", "recalibrate_bn"})
-SCORES = frozenset({"scaled_score_init", "scores_init_type", "dead_filters"})
+MASK = frozenset({"k", "layer_type", "scope", "ranking", "recalibrate_bn"})
+SCORES = frozenset({"scaled_score_init", "scores_init_type", "dead_filters", "score_gain"})
 
 
 @dataclass

@@ -26,7 +26,7 @@ class Bip(Method):
     summary = "trains weights and mask in turn, as two levels"
     mode = "prune"
     keys = (
-        MASK | SCORES | {"lr2", "accelerate", "lower_steps", "levels"}
+        MASK | SCORES | {"lr2", "accelerate", "lower_steps", "levels", "mask_until"}
         | {"mask_lr", "mask_lr_schedule", "mask_wd"}
     )  # fmt: skip
 
@@ -50,6 +50,9 @@ class Bip(Method):
         return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
+        if iteration >= self.parts.config.mask_until * self.parts.clock.iterations:
+            self.lower.mask_is_final = True
+            return self.lower.step(iteration)
         if self.parts.config.levels == "simultaneous":
             return self._step_both(iteration)
         if self.parts.config.accelerate:

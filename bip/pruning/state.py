@@ -39,7 +39,11 @@ class PrunedParameters:
         k: Decimal,
         scope: Scope,
         exchange: Exchange | None = None,
+        balanced: bool = False,
     ) -> None:
+        """`balanced`: groups are ranked by their scores' norm over the root of their size, and
+        each layer keeps one at least: one ranking of groups of unequal sizes needs both.
+        """
         named = dict(network.named_parameters(remove_duplicate=False))
         self.layout = layout
         self.followers: tuple[Followers, ...] = ()
@@ -54,6 +58,7 @@ class PrunedParameters:
         # Of the last selection: the number of ones and their checksum, for comparison.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.balanced = balanced
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
@@ -152,11 +157,18 @@ class PrunedParameters:
 
     @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:
-        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term."""
+        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term.
+
+        Of filters that are not pruned whole: the others' gradient is batch-norm's doing.
+        """
         squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
-        for part, g in self._gradients():
-            direct = g * self.weights[part]
-            implicit = (g * g).mul_(self.mask[part]).mul_(inv_gamma)
+        for z, weights, mask in zip(
+            self.z, self.views(self.weights), self.views(self.mask), strict=True
+        ):
+            g = _grad(z)
+            lives = mask.flatten(1).amax(1).view(-1, *[1] * (mask.dim() - 1))
+            direct = g * weights * lives
+            implicit = (g * g).mul_(mask).mul_(inv_gamma)
             for i, term in enumerate((implicit, direct)):
                 squares[i] += term.square_().sum(dtype=torch.float64)
         return squares.sqrt()
@@ -199,7 +211,11 @@ class PrunedParameters:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
             part = slice(tensor.first_group, tensor.first_group + tensor.groups)
             others = [d for d in range(score.dim()) if d != tensor.axis]
-            self._norms[part] = torch.linalg.vector_norm(score, dim=others)
+            norms = torch.linalg.vector_norm(score, dim=others)
+            if self.balanced:
+                norms /= (tensor.size // tensor.groups) ** 0.5
+                norms.scatter_(0, norms.argmax(0, keepdim=True), torch.inf)  # it stays
+            self._norms[part] = norms
         return self._norms
 
     @contextlib.contextmanager
@@ -225,6 +241,11 @@ class PrunedParameters:
             kept = self.view(self.mask, follower.tensor).flatten(1).amax(1)
             for parameter in follower.parameters:
                 parameter.mul_(kept)
+
+    def empty_layers(self) -> list[str]:
+        """The layers that the mask prunes whole, by their weights. Waits for the device."""
+        masks = zip(self.layout.tensors, self.views(self.mask), strict=True)
+        return [tensor.name for tensor, mask in masks if not bool(mask.any())]
 
     def kept(self) -> int:
         """Weights kept. Waits for the device."""

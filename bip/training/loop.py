@@ -44,6 +44,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.config, self.clock = self.parts.config, self.parts.clock
         self.network, self.pruned = self.parts.network, self.parts.pruned
+        self.empty: list[str] = []  # layers of which nothing is kept
 
     def run(self) -> None:
         """Train. Leaves the network as it is after the last iteration.
@@ -127,6 +128,7 @@ class Loop:
         self.progress.evaluated = done
 
     def _end_epoch(self, epoch: int) -> None:
+        self._warn_of_empty_layers()
         test = self.evaluate("test")
         values: dict[str, Any] = {"top1": test.top1, "top5": test.top5, "loss": test.loss}
         text = f"epoch {epoch}/{self.epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
@@ -140,6 +142,16 @@ class Loop:
         self.log.record(
             "epoch", self.progress.iteration, text, epoch=epoch, epochs=self.epochs, **values
         )
+
+    def _warn_of_empty_layers(self) -> None:
+        empty = self.pruned.empty_layers() if self.pruned is not None else []
+        if empty != self.empty and empty and self.group.is_first:
+            print(
+                f"warning: layer collapse: nothing is kept of {', '.join(empty)}; give a larger k, "
+                "or --scope layer",
+                flush=True,
+            )
+        self.empty = empty
 
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
         """Accuracy on "test" or "holdout" of the network as it is.
@@ -166,7 +178,7 @@ class Loop:
         """
         first = self.clock.iterations * self.method.lower_batches(self.config)
         stream = self.data.train("lower", first)
-        reseed(self.config.seed, first, "lower", self.group.rank)
+        reseed(self.config.order_seed, first, "lower", self.group.rank)
         taken = self.group.counted(itertools.islice(stream, batches))
         torch.optim.swa_utils.update_bn((images for images, _ in taken), self.network)
         average_statistics(self.network, self.group)

@@ -9,17 +9,15 @@ from torch import nn
 
 from bip.config import RunConfig, Schedule
 
-STEP_DROPS = (0.75, 0.9)  # a step schedule divides the rate by 10 here, as published
 
-
-def schedule_factor(schedule: Schedule, done: float) -> float:
+def schedule_factor(schedule: Schedule, done: float, drops: Sequence[float]) -> float:
     """The factor on the learning rate when the fraction `done` in [0, 1) of training is done.
 
-    cosine: half a period from 1, reaching 0 at the end. step: 0.1 from 75%, 0.01 from 90%.
+    cosine: half a period from 1, reaching 0 at the end. step: a tenth from each of `drops` on.
     """
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    return float(0.1 ** sum(done >= drop for drop in STEP_DROPS))
+    return float(0.1 ** sum(done >= drop for drop in drops))
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,13 @@ def lower_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     if iteration < warm:
         return config.lr * (iteration + 1) / warm if config.warmup == "linear" else config.warmup_lr
     done = (iteration - warm) / (clock.iterations - warm)
-    return config.lr * schedule_factor(config.lr_schedule, done)
+    return config.lr * schedule_factor(config.lr_schedule, done, config.drops)
 
 
 def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     """BiP's `mask_lr` at an iteration. HYDRA's scores go by `lower_rate`."""
     done = iteration / clock.iterations
-    return config.mask_lr * schedule_factor(config.mask_lr_schedule, done)
+    return config.mask_lr * schedule_factor(config.mask_lr_schedule, done, config.drops)
 
 
 def split_parameters(

@@ -79,7 +79,8 @@ def test_what_a_run_folder_holds(
 def test_result_json(kind: str, dense: Finished, pruned_runs: dict[str, Finished]) -> None:
     finished = dense if kind == "pretrain" else pruned_runs[kind]
     result = finished.result
-    extra = {"top1_before_bn_mask"} if kind == "filter" else set()
+    extra = set() if kind == "pretrain" else {"empty_layers"}
+    extra |= {"top1_before_bn_mask"} if kind == "filter" else set()
     assert set(result) == RESULT_KEYS | extra
     assert result["sparsity"] == pytest.approx(1 - result["kept"] / result["total"])
     assert result["best_top1"] is None
