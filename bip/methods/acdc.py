@@ -57,6 +57,9 @@ class AlternatingCompression(Method):
         number = (iteration - self.warm) // self.phase
         return 0 <= number < 2 * pairs and number % 2 == 0
 
+    def keeps_k(self, done: int) -> bool:
+        return self.is_sparse(done - 1)
+
     def step(self, iteration: int) -> list[Report]:
         sparse = self.is_sparse(iteration)
         was_sparse = iteration > 0 and self.is_sparse(iteration - 1)

@@ -102,6 +102,10 @@ class Method(ABC):
     def prepare(self) -> None:  # noqa: B027
         """Called once in a run's life, before iteration 0: to score or prune at the start."""
 
+    def keeps_k(self, done: int) -> bool:
+        """Whether the mask keeps k after `done` iterations: only then is the network a result."""
+        return True
+
     def facts(self) -> dict[str, float]:
         """Figures of the last iteration for the log. Called every `print_freq` iterations."""
         return {}

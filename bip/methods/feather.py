@@ -42,10 +42,13 @@ class Feather(Method):
         return "scaled"
 
     def __init__(self, parts: Parts) -> None:
+        from bip.training.optim import mask_span
+
         super().__init__(parts)
         assert parts.pruned is not None
         self.pruned, config = parts.pruned, parts.config
         self.lower = self.lower_level(owned=self.pruned.scores)
+        _, self.last = mask_span(config, parts.clock)
         by_k = 0.5 if config.k < Decimal("0.05") else 1.0
         self.scale = by_k if config.feather_scale is None else config.feather_scale
 
@@ -55,6 +58,9 @@ class Feather(Method):
 
     def prepare(self) -> None:
         self._threshold(Fraction(1))
+
+    def keeps_k(self, done: int) -> bool:
+        return done >= self.last
 
     def step(self, iteration: int) -> list[Report]:
         from bip.training.optim import cubic_ratio

@@ -47,6 +47,9 @@ class GradualMagnitude(Method):
     def prepare(self) -> None:
         self._prune(Fraction(1))
 
+    def keeps_k(self, done: int) -> bool:
+        return done >= self.last
+
     def step(self, iteration: int) -> list[Report]:
         from bip.training.optim import cubic_ratio
 
