@@ -184,7 +184,9 @@ class RunConfig(BaseModel):
         PRUNING, "dense", "what is pruned", of_method=True
     )
     scope: Scope | None = setting(
-        PRUNING, None, "one ranking over the network, or k per layer (structured: layer)",
+        PRUNING, None,
+        "one ranking over the network, k per layer, or more of small layers by Erdos-Renyi-Kernel "
+        "(default global, RigL erk, structured layer)",
         of_method=True,
     )  # fmt: skip
     ranking: Literal["balanced", "plain"] = setting(
@@ -212,6 +214,38 @@ class RunConfig(BaseModel):
     recalibrate_bn: int = setting(
         PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
         of_method=True, ge=0,
+    )  # fmt: skip
+
+    mask_start: float = setting(
+        PRUNING, 0.0, "fraction of training done when the mask starts to change",
+        of_method=True, before=0.0, ge=0, lt=1,
+    )  # fmt: skip
+    mask_end: float = setting(
+        PRUNING, 0.75, "fraction of training done when the mask, or k, is final",
+        of_method=True, before=0.75, gt=0, le=1,
+    )  # fmt: skip
+    mask_every: Positive = setting(
+        PRUNING, 100, "steps between changes of the mask (gmp, rigl)", of_method=True, before=100
+    )
+    acdc_warmup: float = setting(
+        PRUNING, 0.1, "AC/DC's first dense phase, a fraction of training",
+        of_method=True, before=0.1, ge=0, lt=1,
+    )  # fmt: skip
+    acdc_phase: float = setting(
+        PRUNING, 0.05, "AC/DC's phases, each a fraction of training",
+        of_method=True, before=0.05, gt=0, lt=1,
+    )  # fmt: skip
+    acdc_last: float = setting(
+        PRUNING, 0.15, "AC/DC's last sparse phase, a fraction of training",
+        of_method=True, before=0.15, gt=0, le=1,
+    )  # fmt: skip
+    feather_scale: float | None = setting(
+        PRUNING, None, "factor on the gradient of pruned weights (default 1; 0.5 for k < 0.05)",
+        of_method=True, ge=0, le=1,
+    )  # fmt: skip
+    rigl_drop: float = setting(
+        PRUNING, 0.3, "fraction of kept weights that RigL replaces at first",
+        of_method=True, before=0.3, ge=0, lt=1,
     )  # fmt: skip
 
     lr2: Rate = setting(
@@ -390,6 +424,13 @@ class RunConfig(BaseModel):
                 f"recalibrate_bn: {self.recalibrate_bn} would re-estimate the statistics that "
                 "--freeze-bn keeps; leave one of them out"
             )
+        if "mask_start" in self.method.keys and self.mask_start >= self.mask_end:
+            raise ValueError(f"mask_end: {self.mask_end} is not after mask_start {self.mask_start}")
+        if "acdc_last" in self.method.keys and self.acdc_warmup + self.acdc_last > 1:
+            raise ValueError(
+                f"acdc_last: {self.acdc_last} and acdc_warmup {self.acdc_warmup} are more than the "
+                "training; make one of them smaller"
+            )
         if self.warmup_epochs >= self.epochs and self.warmup_epochs:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} leaves none of the {self.epochs} epochs"
@@ -398,8 +439,9 @@ class RunConfig(BaseModel):
 
     @property
     def ranking_scope(self) -> Scope:
-        """The scope in force: global for unstructured, layer for structured, unless given."""
-        return self.scope or ("global" if self.layer_type == "unstructured" else "layer")
+        """The scope in force: the method's for unstructured, layer for structured, unless given."""
+        usual = self.method.default_scope if self.layer_type == "unstructured" else "layer"
+        return self.scope or usual
 
     @property
     def method(self) -> type[Method]:

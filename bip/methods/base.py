@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
+    from bip.pruning.choices import Scope, ScoreInit
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -59,6 +59,7 @@ class Method(ABC):
     `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
     (source_net, not pruned) or "pruned" (source_net, with its mask).
     `has_mask`: whether the run has θ, scores and a mask beside the network.
+    `default_scope`: the rankings of unstructured pruning where --scope is not given.
     `keys`: the settings that act in it, of those that do not act in every method.
     """
 
@@ -68,6 +69,7 @@ class Method(ABC):
     mode: ClassVar[Mode]
     starts_from: ClassVar[Start] = "dense"
     has_mask: ClassVar[bool] = True
+    default_scope: ClassVar[Scope] = "global"
     keys: ClassVar[frozenset[str]] = MASK
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -99,6 +101,10 @@ class Method(ABC):
 
     def prepare(self) -> None:  # noqa: B027
         """Called once in a run's life, before iteration 0: to score or prune at the start."""
+
+    def keeps_k(self, done: int) -> bool:
+        """Whether the mask keeps k after `done` iterations: only then is the network a result."""
+        return True
 
     def facts(self) -> dict[str, float]:
         """Figures of the last iteration for the log. Called every `print_freq` iterations."""

@@ -61,7 +61,7 @@ class Bip(Method):
 
     def _step_both(self, iteration: int) -> list[Report]:
         pruned = self.upper.pruned
-        report = self.lower.forward_backward(iteration)
+        report = self.lower.take_gradient(iteration)
         self.upper.move_scores(iteration)  # by θ as it was in the forward pass
         self.lower.move_weights()  # by m as it was there
         pruned.update_mask()

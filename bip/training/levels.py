@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bip.methods.base import Parts
 from bip.training.forward import Batch, Report
@@ -14,38 +14,51 @@ class LowerLevel:
     """Trains θ, biases and batch-norm under the mask as it is; every parameter of a dense network.
 
     `repeats` steps an iteration. Where `mask_is_final`, what follows a pruned filter stays zero.
+    `owned` is trained in place of θ; its gradient is then its method's to set. A step is
+    `take_gradient`, then `update`.
     """
 
-    def __init__(self, parts: Parts, repeats: int = 1, mask_is_final: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        repeats: int = 1,
+        mask_is_final: bool = False,
+        owned: nn.Parameter | None = None,
+    ) -> None:
         self.parts, self.repeats, self.mask_is_final = parts, repeats, mask_is_final
         pruned = parts.pruned
         norm, others = split_parameters(parts.network, pruned.z if pruned else ())
-        owned = [pruned.weights, *others] if pruned else others
+        if pruned is not None:
+            others = [pruned.weights if owned is None else owned, *others]
         trained_norm = [] if parts.config.freeze_bn else norm
-        self.optimizer = build_optimizer(parts.config, owned, trained_norm)
+        self.optimizer = build_optimizer(parts.config, others, trained_norm)
         self.batches: Iterator[Batch] = parts.batches("lower", parts.start * repeats)
 
     def step(self, iteration: int) -> list[Report]:
-        pruned = self.parts.pruned
         reports = []
-        for draw in range(iteration * self.repeats, (iteration + 1) * self.repeats):
-            reports.append(self.forward_backward(iteration, draw))
-            self.move_weights()
-            if pruned is not None:
-                pruned.write_z()
-                if self.mask_is_final:
-                    pruned.write_followers()
+        for repeat in range(self.repeats):
+            reports.append(self.take_gradient(iteration, repeat))
+            self.update()
         return reports
 
-    def forward_backward(self, iteration: int, draw: int | None = None) -> Report:
-        """On the next lower batch, number `draw` of all, at this iteration's learning rate."""
+    def take_gradient(self, iteration: int, repeat: int = 0) -> Report:
+        """One forward-backward on the next batch; sets the learning rate."""
         parts = self.parts
         set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
-        number = iteration if draw is None else draw
-        return parts.forward_backward(next(self.batches), "lower", number)
+        draw = iteration * self.repeats + repeat
+        return parts.forward_backward(next(self.batches), "lower", draw)
+
+    def update(self) -> None:
+        """Move what the level owns by the gradient taken, then z."""
+        self.move_weights()
+        pruned = self.parts.pruned
+        if pruned is not None:
+            pruned.write_z()
+            if self.mask_is_final:
+                pruned.write_followers()
 
     def move_weights(self) -> None:
-        """The optimizer's step, by the gradient that the last backward pass left; not yet z."""
+        """Move what the level owns by the gradient taken; z is not written yet."""
         if self.parts.pruned is not None:
             self.parts.pruned.set_lower_gradient()
         self.optimizer.step()

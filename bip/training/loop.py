@@ -136,7 +136,8 @@ class Loop:
             held = self.evaluate("holdout")
             values["holdout_top1"] = held.top1
             text += f" holdout top1 {held.top1:.2f}%"
-            if self.progress.best_holdout is None or held.top1 > self.progress.best_holdout:
+            best = self.progress.best_holdout
+            if self.method.keeps_k(self.progress.iteration) and (best is None or held.top1 > best):
                 self.progress.best_holdout, self.progress.best_epoch = held.top1, epoch
                 self.folder.save_best(self.state)
         self.log.record(

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -45,6 +46,23 @@ def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     """BiP's `mask_lr` at an iteration. HYDRA's scores go by `lower_rate`."""
     done = iteration / clock.iterations
     return config.mask_lr * schedule_factor(config.mask_lr_schedule, done, config.drops)
+
+
+def mask_span(config: RunConfig, clock: Clock) -> tuple[int, int]:
+    """(first, last): the iterations done when the mask starts and stops to change."""
+    first = round(config.mask_start * clock.iterations)
+    return first, max(1, first, round(config.mask_end * clock.iterations))
+
+
+def cubic_ratio(config: RunConfig, done: int, clock: Clock) -> Fraction:
+    """The keep ratio of a cubic schedule from 1 to k after `done` iterations, exact.
+
+    1 − k_t = (1 − k)·(1 − (1 − (t − t_0) / (n Δt))³): Zhu and Gupta, arXiv 1710.01878, eq. 1.
+    """
+    first, last = mask_span(config, clock)
+    left = Fraction(last - done, last - first) if first < last else Fraction(done < last)
+    k = Fraction(config.k)
+    return k + (1 - k) * min(max(left, Fraction(0)), Fraction(1)) ** 3
 
 
 def split_parameters(

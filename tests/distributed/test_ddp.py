@@ -18,7 +18,7 @@ from bip.distributed.group import Group
 from bip.run import Run
 from bip.training.forward import ForwardBackward
 from tests.distributed.harness import run_ranks, world_size
-from tests.runs import LAYER_TYPES, Finished, arguments, train
+from tests.runs import LAYER_TYPES, Finished, arguments, cases_of_rivals, source_for, train
 from tests.unit.networks import make_config, prune, random_batch, small_net
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +134,7 @@ CASES = {
     "hydra-filter": ("hydra", {"layer_type": "filter"}),
     "finetune": ("finetune", {}),
     "finetune-filter": ("finetune", {"layer_type": "filter"}),
+    **cases_of_rivals(),
 }
 
 
@@ -145,8 +146,7 @@ def test_two_ranks_follow_one(
     settings = {"freeze_bn": True, "max_steps": 5} | settings
     if kind != "pretrain":
         layer_type = settings.get("layer_type", "unstructured")
-        before = pruned_runs[layer_type].newest if kind == "finetune" else source
-        settings |= {"k": 0.3, "source_net": before}
+        settings |= {"k": 0.3} | source_for(kind, source, pruned_runs[layer_type].newest)
     one = train(kind, tmp_path / "one", **settings)
     ranks = run_ranks(2, state_of_rank, settings, kind, tmp_path / "two", join=False)
     two = Finished(Path(ranks[0]["folder"]), ranks[0]["result"])

@@ -13,7 +13,7 @@ from bip.training.checkpoint import (
     CheckpointFolder,
     read_checkpoint,
 )
-from tests.runs import LAYER_TYPES, Finished, arguments, train
+from tests.runs import LAYER_TYPES, Finished, arguments, cases_of_rivals, source_for, train
 from tests.unit.test_checkpoint import assert_same
 
 
@@ -33,6 +33,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune": ("finetune", {}),
     "finetune-filter": ("finetune", {"layer_type": "filter"}),
     "holdout": ("bip", {"holdout": 100, "layer_type": "filter"}),
+    **cases_of_rivals(),
 }
 
 
@@ -43,7 +44,7 @@ def settings_of(kind: str, source: Path, pruned_runs: dict[str, Finished]) -> di
     if name == "pretrain":
         return settings | {"k": 1.0}
     before = pruned_runs[extra.get("layer_type", "unstructured")].newest
-    return settings | {"source_net": before if name == "finetune" else source}
+    return settings | source_for(name, source, before)
 
 
 def stop_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
