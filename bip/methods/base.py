@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
@@ -39,7 +39,7 @@ class Parts:
     """What a method works with on this rank.
 
     `batches(level, number)` yields a level's batches from the given number on; `start` is the
-    iteration that the run begins or resumes at.
+    iteration that the run begins or resumes at; `average` is the mean over ranks, in place.
     """
 
     config: RunConfig
@@ -49,6 +49,7 @@ class Parts:
     batches: Callable[[str, int], Iterator[Batch]]
     clock: Clock
     start: int = 0
+    average: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class Method(ABC):
@@ -58,6 +59,8 @@ class Method(ABC):
     `trainer`: its name in RUN_IDs; the same, but for methods of the published code.
     `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
     (source_net, not pruned) or "pruned" (source_net, with its mask).
+    `in_rounds`: in a series each k, from large to small, starts from the k before.
+    `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `keys`: the settings that act in it, of those that do not act in every method.
     """
@@ -67,6 +70,8 @@ class Method(ABC):
     summary: ClassVar[str]
     mode: ClassVar[Mode]
     starts_from: ClassVar[Start] = "dense"
+    in_rounds: ClassVar[bool] = False
+    needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
     keys: ClassVar[frozenset[str]] = MASK
 
@@ -84,6 +89,16 @@ class Method(ABC):
     def lower_batches(cls, config: RunConfig) -> int:
         """Batches of the lower level that one iteration takes: an epoch is one pass over these."""
         return 1
+
+    @classmethod
+    def forward_backwards(cls, config: RunConfig) -> int:
+        """What one iteration costs."""
+        return 1
+
+    @classmethod
+    def start_cost(cls, config: RunConfig) -> int:
+        """What `prepare` costs, in forward-backwards."""
+        return 0
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts

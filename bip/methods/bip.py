@@ -32,6 +32,10 @@ class Bip(Method):
     def lower_batches(cls, config: RunConfig) -> int:
         return config.lower_steps
 
+    @classmethod
+    def forward_backwards(cls, config: RunConfig) -> int:
+        return config.lower_steps + 1
+
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         config = parts.config
