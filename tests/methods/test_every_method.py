@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bip.config import load_config
+from bip.errors import UserError
 from bip.methods import methods
 from tests.distributed.harness import run_ranks
 from tests.distributed.test_ddp import state_of_rank
@@ -62,5 +63,5 @@ def test_a_budget_gives_the_iterations(name: str, source: Path, tmp_path: Path) 
     finished = train(name, tmp_path, **settings)
     assert len(finished.losses) == 3
     assert finished.result["forward_backwards"] == start + 3 * each
-    with pytest.raises(Exception, match=f"budget: .* give at least {start + each}"):
-        load_config(arguments(name, tmp_path, **settings | {"budget": start + each - 1 or 0}))
+    with pytest.raises(UserError, match=f"budget: .* at least {start + each}|equal to 1, not 0"):
+        load_config(arguments(name, tmp_path, **settings | {"budget": start + each - 1}))
