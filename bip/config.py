@@ -101,6 +101,14 @@ def _unless_global_groups(config: "RunConfig") -> str | None:
     return None if groups else "it is for --scope global on filters or channels"
 
 
+def _unless_budgeted(config: "RunConfig") -> str | None:
+    return "--budget gives the length" if config.budget is not None else None
+
+
+def _unless_rewound(config: "RunConfig") -> str | None:
+    return None if config.rewinds_weights else "--rewind lr keeps the weights"
+
+
 def _unless_scaled(config: "RunConfig") -> str | None:
     scales = config.method.has_mask or config.scale_rand_init
     return None if scales else "a dense network is trained"
@@ -215,6 +223,22 @@ class RunConfig(BaseModel):
         PRUNING, 0, "training batches that re-estimate batch-norm under the final mask",
         of_method=True, ge=0,
     )  # fmt: skip
+    score_batches: Positive = setting(
+        PRUNING, 1, "training batches that the weights of a fresh network are scored on",
+        of_method=True, before=1,
+    )  # fmt: skip
+    rewind: Literal["lr", "weights"] = setting(
+        PRUNING, "lr", "imp: each round restarts the learning rate alone, or the weights too",
+        of_method=True, before="lr",
+    )  # fmt: skip
+    rewind_net: Path | None = setting(
+        PRUNING, None, "checkpoint that imp takes its weights from, with --rewind weights",
+        numbers=False, of_method=True, idle=_unless_rewound,
+    )  # fmt: skip
+    rewind_epoch: int | None = setting(
+        PRUNING, None, "pretrain: keep the network as it is after this epoch, for --rewind weights",
+        numbers=False, of_method=True, ge=0,
+    )  # fmt: skip
 
     mask_start: float = setting(
         PRUNING, 0.0, "fraction of training done when the mask starts to change",
@@ -293,7 +317,14 @@ class RunConfig(BaseModel):
         DATA, 1.0, "accepted from published files", numbers=False, gt=0, le=1
     )
 
-    epochs: Positive = setting(OPTIMIZATION, 100, "epochs, those of warm-up among them")
+    epochs: Positive = setting(
+        OPTIMIZATION, 100, "epochs, those of warm-up among them", idle=_unless_budgeted
+    )
+    budget: int | None = setting(
+        OPTIMIZATION, None,
+        "train for so many forward-backwards, what is scored at the start included",
+        ge=1, before=None,
+    )  # fmt: skip
     max_steps: int | None = setting(
         OPTIMIZATION, None, "train for so many steps, the schedules too", ge=1
     )
@@ -431,7 +462,20 @@ class RunConfig(BaseModel):
                 f"acdc_last: {self.acdc_last} and acdc_warmup {self.acdc_warmup} are more than the "
                 "training; make one of them smaller"
             )
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+        if self.budget is not None:
+            if self.max_steps is not None:
+                raise ValueError("max_steps: --budget gives the length too; keep one of the two")
+            least = self.method.start_cost(self) + self.method.forward_backwards(self)
+            if self.budget < least:
+                raise ValueError(
+                    f"budget: {self.budget} forward-backwards are no iteration of "
+                    f"{self.method.name}; give at least {least}"
+                )
+        if (self.rewind_epoch or 0) > self.epochs:
+            raise ValueError(
+                f"rewind_epoch: {self.rewind_epoch} lies after the last of {self.epochs} epochs"
+            )
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs and self.budget is None:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} leaves none of the {self.epochs} epochs"
             )
@@ -487,6 +531,8 @@ class RunConfig(BaseModel):
             for name, value in values.items()
             if about(name).numbers and name not in idle and value != about(name).before
         }
+        if self.rewinds_weights and self.rewind_net is not None:
+            found["rewind_net"] = f"{_run_of(self.rewind_net)}/{self.rewind_net.name}"
         return found | {"source_run": self.source_run}
 
     def fingerprint(self) -> str:
@@ -496,9 +542,17 @@ class RunConfig(BaseModel):
     @property
     def source_run(self) -> str | None:
         """RUN_ID of the run that wrote `source_net`; None if it does not lie in a run folder."""
-        if self.source_net is None or self.source_net.parent.name != "checkpoint":
-            return None
-        return self.source_net.absolute().parent.parent.name
+        return _run_of(self.source_net)
+
+    @property
+    def rewinds_weights(self) -> bool:
+        """Whether the weights come from `rewind_net`."""
+        return "rewind" in self.method.keys and self.rewind == "weights"
+
+    @property
+    def rewind_model(self) -> Path:
+        """Where a dense run keeps the network of its `rewind_epoch`."""
+        return self.run_folder / "checkpoint" / f"model_rewind-{self.rewind_epoch}.pth.tar"
 
     @property
     def run_id(self) -> str:
@@ -552,6 +606,13 @@ class RunConfig(BaseModel):
         # libyaml writes the same ten times faster, which shows in a sweep of a thousand runs.
         dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
         return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
+
+
+def _run_of(path: Path | None) -> str | None:
+    """RUN_ID of the run that wrote a checkpoint; None if it does not lie in a run folder."""
+    if path is None or path.parent.name != "checkpoint":
+        return None
+    return path.absolute().parent.parent.name
 
 
 def about(name: str) -> Setting:
@@ -638,10 +699,15 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
 
 def check_inputs(config: RunConfig) -> None:
     """The files that the run reads must be given and there. Raises UserError."""
-    for name in ("source_net", "resume"):
+    for name in ("source_net", "resume", "rewind_net"):
         path = getattr(config, name)
-        if path is not None and not path.is_file():
+        if path is not None and not path.is_file() and name not in config.idle():
             raise UserError(f"{name}: no such file: {path}")
+    if config.rewinds_weights and config.rewind_net is None:
+        raise UserError(
+            "rewind_net: missing; --rewind weights needs --rewind-net PATH, which a dense run "
+            "with --rewind-epoch writes"
+        )
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:

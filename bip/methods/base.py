@@ -10,12 +10,13 @@ batches and the clock.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
@@ -39,7 +40,7 @@ class Parts:
     """What a method works with on this rank.
 
     `batches(level, number)` yields a level's batches from the given number on; `start` is the
-    iteration that the run begins or resumes at.
+    iteration that the run begins or resumes at; `average` is the mean over ranks, in place.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Parts:
     batches: Callable[[str, int], Iterator[Batch]]
     clock: Clock
     start: int = 0
+    average: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class Method(ABC):
@@ -58,6 +60,8 @@ class Method(ABC):
     `trainer`: its name in RUN_IDs; the same, but for methods of the published code.
     `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
     (source_net, not pruned) or "pruned" (source_net, with its mask).
+    `in_rounds`: in a series each k, from large to small, starts from the k before.
+    `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `default_scope`: the rankings of unstructured pruning where --scope is not given.
     `keys`: the settings that act in it, of those that do not act in every method.
@@ -68,6 +72,8 @@ class Method(ABC):
     summary: ClassVar[str]
     mode: ClassVar[Mode]
     starts_from: ClassVar[Start] = "dense"
+    in_rounds: ClassVar[bool] = False
+    needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
     default_scope: ClassVar[Scope] = "global"
     keys: ClassVar[frozenset[str]] = MASK
@@ -86,6 +92,27 @@ class Method(ABC):
     def lower_batches(cls, config: RunConfig) -> int:
         """Batches of the lower level that one iteration takes: an epoch is one pass over these."""
         return 1
+
+    @classmethod
+    def forward_backwards(cls, config: RunConfig) -> int:
+        """What one iteration costs."""
+        return 1
+
+    @classmethod
+    def cost(cls, config: RunConfig, done: int, iterations: int) -> int:
+        """Forward-backwards of the first `done` of so many iterations."""
+        return done * cls.forward_backwards(config)
+
+    @classmethod
+    def iterations_of(cls, config: RunConfig, budget: int) -> int:
+        """How many iterations a budget of forward-backwards pays for, `prepare` included."""
+        left = budget - cls.start_cost(config)
+        return bisect_right(range(left + 1), left, key=lambda n: cls.cost(config, n, n)) - 1
+
+    @classmethod
+    def start_cost(cls, config: RunConfig) -> int:
+        """What `prepare` costs, in forward-backwards."""
+        return 0
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts

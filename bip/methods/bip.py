@@ -9,6 +9,7 @@ forward-backward an iteration instead of two.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from bip.methods.base import MASK, SCORES, Method, Parts
@@ -34,6 +35,20 @@ class Bip(Method):
     def lower_batches(cls, config: RunConfig) -> int:
         return config.lower_steps
 
+    @classmethod
+    def forward_backwards(cls, config: RunConfig) -> int:
+        return config.lower_steps + (config.levels == "alternate")
+
+    @classmethod
+    def cost(cls, config: RunConfig, done: int, iterations: int) -> int:
+        moving = min(done, cls._final_from(config, iterations))
+        return moving * cls.forward_backwards(config) + (done - moving) * config.lower_steps
+
+    @staticmethod
+    def _final_from(config: RunConfig, iterations: int) -> int:
+        """The first iteration in which the mask does not move any more."""
+        return math.ceil(config.mask_until * iterations)
+
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         config = parts.config
@@ -50,7 +65,7 @@ class Bip(Method):
         return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
-        if iteration >= self.parts.config.mask_until * self.parts.clock.iterations:
+        if iteration >= self._final_from(self.parts.config, self.parts.clock.iterations):
             self.lower.mask_is_final = True
             return self.lower.step(iteration)
         if self.parts.config.levels == "simultaneous":

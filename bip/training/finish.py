@@ -64,6 +64,7 @@ def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any
         "best_top1": best.top1 if best else None,
         "best_epoch": progress.best_epoch,
         "epochs": loop.epochs,
+        "forward_backwards": loop.forward_backwards,
         "seed": config.seed,
         "arch": config.arch,
         "dataset": config.dataset,

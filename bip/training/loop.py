@@ -40,11 +40,14 @@ class Loop:
     progress: Progress
     log: RunLog
     saved_at: int = 0
+    spent_before: int = 0  # forward-backwards of the pruning that the run goes on from
 
     def __post_init__(self) -> None:
         self.config, self.clock = self.parts.config, self.parts.clock
         self.network, self.pruned = self.parts.network, self.parts.pruned
         self.empty: list[str] = []  # layers of which nothing is kept
+        epoch = None if "rewind_epoch" in self.config.idle() else self.config.rewind_epoch
+        self.rewind_at = None if epoch is None else epoch * self.clock.per_epoch
 
     def run(self) -> None:
         """Train. Leaves the network as it is after the last iteration.
@@ -62,6 +65,7 @@ class Loop:
         means = RunningMean()
         if self.progress.iteration == 0:
             self.method.prepare()
+            self._keep_to_rewind_if_due()
         for iteration in range(self.progress.iteration, self.clock.iterations):
             means.add(self.method.step(iteration))
             done = self.progress.iteration = iteration + 1
@@ -76,12 +80,19 @@ class Loop:
                 self._stop(news.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=self.config.freeze_bn)
+            self._keep_to_rewind_if_due()
             if news.save or self.clock.is_due(done, self.clock.per_epoch):
                 with means.paused():
                     if news.save or done == self.clock.iterations:
                         self._checkpoint()
                         saved = time.monotonic()
                     self._end_epoch_if_due()
+
+    def _keep_to_rewind_if_due(self) -> None:
+        """Before the iteration's checkpoint, so that an attempt that resumes there has done it."""
+        if self.progress.iteration == self.rewind_at:
+            self.control.finish()
+            self.folder.save_model(self.state, self.config.rewind_model)
 
     def _stop(self, signal: int) -> NoReturn:
         """Leave with this iteration saved; a checkpoint of it may be there already."""
@@ -206,11 +217,19 @@ class Loop:
     def _tensors(self, buffers: bool) -> Iterator[tuple[str, Tensor]]:
         return run_state(self.network, self.pruned, self.method.optimizers, buffers)
 
+    @property
+    def forward_backwards(self) -> int:
+        """Done so far, those of the pruning that the run goes on from included."""
+        own = self.method.start_cost(self.config)
+        own += self.method.cost(self.config, self.progress.iteration, self.clock.iterations)
+        return self.spent_before + own
+
     def state(self) -> State:
         """What a model's file holds: the network, its mask, the settings, how far it has come."""
         return model_state(self.config, self.network, self.pruned) | {
             "progress": asdict(self.progress),
             "data": self.data.identity,
+            "forward_backwards": self.forward_backwards,
         }
 
     def _state_to_resume(self) -> State:

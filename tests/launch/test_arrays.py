@@ -136,6 +136,86 @@ def test_seeds_do_not_wait_for_one_another() -> None:
     ]
 
 
+def rounds_of(count: int, seeds: int = 1, finetune: bool = False) -> list[Run]:
+    """pretrain -> round 0 -> round 1 ... for each seed, beside two runs that need no round."""
+    found = [record(f"d{seed}", "pretrain") for seed in range(seeds)]
+    for seed in range(seeds):
+        found += [record(f"o{seed}.{v}", "prune", f"d{seed}") for v in range(2)]
+        before = f"d{seed}"
+        for at in range(count):
+            found.append(record(f"r{seed}.{at}", "prune", before))
+            before = f"r{seed}.{at}"
+    if finetune:
+        names = [run.run_id for run in found if run.run_id[0] == "r"]
+        found += [record(f"f{name}", "finetune", name) for name in names]
+    return found
+
+
+def test_each_round_is_an_array_that_waits_for_the_one_before() -> None:
+    records = rounds_of(4)
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, (), {}, 3))
+    assert [(a.tasks, a.parallelism, a.dependency) for a in arrays] == [
+        ([["d0"]], 3, ""),
+        ([["o0.0"], ["o0.1"]], 2, "afterok:100_0"),
+        ([["r0.0"]], 1, "afterok:100_0"),
+        ([["r0.1"]], 1, "aftercorr:102"),
+        ([["r0.2"]], 1, "aftercorr:103"),
+        ([["r0.3"]], 1, "aftercorr:104"),
+    ]
+
+
+def test_rounds_of_several_seeds_share_arrays_where_the_dense_networks_are_done() -> None:
+    records = [run for run in rounds_of(3, seeds=3, finetune=True) if run.run_id[0] != "o"]
+    dense = ["d0", "d1", "d2"]
+    arrays = number(plan_arrays(records, {r.run_id for r in records}, dense, {}, 2))
+    assert [([t[0] for t in a.tasks], a.dependency) for a in arrays[:3]] == [
+        (["r0.0", "r1.0", "r2.0"], ""),
+        (["r0.1", "r1.1", "r2.1"], "aftercorr:100,afterany:100"),  # two at once, of three
+        (["r0.2", "r1.2", "r2.2"], "aftercorr:101,afterany:101"),
+    ]
+    assert [a.corr for a in arrays[3:]] == arrays[:3]
+
+
+@given(
+    rounds=st.integers(1, 5),
+    seeds=st.integers(1, 3),
+    per_task=st.integers(1, 3),
+    size=st.integers(1, 4),
+    parallelism=st.integers(1, 4),
+    done=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    finetune=st.booleans(),
+)
+def test_every_round_waits_for_its_need_and_no_stage_runs_too_much_at_once(
+    rounds: int,
+    seeds: int,
+    per_task: int,
+    size: int,
+    parallelism: int,
+    done: list[int],
+    finetune: bool,
+) -> None:
+    records = rounds_of(rounds, seeds, finetune)
+    finished = {f"r{seed}.{at}" for seed in range(seeds) for at in range(done[seed])}
+    finished |= {f"d{seed}" for seed in range(seeds) if done[seed]}
+    finished &= {run.run_id for run in records}
+    arrays = plan_arrays(
+        records, {r.run_id for r in records}, finished, {}, parallelism, per_task, size
+    )
+    place = {name: a for a in arrays for task in a.tasks for name in task}
+    assert sorted(place) == sorted({run.run_id for run in records} - finished)
+    for run in records:
+        for need in {*run.needs} - finished if run.run_id in place else ():
+            array = place[run.run_id]
+            index = next(i for i, task in enumerate(array.tasks) if run.run_id in task)
+            same_index = array.corr is not None and need in array.corr.tasks[index]
+            assert same_index or (place[need], need) in array.after
+            assert arrays.index(place[need]) < arrays.index(array)
+    first = [a for a in arrays if a.stage == "prune" and a.throttled_by is None]
+    heads = [a for a in first if a.corr is None or a.corr.stage != "prune"]
+    if heads:
+        assert sum(a.parallelism for a in heads) == parallelism
+
+
 def test_points_in_the_queue_are_waited_for_not_submitted_again() -> None:
     records = sweep_of(2)
     queued = {"d0": "7_0", "p0.0": "8_0"}
