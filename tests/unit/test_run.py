@@ -30,7 +30,7 @@ from tests.runs import LAYER_TYPES, Finished, arguments, train
 from tests.unit.test_resume import Stopped, stop_after
 
 RESULT_KEYS = {
-    "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "seed",
+    "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "forward_backwards", "seed",
     "arch", "dataset", "trainer", "layer_type", "mask_sha256", "weights_sha256", "seconds",
     "attempts", "source_sha256",
 }  # fmt: skip
