@@ -48,6 +48,8 @@ class Setting:
     `of_method`: it acts only in methods that list it in their `keys`.
     `idle`: the reason why it has no effect in a run, or None.
     `choices`: its values, for --help and errors, where the type does not list them.
+    `before`: of a key that came after version 0.1, the value that this version worked by. At it
+    the key is left out of the fingerprint, and settings recorded by version 0.1 mean it.
     """
 
     group: str
@@ -55,6 +57,7 @@ class Setting:
     of_method: bool = False
     idle: Idle = lambda _config: None
     choices: Callable[[], Iterable[str]] | None = None
+    before: Any = ...
 
 
 def setting(
@@ -66,10 +69,11 @@ def setting(
     of_method: bool = False,
     idle: Idle = lambda _config: None,
     choices: Callable[[], Iterable[str]] | None = None,
+    before: Any = ...,
     **field: Any,
 ) -> Any:
-    """A field of RunConfig. A default of `...` makes it required."""
-    about = Setting(group, numbers, of_method, idle, choices)
+    """A field of RunConfig. `...` as the default: it must be given."""
+    about = Setting(group, numbers, of_method, idle, choices, before)
     return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
 
 
@@ -90,6 +94,19 @@ def _networks() -> list[str]:
     from bip import models  # imports torch, so only --help lists them
 
     return [*models.names(), "torchvision/NAME"]
+
+
+def _unless_global_groups(config: "RunConfig") -> str | None:
+    groups = config.layer_type != "unstructured" and config.ranking_scope == "global"
+    return None if groups else "it is for --scope global on filters or channels"
+
+
+def _unless_budgeted(config: "RunConfig") -> str | None:
+    return "--budget gives the length" if config.budget is not None else None
+
+
+def _unless_rewound(config: "RunConfig") -> str | None:
+    return None if config.rewinds_weights else "--rewind lr keeps the weights"
 
 
 def _unless_scaled(config: "RunConfig") -> str | None:
@@ -116,6 +133,15 @@ def _unless_constant(config: "RunConfig") -> str | None:
 
 def _unless_trained(config: "RunConfig") -> str | None:
     return "--freeze-bn trains no batch-norm" if config.freeze_bn else None
+
+
+def _unless_steps(config: "RunConfig") -> str | None:
+    masks = "mask_lr_schedule" in config.method.keys and config.mask_lr_schedule == "step"
+    return None if masks or config.lr_schedule == "step" else "no schedule is step"
+
+
+def _unless_later_stage(config: "RunConfig") -> str | None:
+    return "pretrain is the first stage" if config.exp_mode == "pretrain" else None
 
 
 def _unless_adam(config: "RunConfig") -> str | None:
@@ -169,8 +195,15 @@ class RunConfig(BaseModel):
         PRUNING, "dense", "what is pruned", of_method=True
     )
     scope: Scope | None = setting(
-        PRUNING, None, "keep k of the whole network, or of each layer (default if structured)",
+        PRUNING, None,
+        "one ranking over the network, k per layer, or more of small layers by Erdos-Renyi-Kernel "
+        "(default global, RigL erk, structured layer)",
         of_method=True,
+    )  # fmt: skip
+    ranking: Literal["balanced", "plain"] = setting(
+        PRUNING, "balanced",
+        "global ranking of filters or channels: by size, each layer keeps one; or plain norms",
+        of_method=True, idle=_unless_global_groups, before="plain",
     )  # fmt: skip
     k: Fraction = setting(
         PRUNING, Decimal("1.0"), "keep ratio, in (0, 1]", of_method=True, idle=_unless_scaled
@@ -180,9 +213,66 @@ class RunConfig(BaseModel):
         PRUNING, None, "initialisation of the scores (default kaiming_uniform)",
         of_method=True, idle=_unless_drawn,
     )  # fmt: skip
+    dead_filters: Literal["scaled", "full"] = setting(
+        PRUNING, "scaled",
+        "score gradient of wholly pruned filters: scaled to the others', or full as published",
+        of_method=True, before="full",
+    )  # fmt: skip
+    score_gain: Literal["published", "torch"] = setting(
+        PRUNING, "published", "deviation of drawn scores: the published code's, or torch's layers'",
+        of_method=True, idle=_unless_drawn, before="torch",
+    )  # fmt: skip
     recalibrate_bn: int = setting(
         PRUNING, 0, "training batches to re-estimate batch-norm statistics for the final mask",
         of_method=True, ge=0,
+    )  # fmt: skip
+    score_batches: Positive = setting(
+        PRUNING, 1, "training batches that the weights of a fresh network are scored on",
+        of_method=True, before=1,
+    )  # fmt: skip
+    rewind: Literal["lr", "weights"] = setting(
+        PRUNING, "lr", "imp: each round restarts the learning rate alone, or the weights too",
+        of_method=True, before="lr",
+    )  # fmt: skip
+    rewind_net: Path | None = setting(
+        PRUNING, None, "checkpoint that imp takes its weights from, with --rewind weights",
+        numbers=False, of_method=True, idle=_unless_rewound,
+    )  # fmt: skip
+    rewind_epoch: int | None = setting(
+        PRUNING, None, "pretrain: keep the network as it is after this epoch, for --rewind weights",
+        numbers=False, of_method=True, ge=0,
+    )  # fmt: skip
+
+    mask_start: float = setting(
+        PRUNING, 0.0, "fraction of training done when the mask starts to change",
+        of_method=True, before=0.0, ge=0, lt=1,
+    )  # fmt: skip
+    mask_end: float = setting(
+        PRUNING, 0.75, "fraction of training done when the mask, or k, is final",
+        of_method=True, before=0.75, gt=0, le=1,
+    )  # fmt: skip
+    mask_every: Positive = setting(
+        PRUNING, 100, "steps between changes of the mask (gmp, rigl)", of_method=True, before=100
+    )
+    acdc_warmup: float = setting(
+        PRUNING, 0.1, "AC/DC's first dense phase, a fraction of training",
+        of_method=True, before=0.1, ge=0, lt=1,
+    )  # fmt: skip
+    acdc_phase: float = setting(
+        PRUNING, 0.05, "AC/DC's phases, each a fraction of training",
+        of_method=True, before=0.05, gt=0, lt=1,
+    )  # fmt: skip
+    acdc_last: float = setting(
+        PRUNING, 0.15, "AC/DC's last sparse phase, a fraction of training",
+        of_method=True, before=0.15, gt=0, le=1,
+    )  # fmt: skip
+    feather_scale: float | None = setting(
+        PRUNING, None, "factor on the gradient of pruned weights (default 1; 0.5 for k < 0.05)",
+        of_method=True, ge=0, le=1,
+    )  # fmt: skip
+    rigl_drop: float = setting(
+        PRUNING, 0.3, "fraction of kept weights that RigL replaces at first",
+        of_method=True, before=0.3, ge=0, lt=1,
     )  # fmt: skip
 
     lr2: Rate = setting(
@@ -193,6 +283,14 @@ class RunConfig(BaseModel):
         BILEVEL, False, "leave out the implicit term and take the upper step first", of_method=True
     )
     lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step", of_method=True)
+    levels: Literal["alternate", "simultaneous"] = setting(
+        BILEVEL, "alternate", "each level by its own batch, or both by one batch at half the cost",
+        of_method=True, before="alternate",
+    )  # fmt: skip
+    mask_until: float = setting(
+        BILEVEL, 1.0, "part of training in which the mask moves; then the weights alone do",
+        of_method=True, before=1.0, ge=0, le=1,
+    )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
     mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr", of_method=True)
     mask_wd: Rate | None = setting(
@@ -215,12 +313,23 @@ class RunConfig(BaseModel):
     )
     normalize: bool = setting(DATA, False, "normalise by the data set's mean and deviation")
     image_dim: int | None = setting(DATA, None, "image side in pixels", ge=1)
-    holdout: int = setting(DATA, 0, "training images held out, to choose the best epoch", ge=0)
+    stage_order: Literal["own", "replayed"] = setting(
+        DATA, "own", "order and crops of pruning and fine-tuning: own, or those of pretraining",
+        idle=_unless_later_stage, before="replayed",
+    )  # fmt: skip
+    holdout: int = setting(DATA, 0, "training images held out to choose the best epoch", ge=0)
     data_fraction: float = setting(
         DATA, 1.0, "accepted from published files", numbers=False, gt=0, le=1
     )
 
-    epochs: Positive = setting(OPTIMIZATION, 100, "epochs, including warm-up")
+    epochs: Positive = setting(
+        OPTIMIZATION, 100, "epochs, those of warm-up among them", idle=_unless_budgeted
+    )
+    budget: int | None = setting(
+        OPTIMIZATION, None,
+        "train for so many forward-backwards, what is scored at the start included",
+        ge=1, before=None,
+    )  # fmt: skip
     max_steps: int | None = setting(
         OPTIMIZATION, None, "stop after this many steps; schedules end there too", ge=1
     )
@@ -229,6 +338,12 @@ class RunConfig(BaseModel):
     )
     lr: Rate = setting(OPTIMIZATION, 0.1, "learning rate (of the scores in HYDRA)")
     lr_schedule: Schedule = setting(OPTIMIZATION, "cosine", "schedule of lr")
+    step_drops: str = setting(
+        OPTIMIZATION, "0.75,0.9",
+        "parts of training from which a step schedule divides the rate by ten (what the published "
+        "code really ran: 0.5,0.75)",
+        idle=_unless_steps, before="0.75,0.9",
+    )  # fmt: skip
     wd: Rate = setting(OPTIMIZATION, 5e-4, "weight decay")
     bn_wd: bool = setting(
         OPTIMIZATION, True, "weight decay on batch-norm affine", idle=_unless_trained
@@ -309,6 +424,17 @@ class RunConfig(BaseModel):
             raise ValueError("must be a plain folder name, without '/'")
         return name
 
+    @field_validator("step_drops")
+    @classmethod
+    def _drops_are_fractions(cls, text: str) -> str:
+        try:
+            drops = [float(part) for part in text.split(",")]
+        except ValueError:
+            drops = []
+        if not drops or drops != sorted({*drops}) or not 0 < drops[0] <= drops[-1] < 1:
+            raise ValueError("must be rising fractions between 0 and 1, such as 0.5,0.75")
+        return text
+
     @field_validator("data_fraction")
     @classmethod
     def _all_data(cls, fraction: float) -> float:
@@ -328,12 +454,37 @@ class RunConfig(BaseModel):
                 f"batch_size: {self.batch_size} does not divide by --accumulate "
                 f"{self.accumulate}; nearest: {nearest_multiple(self.batch_size, self.accumulate)}"
             )
+        if self.levels == "simultaneous" and (self.accelerate or self.lower_steps > 1):
+            raise ValueError(
+                "levels: simultaneous moves both levels once by one batch; leave --accelerate and "
+                "--lower-steps out"
+            )
         if self.freeze_bn and self.recalibrate_bn:
             raise ValueError(
                 f"recalibrate_bn: {self.recalibrate_bn} would re-estimate the statistics that "
                 "--freeze-bn keeps; leave one of them out"
             )
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+        if "mask_start" in self.method.keys and self.mask_start >= self.mask_end:
+            raise ValueError(f"mask_end: {self.mask_end} is not after mask_start {self.mask_start}")
+        if "acdc_last" in self.method.keys and self.acdc_warmup + self.acdc_last > 1:
+            raise ValueError(
+                f"acdc_last: {self.acdc_last} and acdc_warmup {self.acdc_warmup} are more than the "
+                "training; make one of them smaller"
+            )
+        if self.budget is not None:
+            if self.max_steps is not None:
+                raise ValueError("max_steps: --budget gives the length too; keep one of the two")
+            least = self.method.start_cost(self) + self.method.forward_backwards(self)
+            if self.budget < least:
+                raise ValueError(
+                    f"budget: {self.budget} forward-backwards are no iteration of "
+                    f"{self.method.name}; give at least {least}"
+                )
+        if (self.rewind_epoch or 0) > self.epochs:
+            raise ValueError(
+                f"rewind_epoch: {self.rewind_epoch} lies after the last of {self.epochs} epochs"
+            )
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs and self.budget is None:
             raise ValueError(
                 f"warmup_epochs: {self.warmup_epochs} leaves none of the {self.epochs} epochs"
             )
@@ -341,8 +492,9 @@ class RunConfig(BaseModel):
 
     @property
     def ranking_scope(self) -> Scope:
-        """`scope`, by default global for unstructured and layer for structured pruning."""
-        return self.scope or ("global" if self.layer_type == "unstructured" else "layer")
+        """The scope in force: the method's for unstructured, layer for structured, unless given."""
+        usual = self.method.default_scope if self.layer_type == "unstructured" else "layer"
+        return self.scope or usual
 
     @property
     def method(self) -> type[Method]:
@@ -353,6 +505,19 @@ class RunConfig(BaseModel):
     def score_init(self) -> ScoreInit | Literal["scaled"]:
         """How the scores start; --scaled-score-init beats --scores-init-type, as published."""
         return "scaled" if self.scaled_score_init else self.scores_init_type or "kaiming_uniform"
+
+    @property
+    def drops(self) -> list[float]:
+        """The fractions of training at which a step schedule drops."""
+        return [float(part) for part in self.step_drops.split(",")]
+
+    @property
+    def order_seed(self) -> int:
+        """Seed of the data's order and crops, another one in each stage."""
+        if self.exp_mode == "pretrain" or self.stage_order == "replayed":
+            return self.seed
+        digest = hashlib.sha256(f"{self.exp_mode} {self.seed}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") >> 1
 
     @property
     def dataset_name(self) -> str:
@@ -373,8 +538,10 @@ class RunConfig(BaseModel):
         found = {
             name: value
             for name, value in values.items()
-            if about(name).numbers and name not in idle
+            if about(name).numbers and name not in idle and value != about(name).before
         }
+        if self.rewinds_weights and self.rewind_net is not None:
+            found["rewind_net"] = f"{_run_of(self.rewind_net)}/{self.rewind_net.name}"
         return found | {"source_run": self.source_run}
 
     def fingerprint(self) -> str:
@@ -383,10 +550,18 @@ class RunConfig(BaseModel):
 
     @property
     def source_run(self) -> str | None:
-        """RUN_ID of the run that wrote `source_net`; None if that is not in a run folder."""
-        if self.source_net is None or self.source_net.parent.name != "checkpoint":
-            return None
-        return self.source_net.absolute().parent.parent.name
+        """RUN_ID of the run that wrote `source_net`; None if it does not lie in a run folder."""
+        return _run_of(self.source_net)
+
+    @property
+    def rewinds_weights(self) -> bool:
+        """Whether the weights come from `rewind_net`."""
+        return "rewind" in self.method.keys and self.rewind == "weights"
+
+    @property
+    def rewind_model(self) -> Path:
+        """Where a dense run keeps the network of its `rewind_epoch`."""
+        return self.run_folder / "checkpoint" / f"model_rewind-{self.rewind_epoch}.pth.tar"
 
     @property
     def run_id(self) -> str:
@@ -442,6 +617,13 @@ class RunConfig(BaseModel):
         return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
 
 
+def _run_of(path: Path | None) -> str | None:
+    """RUN_ID of the run that wrote a checkpoint; None if it does not lie in a run folder."""
+    if path is None or path.parent.name != "checkpoint":
+        return None
+    return path.absolute().parent.parent.name
+
+
 def about(name: str) -> Setting:
     """What a field of RunConfig declares."""
     return RunConfig.model_fields[name].json_schema_extra["setting"]  # type: ignore
@@ -493,10 +675,22 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
     `where` is the file of the values that are not in `flags`.
     """
     try:
-        return RunConfig(**values)
+        return RunConfig(**_recorded_before(values) | values)
     except ValidationError as error:
         key = next(iter(error.errors()[0]["loc"]), None)
         raise one_line(error, known_keys(), "" if key in flags else where) from None
+
+
+def _recorded_before(values: dict[str, Any]) -> dict[str, Any]:
+    """What version 0.1 worked by in place of keys that came later, if it recorded `values`.
+
+    Only a record holds every key that always has a value.
+    """
+    fields = RunConfig.model_fields
+    old = [n for n in fields if about(n).before is ... and fields[n].default is not None]
+    if not values.keys() >= {*old}:
+        return {}
+    return {name: about(name).before for name in fields if about(name).before not in (..., None)}
 
 
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
@@ -513,11 +707,16 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Raise UserError if a checkpoint that the run reads is not given or does not exist."""
-    for name in ("source_net", "resume"):
+    """The files that the run reads must be given and there. Raises UserError."""
+    for name in ("source_net", "resume", "rewind_net"):
         path = getattr(config, name)
-        if path is not None and not path.is_file():
+        if path is not None and not path.is_file() and name not in config.idle():
             raise UserError(f"{name}: no such file: {path}")
+    if config.rewinds_weights and config.rewind_net is None:
+        raise UserError(
+            "rewind_net: missing; --rewind weights needs --rewind-net PATH, which a dense run "
+            "with --rewind-epoch writes"
+        )
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:

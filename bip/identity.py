@@ -1,6 +1,7 @@
 """What must agree between a run and its source, its earlier attempts and its ranks."""
 
 import hashlib
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,9 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
     if pruned and before["exp_mode"] == "pretrain":
         raise UserError(f"{key}: holds a dense network; finetune starts from a pruned one")
     if before["exp_mode"] != "pretrain":
+        if config.method.in_rounds and not config.evaluate:
+            _check_round(config, before, key)
+            return
         made = f"holds a network pruned with layer_type {before['layer_type']}, k {before['k']}"
         if config.evaluate and not config.method.has_mask:
             raise UserError(f"{key}: {made}; evaluate it with these and --exp-mode prune")
@@ -53,6 +57,18 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
                 f"{key}: was pruned with {name} {before[name]}, but {name} is {mine}; "
                 "they must be the same"
             )
+
+
+def _check_round(config: RunConfig, before: dict[str, Any], key: str) -> None:
+    """A round starts from one of its own method that kept more."""
+    for name, mine in (("trainer", config.trainer), ("layer_type", config.layer_type)):
+        if before[name] != mine:
+            raise UserError(f"{key}: was pruned with {name} {before[name]}, but {name} is {mine}")
+    if Decimal(before["k"]) <= config.k:
+        raise UserError(
+            f"{key}: was pruned with k {before['k']}; a round keeps less than the one before, "
+            f"but k is {config.k_text}"
+        )
 
 
 def check_same_source(config: RunConfig, before: str | None, now: str | None) -> None:
@@ -86,8 +102,16 @@ def code_version() -> str:
 
 
 def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
-    """What must be the same on all ranks, by name: everything except paths."""
-    of_a_node = {"configs", "data_dir", "result_dir", "source_net", "resume", "stage_to"}
+    """What must be the same on all ranks of one attempt, by name: all but the node's own paths."""
+    of_a_node = {
+        "configs",
+        "data_dir",
+        "result_dir",
+        "source_net",
+        "rewind_net",
+        "resume",
+        "stage_to",
+    }
     plain = config.to_plain()
     return {
         "code of bip": code_version()[:16],

@@ -22,10 +22,10 @@ from bip.errors import UserError
 from bip.identity import check_source, compare_starts, start_facts, with_source_of_resume
 from bip.methods.base import Parts
 from bip.pruning.layout import find_followers, find_prunable
-from bip.pruning.scores import initialise_scores
+from bip.pruning.scores import among_kept, initialise_scores
 from bip.pruning.state import PrunedParameters
 from bip.run_folder import Progress, RunFolder, read_result
-from bip.training.checkpoint import State, read_checkpoint, restore_model
+from bip.training.checkpoint import State, layer_masks, read_checkpoint, restore_model
 from bip.training.finish import finish
 from bip.training.forward import ForwardBackward
 from bip.training.loop import Loop
@@ -120,7 +120,10 @@ class Run:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
         layout = find_prunable(self.network, config.layer_type)
-        pruned = PrunedParameters(self.network, layout, config.k, config.ranking_scope, self.group)
+        pruned = PrunedParameters(
+            self.network, layout, config.k, config.ranking_scope, self.group,
+            balanced=config.ranking == "balanced" and config.ranking_scope == "global",
+        )  # fmt: skip
         dim = self.data.image_dim
         sample = torch.zeros(2, self.data.channels, dim, dim, device=self.group.device)
         pruned.followers = find_followers(self.network, layout, sample)
@@ -129,17 +132,34 @@ class Run:
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)
             initialise_scores(
-                scores, pruned.weights.detach().cpu(), layout, method.score_init(config)
-            )
+                scores, pruned.weights.detach().cpu(), layout, method.score_init(config),
+                config.score_gain,
+            )  # fmt: skip
+            if self.source is not None and (masks := layer_masks(self.source)):
+                before = torch.cat([masks[t.name].flatten() for t in layout.tensors])
+                scores = among_kept(scores, before)
             with torch.no_grad():
                 pruned.scores.copy_(scores)
             self.group.broadcast_(pruned.scores.data)
             pruned.update_mask()
+            self._rewind(pruned)
             pruned.write_z()
         elif self.source is not None:
             restore_model(self.network, pruned, self.source, str(config.source_net))
             pruned.write_followers()
         return pruned
+
+    def _rewind(self, pruned: PrunedParameters) -> None:
+        """Weights, biases and batch-norm become those of --rewind-net, under the mask as it is."""
+        config, path = self.config, self.config.rewind_net
+        if not config.rewinds_weights or path is None:
+            return
+        state = self.group.ask_first(lambda: read_checkpoint(path))
+        check_source(config, state, "rewind_net")
+        restore_model(self.network, None, state, str(path))
+        with torch.no_grad():
+            for view, z in zip(pruned.views(pruned.weights), pruned.z, strict=True):
+                view.copy_(z)
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""
@@ -191,6 +211,12 @@ class Run:
         """Names of the weights that are not pruned."""
         return self.pruned.layout.dense if self.pruned is not None else ()
 
+    def _spent_before(self) -> int:
+        """Forward-backwards from the dense network to the pruned one that the run starts from."""
+        before = self.source or {}
+        is_pruned = before.get("config", {}).get("exp_mode", "pretrain") != "pretrain"
+        return int(before.get("forward_backwards", 0)) if is_pruned else 0
+
     def _has_local_batch_norm(self) -> bool:
         """Whether batch-norm uses the statistics of each rank's own part of a batch."""
         if self.config.sync_bn or self.config.freeze_bn:
@@ -203,16 +229,19 @@ class Run:
         method = config.method
         per_epoch = max(1, self.data.batches_per_epoch // method.lower_batches(config))
         iterations = min(config.epochs * per_epoch, config.max_steps or config.epochs * per_epoch)
+        if config.budget is not None:
+            iterations = method.iterations_of(config, config.budget)
         ddp = wrap(self.network, group.device) if group.world > 1 else None
         parts = Parts(
             config, self.network, self.pruned,
             ForwardBackward(config, self.network, ddp, group.rank, group.device),
             lambda level, start: group.counted(self.data.train(level, start)),
             Clock(iterations, per_epoch), progress.iteration,
+            lambda values: group.sum_(values).div_(group.world),
         )  # fmt: skip
         return Loop(
             parts, method(parts), self.data, group, self.control, self.stop, self.heartbeat,
-            self.folder, progress, log,
+            self.folder, progress, log, spent_before=self._spent_before(),
         )  # fmt: skip
 
 

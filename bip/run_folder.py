@@ -256,10 +256,14 @@ class RunFolder:
 
     def save_best(self, state: Callable[[], State]) -> None:
         """Write the model that other runs start from."""
+        self.save_model(state, self.checkpoints.best)
+
+    def save_model(self, state: Callable[[], State], path: Path) -> None:
+        """Write a model beside the run's checkpoints; `state` is called on rank 0."""
 
         def write() -> None:
             self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(self.checkpoints.best, seal(self._of_source(state())))
+            write_checkpoint(path, seal(self._of_source(state())))
 
         self.write(write)
 

@@ -199,6 +199,7 @@ class _Planner:
                 )
         self.main = merge({"configs": self.main_file} if self.main_file else {}) | run_flags
         self.stages = self._stages()
+        self.budget: int | None = self.main.get("budget")
         self.axes = self._axes()
         self._check_sources()
 
@@ -271,26 +272,70 @@ class _Planner:
             )
 
     def plan(self) -> Plan:
-        for seed, arch, layer_type, trainer, k in self.axes:
-            source: PlannedRun | None = None
-            for stage in self.stages:
+        for (seed, arch, layer_type, trainer), runs_of_series in itertools.groupby(
+            self.axes, key=lambda axes: axes[:-1]
+        ):
+            series = [k for *_, k in runs_of_series]
+            method = _method(trainer or "base", "prune") if "prune" in self.stages else None
+            if in_rounds := method is not None and method.in_rounds:
+                series.sort(reverse=True)
+            before: PlannedRun | None = None  # the round before
+            for k in series:
                 axes = {"seed": seed, "arch": arch}
-                if stage != "pretrain":
-                    axes |= {"layer_type": layer_type, "k": k}
-                source = self._add(stage, trainer, axes, source)
+                source = dense = self._add("pretrain", trainer, axes) if self.makes_dense else None
+                axes |= {"layer_type": layer_type, "k": k}
+                for stage in self.stages:
+                    if stage == "pretrain" or (stage == "finetune" and not self._tunes(method)):
+                        continue
+                    source = (before if stage == "prune" else None) or source
+                    source = self._add(stage, trainer, axes, source, dense)
+                    if stage == "prune" and in_rounds:
+                        before = source
         runs = sorted(self.runs.values(), key=lambda run: STAGES.index(run.stage))
         return Plan(runs, self.notes, list(self._warnings(runs)))
 
+    @property
+    def makes_dense(self) -> bool:
+        return "pretrain" in self.stages
+
+    def _tunes(self, method: type[Method] | None) -> bool:
+        """Whether its networks are fine-tuned. A method that trains what it keeps spends a budget
+        on that."""
+        return self.budget is None or method is None or method.needs_finetuning
+
+    def _budget(self, stage: Mode, method: type[Method]) -> int | None:
+        """Of one run: fine-tuning shares the pruning's, and neither pays for the dense network."""
+        if self.budget is None or (stage == "pretrain" and len(self.stages) > 1):
+            return None
+        if {"prune", "finetune"} <= {*self.stages} and (
+            stage == "finetune" or method.needs_finetuning
+        ):
+            return self.budget // 2
+        return self.budget
+
     def _add(
-        self, stage: Mode, trainer: str | None, axes: dict[str, Any], source: PlannedRun | None
+        self,
+        stage: Mode,
+        trainer: str | None,
+        axes: dict[str, Any],
+        source: PlannedRun | None = None,
+        dense: PlannedRun | None = None,
     ) -> PlannedRun:
         path, values = self._file(stage, trainer or "base")
         values = values | {name: value for name, value in axes.items() if value is not None}
-        starts_fresh = _method(values.get("trainer", "base"), stage).starts_from == "fresh"
+        method = _method(values.get("trainer", "base"), stage)
+        if (budget := self._budget(stage, method)) is not None:
+            values["budget"] = budget
+        starts_fresh = method.starts_from == "fresh"
         if starts_fresh:
             source = None
+            values.pop("source_net", None)
         if source is not None:
             values["source_net"] = source.config.run_folder / BEST
+        if "rewind_net" in method.keys and dense is not None and values.get("rewind") == "weights":
+            if dense.config.rewind_epoch is None:
+                raise UserError("rewind_epoch: missing; --rewind weights goes back to one of them")
+            values.setdefault("rewind_net", dense.config.rewind_model)
         config = build_config(values, str(path or ""), {*self.flags, *axes})
         if source is None:
             if not starts_fresh and config.source_net is None:
@@ -330,7 +375,7 @@ class _Planner:
             values |= self._acting(stage, values)
             values["exp_mode"] = stage
             # Tasks may start in another folder than this command.
-            for name in ("result_dir", "data_dir", "source_net"):
+            for name in ("result_dir", "data_dir", "source_net", "rewind_net"):
                 default = RunConfig.model_fields[name].default
                 if (folder := values.get(name, default)) is not None:
                     values[name] = Path(folder).absolute()
@@ -363,7 +408,7 @@ class _Planner:
         if stage == "prune":
             trainer = self.flags.get("trainer", values.get("trainer", "base"))
         method = _method(trainer, stage)
-        dropped = {name for name in self.flags if not _acts_in(method, name)}
+        dropped = {name for name in self.flags if not _acts_in(method, name)} | {"budget"}
         if not method.has_mask:
             dropped |= {"k"}  # all k share one dense network
         if stage != "prune":

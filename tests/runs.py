@@ -14,11 +14,14 @@ from bip.config import load_config
 from bip.distributed.group import Group, Ranks
 from bip.files import read_jsonl
 from bip.identity import with_source_of_resume
+from bip.methods import methods
 from bip.training.checkpoint import CheckpointFolder, State, layer_masks, read_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "Digits"
 LAYER_TYPES = ("unstructured", "filter", "channel")
 ALONE = Group(Ranks(0, 1, 0, 1), torch.device("cpu"))
+# By these the masks of methods that prune while training change in a run of a few steps.
+OFTEN = {"mask_every": 2, "acdc_warmup": 0.1, "acdc_phase": 0.1}
 
 
 class Killed(BaseException):
@@ -72,6 +75,29 @@ def flags(**settings: Any) -> list[str]:
         else:
             words += [f"--{flag}", str(value)]
     return words
+
+
+def often(kind: str) -> dict[str, Any]:
+    """Those of OFTEN that act in a method."""
+    return {key: value for key, value in OFTEN.items() if key in methods()[kind].keys}
+
+
+def cases_of_rivals() -> dict[str, tuple[str, dict[str, Any]]]:
+    """(method, settings) of every method to prune with but BiP and HYDRA, by a name."""
+    return {
+        name if layer_type == "unstructured" else f"{name}-{layer_type}": (
+            name, {"layer_type": layer_type} | often(name),
+        )
+        for name, method in methods().items()
+        if method.mode == "prune" and name not in ("bip", "hydra")
+        for layer_type in ("unstructured", "filter")
+    }  # fmt: skip
+
+
+def source_for(kind: str, dense: Path, pruned: Path) -> dict[str, Path]:
+    """The setting source_net of a run by configs/Digits/KIND.yml: one of the two files, or none."""
+    start = "fresh" if kind == "pretrain" else methods()[kind].starts_from
+    return {} if start == "fresh" else {"source_net": pruned if start == "pruned" else dense}
 
 
 def arguments(kind: str, result_dir: Path, **settings: Any) -> list[str]:

@@ -49,8 +49,9 @@ class DataOptions:
 
     @classmethod
     def of(cls, config: "RunConfig") -> Self:
-        """The data settings of a run's configuration."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        """The data's part of a run's configuration."""
+        values = {field.name: getattr(config, field.name) for field in fields(cls)}
+        return cls(**values | {"seed": config.order_seed})
 
     @property
     def spec(self) -> DatasetSpec:

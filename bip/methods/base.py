@@ -9,16 +9,17 @@ tensors that it moves; `parts` has the network, θ, scores and mask, the batches
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
+    from bip.pruning.choices import Scope, ScoreInit
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -27,18 +28,18 @@ if TYPE_CHECKING:
 Mode = Literal["pretrain", "prune", "finetune"]
 Start = Literal["fresh", "dense", "pruned"]
 
-# Settings that act in some methods only. MASK: in every method with a mask. SCORES: in methods
-# where the user chooses how the scores start.
-MASK = frozenset({"k", "layer_type", "scope", "recalibrate_bn"})
-SCORES = frozenset({"scaled_score_init", "scores_init_type"})
+# Settings that act in some methods only: those of every method with a mask, and those of methods
+# that train scores.
+MASK = frozenset({"k", "layer_type", "scope", "ranking", "recalibrate_bn"})
+SCORES = frozenset({"scaled_score_init", "scores_init_type", "dead_filters", "score_gain"})
 
 
 @dataclass
 class Parts:
     """What a method works with on this rank.
 
-    `batches(level, number)` yields a level's batches from batch `number` on. `start` is the
-    iteration at which the attempt starts.
+    `batches(level, number)` yields a level's batches from the given number on; `start` is the
+    iteration that the run begins or resumes at; `average` is the mean over ranks, in place.
     """
 
     config: RunConfig
@@ -48,18 +49,21 @@ class Parts:
     batches: Callable[[str, int], Iterator[Batch]]
     clock: Clock
     start: int = 0
+    average: Callable[[Tensor], Tensor] = lambda values: values
 
 
 class Method(ABC):
     """One way to train or prune a network.
 
-    `name`: its name for --trainer and in tables.
-    `trainer`: its name in RUN_IDs; another one only for methods of the published code.
-    `summary`: one line for tables and help.
-    `starts_from`: the network at the start: "fresh" (initialised by the run), "dense" (source_net,
-    not pruned) or "pruned" (source_net, with its mask).
+    `name`: what --trainer takes and tables show.
+    `trainer`: its name in RUN_IDs; the same, but for methods of the published code.
+    `starts_from`: the network that a run begins with: "fresh" (initialised by the run), "dense"
+    (source_net, not pruned) or "pruned" (source_net, with its mask).
+    `in_rounds`: in a series each k, from large to small, starts from the k before.
+    `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
-    `keys`: the settings that act in it and do not act in every method.
+    `default_scope`: the rankings of unstructured pruning where --scope is not given.
+    `keys`: the settings that act in it, of those that do not act in every method.
     """
 
     name: ClassVar[str]
@@ -67,7 +71,10 @@ class Method(ABC):
     summary: ClassVar[str]
     mode: ClassVar[Mode]
     starts_from: ClassVar[Start] = "dense"
+    in_rounds: ClassVar[bool] = False
+    needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
+    default_scope: ClassVar[Scope] = "global"
     keys: ClassVar[frozenset[str]] = MASK
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -85,6 +92,27 @@ class Method(ABC):
         """Lower batches of one iteration; an epoch is one pass over the lower batches."""
         return 1
 
+    @classmethod
+    def forward_backwards(cls, config: RunConfig) -> int:
+        """What one iteration costs."""
+        return 1
+
+    @classmethod
+    def cost(cls, config: RunConfig, done: int, iterations: int) -> int:
+        """Forward-backwards of the first `done` of so many iterations."""
+        return done * cls.forward_backwards(config)
+
+    @classmethod
+    def iterations_of(cls, config: RunConfig, budget: int) -> int:
+        """How many iterations a budget of forward-backwards pays for, `prepare` included."""
+        left = budget - cls.start_cost(config)
+        return bisect_right(range(left + 1), left, key=lambda n: cls.cost(config, n, n)) - 1
+
+    @classmethod
+    def start_cost(cls, config: RunConfig) -> int:
+        """What `prepare` costs, in forward-backwards."""
+        return 0
+
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
 
@@ -99,6 +127,10 @@ class Method(ABC):
 
     def prepare(self) -> None:  # noqa: B027
         """Called once per run, before iteration 0: for methods that score or prune at the start."""
+
+    def keeps_k(self, done: int) -> bool:
+        """Whether the mask keeps k after `done` iterations: only then is the network a result."""
+        return True
 
     def facts(self) -> dict[str, float]:
         """Numbers of the last iteration for the log. Called every `print_freq` iterations."""

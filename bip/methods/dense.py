@@ -19,7 +19,7 @@ class Dense(Method):
     mode = "pretrain"
     starts_from = "fresh"
     has_mask = False
-    keys = frozenset({"k", "scale_rand_init"})
+    keys = frozenset({"k", "scale_rand_init", "rewind_epoch"})
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

@@ -21,6 +21,7 @@ class Hydra(Method):
     trainer = "base"
     summary = "trains scores for frozen weights"
     mode = "prune"
+    needs_finetuning = True
     keys = MASK | SCORES
 
     def __init__(self, parts: Parts) -> None:

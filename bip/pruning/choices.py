@@ -3,5 +3,5 @@
 from typing import Literal
 
 LayerType = Literal["unstructured", "filter", "channel"]
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "erk"]
 ScoreInit = Literal["hydra", "kaiming_normal", "kaiming_uniform", "xavier_normal", "xavier_uniform"]

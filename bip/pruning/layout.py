@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bip.errors import UserError
+from bip.pruning.budgets import erk
 from bip.pruning.choices import LayerType, Scope
 
 
@@ -98,12 +99,23 @@ class Layout:
         return self.tensors[-1].first_group + self.tensors[-1].groups
 
     def segments(self, k: Decimal | Fraction, scope: Scope) -> tuple[Segment, ...]:
-        """The rankings over groups: one of the whole network, or one per tensor."""
+        """The rankings over groups: one of the whole network, or one per tensor.
+
+        Each tensor keeps the ratio k in the scope "layer", its share by `erk` of what the network
+        keeps in the scope "erk". Raises UserError if that is less than 1 for each tensor.
+        """
         if scope == "global":
             return (Segment("network", 0, self.groups, keep_count(k, self.groups)),)
+        sizes = [tensor.groups for tensor in self.tensors]
+        counts = [keep_count(k, size) for size in sizes]
+        if scope == "erk":
+            total = keep_count(k, self.groups)
+            if total < len(sizes):
+                raise UserError(f"k: {k} keeps {total} in {len(sizes)} layers; give a larger one")
+            counts = erk([tensor.shape for tensor in self.tensors], sizes, total)
         return tuple(
-            Segment(t.name, t.first_group, t.first_group + t.groups, keep_count(k, t.groups))
-            for t in self.tensors
+            Segment(t.name, t.first_group, t.first_group + t.groups, count)
+            for t, count in zip(self.tensors, counts, strict=True)
         )
 
 

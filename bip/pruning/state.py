@@ -11,6 +11,7 @@ own autocast context; g is complete (accumulated, unscaled, all-reduced) before 
 import contextlib
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from bip.pruning.choices import Scope
 from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
 from bip.pruning.passes import mask_out, upper_gradient, write_products
 from bip.pruning.select import Alone, Exchange, NanError, make_selector
+
+BATCH_NORM_EPS = 1e-5  # torch's default
+TINY = 1e-18  # in size next to zero; its square is still a normal float32
 
 
 class PrunedParameters:
@@ -37,9 +41,13 @@ class PrunedParameters:
         k: Decimal,
         scope: Scope,
         exchange: Exchange | None = None,
+        balanced: bool = False,
     ) -> None:
+        """`balanced`: groups are ranked by their scores' norm over the root of their size, and
+        each layer keeps one at least: one ranking of groups of unequal sizes needs both.
+        """
         named = dict(network.named_parameters(remove_duplicate=False))
-        self.layout = layout
+        self.layout, self.scope = layout, scope
         self.followers: tuple[Followers, ...] = ()
         self.z = [named[tensor.name] for tensor in layout.tensors]
         device = self.z[0].device
@@ -52,6 +60,7 @@ class PrunedParameters:
         # The last selection's number of ones and checksum, for comparison between ranks.
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
+        self.balanced = balanced
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
@@ -64,11 +73,25 @@ class PrunedParameters:
     def keep(self, counts: Sequence[int]) -> None:
         """From the next update of the mask on keep `counts`, one for each of `segments`.
 
-        For a schedule of k, or a budget for each layer. For a new k the counts are
-        `[keep_count(k, segment.size) for segment in pruned.segments]`. Does not wait for the
-        device. Raises ValueError unless each is at least 1 and at most its segment's size.
+        For a schedule of k, or a budget of each layer; a ratio's are `counts(k)`. Does not wait
+        for the device. Raises ValueError unless each is at least 1 and at most its segment's size.
         """
         self.selector.keep(counts)
+
+    def counts(self, k: Decimal | Fraction) -> list[int]:
+        """How many each of `segments` keeps at the ratio k."""
+        return [segment.keep for segment in self.layout.segments(k, self.scope)]
+
+    @torch.no_grad()
+    def rank(self, values: Tensor, counts: Sequence[int]) -> None:
+        """Keep the `counts` largest |values| (n,) of the segments; they become the scores.
+
+        z follows, whatever it was.
+        """
+        self.scores.copy_(values)
+        self.keep(counts)
+        self.update_mask()
+        self.write_z()
 
     @staticmethod
     def view(flat: Tensor, tensor: PrunableTensor) -> Tensor:
@@ -126,12 +149,53 @@ class PrunedParameters:
         self.scores.grad = self.gradient
 
     @torch.no_grad()
+    def set_straight_gradient(self, pruned_scale: float) -> None:
+        """s.grad = g where the mask keeps, `pruned_scale` · g elsewhere, in `gradient`.
+
+        The straight-through gradient of scores that are the weights before pruning.
+        """
+        self.take_gradient()
+        if pruned_scale != 1:
+            self.gradient.mul_(torch.where(self.mask > 0, 1.0, pruned_scale))
+        self.scores.grad = self.gradient
+
+    @torch.no_grad()
+    def scale_dead_filters(self) -> None:
+        """Scale s.grad of wholly pruned filters down to the mean size of the living ones'.
+
+        A filter that is pruned whole gives zero, where batch-norm in training mode has the slope
+        1/sqrt(eps), about 316; a living filter has 1/σ. Unscaled, the scores of dead filters
+        outgrow all others within a few steps, and the mask becomes noise. Filters of one layer
+        keep their order. Does not wait for the device.
+        """
+        for gradient, mask in zip(self.views(self.gradient), self.views(self.mask), strict=True):
+            if mask.dim() <= 2:
+                continue  # no convolution: its outputs are the classes, or unnormalised
+            lives = mask.flatten(1).amax(1)
+            if gradient.device.type == "cpu" and bool(lives.all()):
+                continue
+            sizes = gradient.flatten(1).abs().sum(1)
+            living, dead = lives.sum(), (1 - lives).sum()
+            mean = (sizes * lives).sum() / living.clamp(min=1)
+            mean_of_dead = (sizes * (1 - lives)).sum() / dead.clamp(min=1)
+            ratio = torch.where(living > 0, mean / mean_of_dead, BATCH_NORM_EPS**0.5)
+            factor = torch.where(lives > 0, 1.0, ratio.nan_to_num(1.0).clamp(max=1.0))
+            gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
+
+    @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:
-        """(2,): the norms ‖(1/γ) m ⊙ g ⊙ g‖ of the implicit and ‖θ ⊙ g‖ of the direct term."""
+        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term.
+
+        Of filters that are not pruned whole: the others' gradient is batch-norm's doing.
+        """
         squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
-        for part, g in self._gradients():
-            direct = g * self.weights[part]
-            implicit = (g * g).mul_(self.mask[part]).mul_(inv_gamma)
+        for z, weights, mask in zip(
+            self.z, self.views(self.weights), self.views(self.mask), strict=True
+        ):
+            g = _grad(z)
+            lives = mask.flatten(1).amax(1).view(-1, *[1] * (mask.dim() - 1))
+            direct = g * weights * lives
+            implicit = (g * g).mul_(mask).mul_(inv_gamma)
             for i, term in enumerate((implicit, direct)):
                 squares[i] += term.square_().sum(dtype=torch.float64)
         return squares.sqrt()
@@ -165,16 +229,47 @@ class PrunedParameters:
                 self.proof = self.selector.update(scores, self.mask, self.weights.detach(), z)
                 return
             self.proof = self.selector.update(self._group_norms(), self._group_mask)
-        for tensor, view in zip(self.layout.tensors, self.views(self.mask), strict=True):
-            kept = self._group_mask[tensor.first_group : tensor.first_group + tensor.groups]
-            view.copy_(kept.view([-1 if d == tensor.axis else 1 for d in range(view.dim())]))
+        self._spread(self._group_mask, self.mask)
         write_products(self.weights, self.mask, z)
+
+    def _spread(self, groups: Tensor, flat: Tensor) -> None:
+        """Write each structured group's value (groups,) to its weights in the `flat` buffer."""
+        for tensor, view in zip(self.layout.tensors, self.views(flat), strict=True):
+            part = groups[tensor.first_group : tensor.first_group + tensor.groups]
+            view.copy_(part.view([-1 if d == tensor.axis else 1 for d in range(view.dim())]))
+
+    @torch.no_grad()
+    def shrink(self, power: int) -> None:
+        """θ = sign(s)·(|s|^power − T^power)^(1/power) of kept scores, after an update of the mask.
+
+        T is the largest |score| that its segment prunes. Of a structured group the norm shrinks,
+        and every weight by the same factor. A power of 1 is the soft threshold, a large one nears
+        the hard one. Does not write z. Does not wait for the device.
+        """
+        structured = self.layout.layer_type != "unstructured"
+        sizes = self._group_norms() if structured else self.scores.detach().abs()
+        mask = self._group_mask if structured else self.mask
+        factor = torch.empty_like(sizes)
+        for segment in self.segments:
+            part = slice(segment.start, segment.stop)
+            cut = (sizes[part] * (1 - mask[part])).amax()
+            ratio = (cut / sizes[part]).nan_to_num(0.0).clamp(max=1)  # 0 / 0: nothing is pruned
+            factor[part] = (1 - ratio**power) ** (1 / power)
+        if structured:
+            self._spread(factor, self.weights)
+            self.weights.mul_(self.scores)
+        else:
+            torch.mul(self.scores, factor, out=self.weights.data)
 
     def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):
             part = slice(tensor.first_group, tensor.first_group + tensor.groups)
             others = [d for d in range(score.dim()) if d != tensor.axis]
-            self._norms[part] = torch.linalg.vector_norm(score, dim=others)
+            norms = torch.linalg.vector_norm(score, dim=others)
+            if self.balanced:
+                norms /= (tensor.size // tensor.groups) ** 0.5
+                norms.scatter_(0, norms.argmax(0, keepdim=True), torch.inf)  # it stays
+            self._norms[part] = norms
         return self._norms
 
     @contextlib.contextmanager
@@ -191,6 +286,31 @@ class PrunedParameters:
             ) from None
 
     @torch.no_grad()
+    def replace(self, fraction: float) -> Tensor:
+        """Drop that fraction of the kept groups, smallest |θ| first, and grow the largest |g|.
+
+        As many in each segment, which keeps its count; g is the network's. A dropped one competes
+        to be grown. Grown weights that the mask did not keep become zero; returns where (n,) bool.
+        """
+        counts = [segment.keep for segment in self.segments]
+        before = self.mask > 0
+        self.take_gradient()
+        # Kept weights of zero come before pruned ones.
+        sizes = torch.where(before, self.weights.abs().clamp(min=TINY), 0)
+        self.rank(sizes, [count - int(fraction * count) for count in counts])
+        self.rank(torch.where(self.mask > 0, torch.inf, self.gradient.abs()), counts)
+        grown = (self.mask > 0) & ~before
+        self.weights.mul_(~grown)
+        self.scores.copy_(self.weights)
+        self.write_z()
+        return grown
+
+    @torch.no_grad()
+    def drop_pruned(self) -> None:
+        """θ = m ⊙ θ: pruned weights forget their values."""
+        mask_out(self.weights.detach(), self.mask, self.weights.data)
+
+    @torch.no_grad()
     def write_followers(self) -> None:
         """Zero the bias and batch-norm pair of every pruned filter, in place.
 
@@ -200,6 +320,11 @@ class PrunedParameters:
             kept = self.view(self.mask, follower.tensor).flatten(1).amax(1)
             for parameter in follower.parameters:
                 parameter.mul_(kept)
+
+    def empty_layers(self) -> list[str]:
+        """The layers that the mask prunes whole, by their weights. Waits for the device."""
+        masks = zip(self.layout.tensors, self.views(self.mask), strict=True)
+        return [tensor.name for tensor, mask in masks if not bool(mask.any())]
 
     def kept(self) -> int:
         """Number of weights kept. Waits for the device."""

@@ -54,7 +54,7 @@ def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any
     total = (pruned.layout if pruned else find_prunable(loop.network, "unstructured")).size
     kept = pruned.kept() if pruned else total
     weights, mask = split_state(loop.state())
-    result = {
+    result: dict[str, Any] = {
         "k": float(config.k),
         "kept": kept,
         "total": total,
@@ -64,6 +64,7 @@ def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any
         "best_top1": best.top1 if best else None,
         "best_epoch": progress.best_epoch,
         "epochs": loop.epochs,
+        "forward_backwards": loop.forward_backwards,
         "seed": config.seed,
         "arch": config.arch,
         "dataset": config.dataset,
@@ -73,6 +74,8 @@ def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any
         "weights_sha256": hash_tensors(weights),
         "seconds": progress.seconds,
     }
+    if pruned is not None:
+        result["empty_layers"] = pruned.empty_layers()
     if progress.top1_before_bn_mask is not None:
         result["top1_before_bn_mask"] = progress.top1_before_bn_mask
     return result

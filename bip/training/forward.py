@@ -44,7 +44,7 @@ class ForwardBackward:
     def __call__(self, batch: Batch, level: str, step: int) -> Report:
         """Run on `batch` = (images (b, C, H, W), labels (b,)), in `accumulate` micro-batches."""
         parts = self.config.accumulate
-        reseed(self.config.seed, step, level, self.rank)
+        reseed(self.config.order_seed, step, level, self.rank)
         self.network.zero_grad(set_to_none=True)
         images, labels = batch[0].chunk(parts), batch[1].chunk(parts)
         loss_sum = torch.zeros((), device=self.device)

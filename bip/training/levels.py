@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bip.methods.base import Parts
 from bip.training.forward import Batch, Report
@@ -13,32 +13,55 @@ from bip.training.optim import build_optimizer, lower_rate, mask_rate, set_rate,
 class LowerLevel:
     """Trains θ, biases and batch-norm for a fixed mask; every parameter of a dense network.
 
-    `repeats`: steps per iteration. `mask_is_final`: what follows a pruned filter stays zero.
+    `repeats` steps an iteration. Where `mask_is_final`, what follows a pruned filter stays zero.
+    `owned` is trained in place of θ; its gradient is then its method's to set. A step is
+    `take_gradient`, then `update`.
     """
 
-    def __init__(self, parts: Parts, repeats: int = 1, mask_is_final: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        repeats: int = 1,
+        mask_is_final: bool = False,
+        owned: nn.Parameter | None = None,
+    ) -> None:
         self.parts, self.repeats, self.mask_is_final = parts, repeats, mask_is_final
         pruned = parts.pruned
         norm, others = split_parameters(parts.network, pruned.z if pruned else ())
-        owned = [pruned.weights, *others] if pruned else others
+        if pruned is not None:
+            others = [pruned.weights if owned is None else owned, *others]
         trained_norm = [] if parts.config.freeze_bn else norm
-        self.optimizer = build_optimizer(parts.config, owned, trained_norm)
+        self.optimizer = build_optimizer(parts.config, others, trained_norm)
         self.batches: Iterator[Batch] = parts.batches("lower", parts.start * repeats)
 
     def step(self, iteration: int) -> list[Report]:
-        parts, pruned = self.parts, self.parts.pruned
-        set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
         reports = []
-        for draw in range(iteration * self.repeats, (iteration + 1) * self.repeats):
-            reports.append(parts.forward_backward(next(self.batches), "lower", draw))
-            if pruned is not None:
-                pruned.set_lower_gradient()
-            self.optimizer.step()
-            if pruned is not None:
-                pruned.write_z()
-                if self.mask_is_final:
-                    pruned.write_followers()
+        for repeat in range(self.repeats):
+            reports.append(self.take_gradient(iteration, repeat))
+            self.update()
         return reports
+
+    def take_gradient(self, iteration: int, repeat: int = 0) -> Report:
+        """One forward-backward on the next batch; sets the learning rate."""
+        parts = self.parts
+        set_rate(self.optimizer, lower_rate(parts.config, iteration, parts.clock))
+        draw = iteration * self.repeats + repeat
+        return parts.forward_backward(next(self.batches), "lower", draw)
+
+    def update(self) -> None:
+        """Move what the level owns by the gradient taken, then z."""
+        self.move_weights()
+        pruned = self.parts.pruned
+        if pruned is not None:
+            pruned.write_z()
+            if self.mask_is_final:
+                pruned.write_followers()
+
+    def move_weights(self) -> None:
+        """Move what the level owns by the gradient taken; z is not written yet."""
+        if self.parts.pruned is not None:
+            self.parts.pruned.set_lower_gradient()
+        self.optimizer.step()
 
 
 class UpperLevel:
@@ -70,15 +93,21 @@ class UpperLevel:
         self.batches: Iterator[Batch] = parts.batches("upper", parts.start)
 
     def step(self, iteration: int) -> list[Report]:
+        report = self.parts.forward_backward(next(self.batches), "upper", iteration)
+        self.move_scores(iteration)
+        self.pruned.update_mask_and_z()
+        return [report]
+
+    def move_scores(self, iteration: int) -> None:
+        """The optimizer's step, by the gradient that the last backward pass left; not yet m."""
         parts = self.parts
         set_rate(self.optimizer, self.rate(parts.config, iteration, parts.clock))
-        report = parts.forward_backward(next(self.batches), "upper", iteration)
         if self.measures_terms and parts.clock.is_due(iteration + 1, parts.config.print_freq):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
+        if parts.config.dead_filters == "scaled":
+            self.pruned.scale_dead_filters()
         self.optimizer.step()
-        self.pruned.update_mask_and_z()
-        return [report]
 
     def facts(self) -> dict[str, float]:
         """The norm of the last step's implicit term, over that of its direct term."""

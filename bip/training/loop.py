@@ -40,10 +40,14 @@ class Loop:
     progress: Progress
     log: RunLog
     saved_at: int = 0
+    spent_before: int = 0  # forward-backwards of the pruning that the run goes on from
 
     def __post_init__(self) -> None:
         self.config, self.clock = self.parts.config, self.parts.clock
         self.network, self.pruned = self.parts.network, self.parts.pruned
+        self.empty: list[str] = []  # layers of which nothing is kept
+        epoch = None if "rewind_epoch" in self.config.idle() else self.config.rewind_epoch
+        self.rewind_at = None if epoch is None else epoch * self.clock.per_epoch
 
     def run(self) -> None:
         """Train to the end.
@@ -61,6 +65,7 @@ class Loop:
         means = RunningMean()
         if self.progress.iteration == 0:
             self.method.prepare()
+            self._keep_to_rewind_if_due()
         for iteration in range(self.progress.iteration, self.clock.iterations):
             means.add(self.method.step(iteration))
             done = self.progress.iteration = iteration + 1
@@ -75,12 +80,19 @@ class Loop:
                 self._stop(posted.stop)
             if self.config.check_ranks and done % self.config.check_ranks == 0:
                 self._compare_ranks(buffers=self.config.freeze_bn)
+            self._keep_to_rewind_if_due()
             if posted.save or self.clock.is_due(done, self.clock.per_epoch):
                 with means.paused():
                     if posted.save or done == self.clock.iterations:
                         self._checkpoint()
                         saved = time.monotonic()
                     self._end_epoch_if_due()
+
+    def _keep_to_rewind_if_due(self) -> None:
+        """Before the iteration's checkpoint, so that an attempt that resumes there has done it."""
+        if self.progress.iteration == self.rewind_at:
+            self.control.finish()
+            self.folder.save_model(self.state, self.config.rewind_model)
 
     def _stop(self, signal: int) -> NoReturn:
         """Save this iteration, if it is not saved yet, and raise Stopped."""
@@ -127,6 +139,7 @@ class Loop:
         self.progress.evaluated = done
 
     def _end_epoch(self, epoch: int) -> None:
+        self._warn_of_empty_layers()
         test = self.evaluate("test")
         values: dict[str, Any] = {"top1": test.top1, "top5": test.top5, "loss": test.loss}
         text = f"epoch {epoch}/{self.epochs} test top1 {test.top1:.2f}% top5 {test.top5:.2f}%"
@@ -134,12 +147,23 @@ class Loop:
             held = self.evaluate("holdout")
             values["holdout_top1"] = held.top1
             text += f" holdout top1 {held.top1:.2f}%"
-            if self.progress.best_holdout is None or held.top1 > self.progress.best_holdout:
+            best = self.progress.best_holdout
+            if self.method.keeps_k(self.progress.iteration) and (best is None or held.top1 > best):
                 self.progress.best_holdout, self.progress.best_epoch = held.top1, epoch
                 self.folder.save_best(self.state)
         self.log.record(
             "epoch", self.progress.iteration, text, epoch=epoch, epochs=self.epochs, **values
         )
+
+    def _warn_of_empty_layers(self) -> None:
+        empty = self.pruned.empty_layers() if self.pruned is not None else []
+        if empty != self.empty and empty and self.group.is_first:
+            print(
+                f"warning: layer collapse: nothing is kept of {', '.join(empty)}; give a larger k, "
+                "or --scope layer",
+                flush=True,
+            )
+        self.empty = empty
 
     def evaluate(self, split: Literal["test", "holdout"]) -> Accuracy:
         """Accuracy of the present network on "test" or "holdout".
@@ -166,7 +190,7 @@ class Loop:
         """
         first = self.clock.iterations * self.method.lower_batches(self.config)
         stream = self.data.train("lower", first)
-        reseed(self.config.seed, first, "lower", self.group.rank)
+        reseed(self.config.order_seed, first, "lower", self.group.rank)
         taken = self.group.counted(itertools.islice(stream, batches))
         torch.optim.swa_utils.update_bn((images for images, _ in taken), self.network)
         average_statistics(self.network, self.group)
@@ -193,11 +217,19 @@ class Loop:
     def _tensors(self, buffers: bool) -> Iterator[tuple[str, Tensor]]:
         return run_state(self.network, self.pruned, self.method.optimizers, buffers)
 
+    @property
+    def forward_backwards(self) -> int:
+        """Done so far, those of the pruning that the run goes on from included."""
+        own = self.method.start_cost(self.config)
+        own += self.method.cost(self.config, self.progress.iteration, self.clock.iterations)
+        return self.spent_before + own
+
     def state(self) -> State:
         """The content of a model's file: the network, its mask, settings and progress."""
         return model_state(self.config, self.network, self.pruned) | {
             "progress": asdict(self.progress),
             "data": self.data.identity,
+            "forward_backwards": self.forward_backwards,
         }
 
     def _state_to_resume(self) -> State:

@@ -3,23 +3,22 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import nn
 
 from bip.config import RunConfig, Schedule
 
-STEP_DROPS = (0.75, 0.9)  # where a step schedule divides the rate by 10, as published
 
+def schedule_factor(schedule: Schedule, done: float, drops: Sequence[float]) -> float:
+    """The factor on the learning rate when the fraction `done` in [0, 1) of training is done.
 
-def schedule_factor(schedule: Schedule, done: float) -> float:
-    """The learning rate's factor after the fraction `done` in [0, 1) of training.
-
-    cosine: half a period from 1, reaching 0 at the end. step: 0.1 from 75%, 0.01 from 90%.
+    cosine: half a period from 1, reaching 0 at the end. step: a tenth from each of `drops` on.
     """
     if schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
-    return float(0.1 ** sum(done >= drop for drop in STEP_DROPS))
+    return float(0.1 ** sum(done >= drop for drop in drops))
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,30 @@ def lower_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     if iteration < warm:
         return config.lr * (iteration + 1) / warm if config.warmup == "linear" else config.warmup_lr
     done = (iteration - warm) / (clock.iterations - warm)
-    return config.lr * schedule_factor(config.lr_schedule, done)
+    return config.lr * schedule_factor(config.lr_schedule, done, config.drops)
 
 
 def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
     """BiP's `mask_lr` at an iteration. (HYDRA's scores use `lower_rate`.)"""
     done = iteration / clock.iterations
-    return config.mask_lr * schedule_factor(config.mask_lr_schedule, done)
+    return config.mask_lr * schedule_factor(config.mask_lr_schedule, done, config.drops)
+
+
+def mask_span(config: RunConfig, clock: Clock) -> tuple[int, int]:
+    """(first, last): the iterations done when the mask starts and stops to change."""
+    first = round(config.mask_start * clock.iterations)
+    return first, max(1, first, round(config.mask_end * clock.iterations))
+
+
+def cubic_ratio(config: RunConfig, done: int, clock: Clock) -> Fraction:
+    """The keep ratio of a cubic schedule from 1 to k after `done` iterations, exact.
+
+    1 − k_t = (1 − k)·(1 − (1 − (t − t_0) / (n Δt))³): Zhu and Gupta, arXiv 1710.01878, eq. 1.
+    """
+    first, last = mask_span(config, clock)
+    left = Fraction(last - done, last - first) if first < last else Fraction(done < last)
+    k = Fraction(config.k)
+    return k + (1 - k) * min(max(left, Fraction(0)), Fraction(1)) ** 3
 
 
 def split_parameters(

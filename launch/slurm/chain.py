@@ -1,5 +1,9 @@
-"""The arrays of a sweep: one per stage and needed run, chunked, chained and throttled."""
+"""Which arrays a sweep becomes: one per stage and need, chunked, chained and throttled.
 
+Runs of one stage may follow one another (the rounds of a method): each round is an array.
+"""
+
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -62,25 +66,45 @@ def plan_arrays(
     for run_id, needed in needs.items():
         for need in needed:
             followers.setdefault(need, []).append(run_id)
-    # needed run -> the one run that waits for it, and for no other
-    partner = {need: f[0] for need, f in followers.items() if len(f) == len(needs[f[0]]) == 1}
+    stage_of = {run.run_id: run.stage for run in wanted}
+    # (need, stage) -> the one run of the stage that waits for it and for nothing else
+    partner: dict[tuple[str, str], str] = {}
+    for need, waiting in followers.items():
+        for stage in STAGES:
+            own = [run_id for run_id in waiting if stage_of[run_id] == stage]
+            if len(own) == 1 == len(needs[own[0]]):
+                partner[need, stage] = own[0]
 
-    def followed(run_id: str) -> int:
-        """The length of the chain of runs that wait for this one."""
-        return 1 + followed(partner[run_id]) if run_id in partner else 0
+    def rounds(run_id: str) -> list[str]:
+        """The runs of its own stage that follow it, one after the other."""
+        found = [run_id]
+        while after := partner.get((found[-1], stage_of[run_id])):
+            found.append(after)
+        return found[1:]
 
-    def chunks(run_ids: list[str]) -> list[Array]:
-        # The longest chains first, so that later arrays have no gaps in their task numbers.
+    def followed(run_id: str) -> tuple[int, int]:
+        """How many rounds follow this run, and how many runs of later stages, one by one."""
+        length, name = 0, run_id
+        for stage in STAGES[STAGES.index(stage_of[run_id]) + 1 :]:
+            if after := partner.get((name, stage)):
+                length, name = length + 1, after
+        return len(rounds(run_id)), length
+
+    def chunks(stage: str, run_ids: list[str]) -> list[Array]:
+        # The longest chains first: the arrays that follow then have no gaps among their tasks.
         ordered = sorted(run_ids, key=followed, reverse=True)
         per_task, size = runs_per_task, max_array_size
         tasks = [ordered[at : at + per_task] for at in range(0, len(ordered), per_task)]
         return [Array(stage, tasks[at : at + size]) for at in range(0, len(tasks), size)]
 
+    found: list[Array] = []
     place: dict[str, Array] = {}  # RUN_ID -> its array in this submission
-    for stage in STAGES:
+
+    def group(stage: str, runs_of_stage: list[str]) -> list[Array]:
+        """The arrays of runs of one stage that do not wait for one another."""
         free, corresponding, other = [], set(), []
-        for run in [run for run in wanted if run.stage == stage]:
-            run_id, needed = run.run_id, needs[run.run_id]
+        for run_id in runs_of_stage:
+            needed = needs[run_id]
             if missing := [n for n in needed if n not in place and n not in queued]:
                 raise UserError(
                     f"{run_id} needs {missing[0]}, which is neither done nor submitted; "
@@ -88,43 +112,70 @@ def plan_arrays(
                 )
             if not needed:
                 free.append(run_id)
-            elif needed[0] in place and partner.get(needed[0]) == run_id:
+            elif needed[0] in place and partner.get((needed[0], stage)) == run_id:
                 corresponding.add(run_id)
             else:
                 other.append(run_id)
-        groups = chunks(free)
+        arrays = chunks(stage, [name for name in free if rounds(name)])
+        arrays += chunks(stage, [name for name in free if not rounds(name)])
         for before in unique(place.values()):
             follow = [
-                [partner[n] for n in task if partner.get(n) in corresponding]
+                [partner[n, stage] for n in task if partner.get((n, stage)) in corresponding]
                 for task in before.tasks
             ]
             tasks = list(takewhile(bool, follow))  # task i waits for task i
             if tasks:
-                groups.append(Array(stage, tasks, corr=before))
+                arrays.append(Array(stage, tasks, corr=before))
             other += [run_id for task in follow[len(tasks) :] for run_id in task]
-        # An array per needed run, so that a run fails only with the run that it needs.
-        alike: dict[tuple[str, ...], list[str]] = {}
+        # An array for each need: what waits for one task must not fail with the task beside it.
+        alike: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
         for run_id in other:
-            alike.setdefault(tuple(needs[run_id]), []).append(run_id)
-        for needed_by_all, run_ids_alike in alike.items():
-            for array in chunks(run_ids_alike):
+            alike.setdefault((not rounds(run_id), tuple(needs[run_id])), []).append(run_id)
+        for (_, needed_by_all), run_ids_alike in alike.items():
+            for array in chunks(stage, run_ids_alike):
                 array.after += [(place[n], n) for n in needed_by_all if n in place]
                 array.after += sorted({queued[n] for n in needed_by_all if n not in place})
-                groups.append(array)
-        _share(groups, parallelism)
-        place |= {run_id: array for array in groups for task in array.tasks for run_id in task}
-    return unique(place.values())
+                arrays.append(array)
+        return arrays
+
+    for stage in STAGES:
+        left = [run.run_id for run in wanted if run.stage == stage]
+        lanes: dict[int, list[Array]] = {}  # id of a lane's first array -> the arrays in turn
+        lane_of: dict[str, int] = {}
+        while left:
+            waiting = [name for name in left if not {*left}.isdisjoint(needs[name])]
+            arrays = group(stage, [name for name in left if name not in waiting])
+            for array in arrays:
+                names = [name for task in array.tasks for name in task]
+                before = [lane_of[need] for need in needs[names[0]] if need in lane_of]
+                lane = before[0] if before else id(array)
+                lanes.setdefault(lane, []).append(array)
+                lane_of |= dict.fromkeys(names, lane)
+                place |= dict.fromkeys(names, array)
+            left = waiting
+        _share(list(lanes.values()), parallelism)
+        found += [array for lane in lanes.values() for array in lane]
+    return found
 
 
 def unique(arrays: Iterable[Array]) -> list[Array]:
     return list({id(array): array for array in arrays}.values())
 
 
-def _share(arrays: list[Array], parallelism: int) -> None:
-    """Set throttles that add up to `parallelism`; further arrays wait for an earlier one to end."""
-    together = arrays[:parallelism]
-    for number, array in enumerate(together):
-        array.parallelism = parallelism // len(together) + (number < parallelism % len(together))
-    for number, array in enumerate(arrays[parallelism:]):
-        array.parallelism = 1
-        array.throttled_by = arrays[number]
+def _share(lanes: list[list[Array]], parallelism: int) -> None:
+    """Throttles that add up to `parallelism`; lanes beyond it wait for one before them.
+
+    A lane is an array and those of its stage that follow it. Where not all tasks of one run at
+    once, the next waits for all of them.
+    """
+    together = min(len(lanes), parallelism)
+    for number, lane in enumerate(lanes):
+        share = parallelism // together + (number < parallelism % together)
+        if number >= together:
+            share = 1
+            lane[0].throttled_by = lanes[number - together][-1]
+        for array in lane:
+            array.parallelism = share
+        for before, array in itertools.pairwise(lane):
+            if len(before.tasks) > share:
+                array.throttled_by = before

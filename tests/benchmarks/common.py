@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 
-def arguments(description: str, **numbers: int) -> argparse.Namespace:
-    """--json, and one integer option per keyword with its default."""
+def arguments(description: str, **defaults: int | str) -> argparse.Namespace:
+    """--json, and one option per keyword, of its default's type."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", action="store_true", help="last line: one JSON object")
-    for name, default in numbers.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     return parser.parse_args()
 
 

@@ -18,7 +18,7 @@ from bip.files import read_jsonl
 from bip.training.evaluate import average_statistics, evaluate
 from bip.training.forward import ForwardBackward
 from tests.distributed.harness import run_ranks
-from tests.runs import LAYER_TYPES, Finished, arguments, make_run
+from tests.runs import LAYER_TYPES, Finished, arguments, cases_of_rivals, make_run, source_for
 from tests.unit.networks import make_config, prune, random_batch, small_net
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hydra-filter": ("hydra", {"layer_type": "filter"}),
     "finetune": ("finetune", {}),
     "finetune-filter": ("finetune", {"layer_type": "filter"}),
+    **cases_of_rivals(),
 }
 
 
@@ -126,8 +127,7 @@ def test_several_ranks_follow_one_at_every_step(
     world = settings.pop("world", 2)
     if kind != "pretrain":
         layer_type = settings.get("layer_type", "unstructured")
-        before = pruned_runs[layer_type].newest if kind == "finetune" else source
-        settings |= {"k": 0.3, "source_net": before}
+        settings |= {"k": 0.3} | source_for(kind, source, pruned_runs[layer_type].newest)
     ((one, steps, _),) = run_ranks(1, trajectory, kind, tmp_path / "one", settings)
     ranks = run_ranks(world, trajectory, kind, tmp_path / "several", settings)
     two = ranks[0][0]

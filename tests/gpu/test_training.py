@@ -20,7 +20,7 @@ from bip.run import train as train_run
 from bip.training.forward import Batch, ForwardBackward
 from bip.training.optim import Clock
 from tests.distributed.harness import run_ranks
-from tests.runs import LAYER_TYPES, arguments, train
+from tests.runs import LAYER_TYPES, arguments, often, source_for, train
 from tests.unit.networks import make_config
 from tests.unit.scores_for_ranking import KINDS, make_scores, sorted_mask
 
@@ -43,16 +43,14 @@ def _halves(n: int) -> tuple[Segment, ...]:
     return (Segment("a", 0, n // 2, max(1, n // 7)), Segment("b", n // 2, n, max(1, n // 9)))
 
 
-def bip_on_gpu(
-    group: Group | None, layer_type: str, precision: str
+def method_on_gpu(
+    group: Group | None, layer_type: str, precision: str, trainer: str = "bip"
 ) -> tuple[PrunedParameters, Method]:
-    """BiP on this process's GPU, of one rank or of all."""
+    """A method on this process's GPU, of one rank or of all."""
     device = group.device if group else torch.device("cuda")
     network = models.build("resnet18", 10).to(device).to(memory_format=torch.channels_last)
     scope = "global" if layer_type == "unstructured" else "layer"
-    config = make_config(
-        trainer="bilevel", layer_type=layer_type, precision=precision, print_freq=1
-    )
+    config = make_config(trainer=trainer, layer_type=layer_type, precision=precision, print_freq=1)
     layout = find_prunable(network, layer_type)  # type: ignore[arg-type]
     pruned = PrunedParameters(network, layout, config.k, scope, group)  # type: ignore[arg-type]
     with torch.no_grad():
@@ -87,8 +85,11 @@ def check_product(pruned: PrunedParameters) -> None:
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str) -> None:
-    pruned, method = bip_on_gpu(None, layer_type, precision)
+@pytest.mark.parametrize("trainer", ["bip", "feather"])
+def test_an_iteration_never_waits_for_the_gpu(
+    trainer: str, layer_type: str, precision: str
+) -> None:
+    pruned, method = method_on_gpu(None, layer_type, precision, trainer)
     method.step(0)  # libraries load and optimizers make their state
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -102,7 +103,7 @@ def test_a_bip_iteration_never_waits_for_the_gpu(layer_type: str, precision: str
 def iterate_with_nccl(group: Group, layer_type: str) -> list[int]:
     """Iterations with their exchange; hashes of the state, which all ranks must share."""
     assert group.device == torch.device("cuda", group.rank)
-    pruned, method = bip_on_gpu(group, layer_type, "fp32")
+    pruned, method = method_on_gpu(group, layer_type, "fp32")
     control = Control(group)
     for iteration in range(3):  # DDP rebuilds its buckets, NCCL connects
         method.step(iteration)
@@ -143,13 +144,13 @@ def test_the_host_runs_ahead_of_the_gpu() -> None:
     assert queued < 0.2 * (time.monotonic() - began)
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra"])
+@pytest.mark.parametrize("kind", ["pretrain", "bip", "hydra", "gmp", "acdc", "feather", "rigl"])
 def test_two_deterministic_runs_are_equal_bit_for_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     dense = train("pretrain", tmp_path / "dense", deterministic=True)
-    settings = {} if kind == "pretrain" else {"source_net": dense.best}
+    settings = {} if kind == "pretrain" else often(kind) | source_for(kind, dense.best, dense.best)
     first, second = (
         train(kind, tmp_path / name, deterministic=True, max_steps=6, **settings)
         for name in ("a", "b")

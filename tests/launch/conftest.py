@@ -126,18 +126,18 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeSweep]
     sweep.hold.unlink(missing_ok=True)  # a failed test leaves no run waiting for ever
 
 
+def run_of(run_id: str, stage: str, *needs: str) -> Run:
+    fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
+    return Run(run_id=run_id, stage=stage, folder="", config="", needs=[*needs], **fixed)  # type: ignore[arg-type]
+
+
 def runs_of(values: int, seeds: int = 1) -> list[Run]:
     """pretrain dS -> prune pS.V -> finetune fS.V for each seed S and value V."""
-    fixed = {"k": "0.5", "seed": 1, "arch": "a", "layer_type": "unstructured", "trainer": "base"}
-
-    def run(run_id: str, stage: str, *needs: str) -> Run:
-        return Run(run_id=run_id, stage=stage, folder="", config="", needs=[*needs], **fixed)  # type: ignore[arg-type]
-
     pairs = [(f"{seed}", f"{seed}.{value}") for seed in range(seeds) for value in range(values)]
     return [
-        *(run(f"d{seed}", "pretrain") for seed in range(seeds)),
-        *(run(f"p{one}", "prune", f"d{seed}") for seed, one in pairs),
-        *(run(f"f{one}", "finetune", f"p{one}") for _, one in pairs),
+        *(run_of(f"d{seed}", "pretrain") for seed in range(seeds)),
+        *(run_of(f"p{one}", "prune", f"d{seed}") for seed, one in pairs),
+        *(run_of(f"f{one}", "finetune", f"p{one}") for _, one in pairs),
     ]
 
 

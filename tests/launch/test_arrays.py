@@ -13,7 +13,7 @@ from launch.slurm.arrays import sbatch_parameters
 from launch.slurm.chain import Array, plan_arrays
 from launch.slurm.snapshot import snapshot
 from launch.sweep import Run, Sweep
-from tests.launch.conftest import runs_of
+from tests.launch.conftest import run_of, runs_of
 
 
 def chains(
@@ -135,6 +135,85 @@ def test_every_plan_runs_each_missing_run_once_after_its_needs(
         mine = [array for array in arrays if array.stage == stage]
         first = [array for array in mine if array.throttled_by is None]
         assert sum(array.parallelism for array in first) == (parallelism if mine else 0)
+
+
+def rounds_of(count: int, seeds: int = 1, finetune: bool = False) -> list[Run]:
+    """pretrain -> round 0 -> round 1 ... for each seed, beside two runs that need no round."""
+    found = [run_of(f"d{seed}", "pretrain") for seed in range(seeds)]
+    for seed in range(seeds):
+        found += [run_of(f"o{seed}.{v}", "prune", f"d{seed}") for v in range(2)]
+        before = f"d{seed}"
+        for at in range(count):
+            found.append(run_of(f"r{seed}.{at}", "prune", before))
+            before = f"r{seed}.{at}"
+    if finetune:
+        names = [run.run_id for run in found if run.run_id[0] == "r"]
+        found += [run_of(f"f{name}", "finetune", name) for name in names]
+    return found
+
+
+def test_each_round_is_an_array_that_waits_for_the_one_before() -> None:
+    assert chains(rounds_of(4), 3) == [
+        ("pretrain", ["d0"], 3, ""),
+        ("prune", ["o0.0", "o0.1"], 2, "afterok:100_0"),
+        ("prune", ["r0.0"], 1, "afterok:100_0"),
+        ("prune", ["r0.1"], 1, "aftercorr:102"),
+        ("prune", ["r0.2"], 1, "aftercorr:103"),
+        ("prune", ["r0.3"], 1, "aftercorr:104"),
+    ]
+
+
+def test_rounds_of_several_seeds_share_arrays_where_the_dense_networks_are_done() -> None:
+    runs = [run for run in rounds_of(3, seeds=3, finetune=True) if run.run_id[0] != "o"]
+    arrays = plan_arrays(runs, {run.run_id for run in runs}, ["d0", "d1", "d2"], {}, 2)
+    for at, array in enumerate(arrays):
+        array.job = str(100 + at)
+    assert [([task[0] for task in a.tasks], a.dependency) for a in arrays[:3]] == [
+        (["r0.0", "r1.0", "r2.0"], ""),
+        (["r0.1", "r1.1", "r2.1"], "aftercorr:100,afterany:100"),  # two at once, of three
+        (["r0.2", "r1.2", "r2.2"], "aftercorr:101,afterany:101"),
+    ]
+    assert [a.corr for a in arrays[3:]] == arrays[:3]
+
+
+@given(
+    rounds=st.integers(1, 5),
+    seeds=st.integers(1, 3),
+    per_task=st.integers(1, 3),
+    size=st.integers(1, 4),
+    parallelism=st.integers(1, 4),
+    done=st.lists(st.integers(0, 5), min_size=3, max_size=3),
+    finetune=st.booleans(),
+)
+def test_every_round_waits_for_its_need_and_no_stage_runs_too_much_at_once(
+    rounds: int,
+    seeds: int,
+    per_task: int,
+    size: int,
+    parallelism: int,
+    done: list[int],
+    finetune: bool,
+) -> None:
+    records = rounds_of(rounds, seeds, finetune)
+    finished = {f"r{seed}.{at}" for seed in range(seeds) for at in range(done[seed])}
+    finished |= {f"d{seed}" for seed in range(seeds) if done[seed]}
+    finished &= {run.run_id for run in records}
+    arrays = plan_arrays(
+        records, {r.run_id for r in records}, finished, {}, parallelism, per_task, size
+    )
+    place = {name: a for a in arrays for task in a.tasks for name in task}
+    assert sorted(place) == sorted({run.run_id for run in records} - finished)
+    for run in records:
+        for need in {*run.needs} - finished if run.run_id in place else ():
+            array = place[run.run_id]
+            index = next(i for i, task in enumerate(array.tasks) if run.run_id in task)
+            same_index = array.corr is not None and need in array.corr.tasks[index]
+            assert same_index or (place[need], need) in array.after
+            assert arrays.index(place[need]) < arrays.index(array)
+    first = [a for a in arrays if a.stage == "prune" and a.throttled_by is None]
+    heads = [a for a in first if a.corr is None or a.corr.stage != "prune"]
+    if heads:
+        assert sum(a.parallelism for a in heads) == parallelism
 
 
 def test_a_need_that_nobody_runs_is_an_error() -> None:

@@ -101,6 +101,70 @@ def test_product_and_chain() -> None:
     assert len(axes) == 16
 
 
+def test_rounds_follow_one_another_from_large_to_small() -> None:
+    found = plan(
+        *("--series", "0.1,0.5,0.3", "--seeds", "1,2", "--trainers", "imp,omp"),
+        *("--stages", "pretrain,prune,finetune"),
+    )
+    by_id = {run.run_id: run for run in found.runs}
+    assert len(by_id) == 2 + 12 + 12
+    seen: set[str] = set()
+    for run in found.runs:
+        assert seen.issuperset(run.needs)
+        seen.add(run.run_id)
+    for seed in (1, 2):
+        mine = [r for r in found.runs if r.stage == "prune" and r.config.seed == seed]
+        rounds = [run for run in mine if run.trainer == "imp"]
+        assert [str(run.config.k) for run in rounds] == ["0.5", "0.3", "0.1"]
+        assert [run.needs for run in rounds[1:]] == [(run.run_id,) for run in rounds[:-1]]
+        assert by_id[rounds[0].needs[0]].stage == "pretrain"
+        for run in [run for run in mine if run.trainer == "omp"]:
+            assert run.needs == rounds[0].needs
+    for run in found.runs[14:]:
+        assert by_id[run.needs[0]].config.k == run.config.k
+
+
+def test_rewound_weights_are_those_of_the_shared_dense_network() -> None:
+    chain = ("--series", "0.5,0.1", "--stages", "pretrain,prune", "--rewind", "weights")
+    imp = DIGITS / "imp.yml"
+    dense, *rounds = plan(*chain, "--rewind-epoch", "2", configs=imp).runs
+    assert {run.config.rewind_net for run in rounds} == {dense.config.rewind_model}
+    assert dense.config.rewind_model.name == "model_rewind-2.pth.tar"
+    later, *others = plan(*chain, "--rewind-epoch", "3", configs=imp).runs
+    assert later.run_id == dense.run_id
+    assert {run.run_id for run in rounds}.isdisjoint(run.run_id for run in others)
+    with pytest.raises(UserError, match="rewind_epoch: missing"):
+        plan(*chain, configs=imp)
+
+
+def test_a_network_pruned_at_its_start_has_no_source(dense: Path) -> None:
+    line = ("--series", "0.1", "--trainers", "snip,omp")
+    snip, omp = plan(*line, "--source-net", str(dense)).runs
+    assert (snip.config.source_net, snip.needs) == (None, ())
+    assert omp.config.source_net == dense
+
+
+def test_a_budget_is_shared_by_pruning_and_the_fine_tuning_that_needs_it() -> None:
+    line = ("--series", "0.1", "--trainers", "bip,hydra,omp,synflow", "--budget", "601")
+    chain = plan(*line, "--stages", "pretrain,prune,finetune").runs
+    spent = {(run.stage, run.trainer): run.config.budget for run in chain}
+    assert spent == {
+        ("pretrain", "base"): None,
+        ("prune", "bilevel"): 601,
+        ("prune", "base"): 300,
+        ("prune", "omp"): 601,
+        ("prune", "synflow"): 601,
+        ("finetune", "base"): 300,
+    }
+    assert {run.config.budget for run in plan(*line, "--stages", "pretrain,prune").runs} == {
+        None, 601,
+    }  # fmt: skip
+    (alone,) = plan("--budget", "7", configs=DIGITS / "pretrain.yml").runs
+    assert alone.config.budget == 7
+    with pytest.raises(UserError, match=r"budget: 100 .* synflow; give at least 101"):
+        plan(*line[:-1], "100", "--stages", "pretrain,prune")
+
+
 def test_single_stage_takes_the_files_own_mode_and_the_given_source(dense: Path) -> None:
     found = plan("--series", "unstructured", "--source-net", str(dense))
     assert [str(run.config.k) for run in found.runs] == PUBLISHED.split()

@@ -113,15 +113,21 @@ class Setup:
     method: Method
 
 
-def make_setup(method: str, layer_type: LayerType = "unstructured", **settings: Any) -> Setup:
-    """`method` is a key of METHODS or "pretrain"."""
+def make_setup(
+    method: str,
+    layer_type: LayerType = "unstructured",
+    clock: Clock = Clock(100, 10),  # noqa: B008
+    **settings: Any,
+) -> Setup:
+    """`method` is a key of METHODS, the name of a method, or "pretrain"."""
     network = small_net()
     if method == "pretrain":
         config = make_config(exp_mode="pretrain", layer_type="dense", **settings)
         pruned = None
     else:
-        config = make_config(layer_type=layer_type, **METHODS[method], **settings)
-        pruned = prune(network, layer_type, str(config.k))
+        how = METHODS.get(method, {"exp_mode": "prune", "trainer": method})
+        config = make_config(layer_type=layer_type, **how, **settings)
+        pruned = prune(network, layer_type, str(config.k), scope=config.ranking_scope)
         pruned.followers = find_followers(network, pruned.layout, random_batch(0)[0])
         pruned.update_mask()
         pruned.write_z()
@@ -133,5 +139,7 @@ def make_setup(method: str, layer_type: LayerType = "unstructured", **settings: 
     def batches(level: str, start: int) -> Iterator[Batch]:
         return random_batches(start + (1000 if level == "upper" else 0), config.batch_size)
 
-    parts = Parts(config, network, pruned, run, batches, Clock(100, 10))
-    return Setup(config, network, pruned, run, config.method(parts))
+    parts = Parts(config, network, pruned, run, batches, clock)
+    setup = Setup(config, network, pruned, run, config.method(parts))
+    setup.method.prepare()
+    return setup

@@ -18,11 +18,17 @@ from tests.runs import LAYER_TYPES, Finished, train
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SHORT: dict[str, Any] = {"max_steps": 6, "normalize": True}
+# The first four keep the rules of version 0.1, and its losses.
+STREAM: dict[str, Any] = {"stage_order": "replayed"}
+OLD = STREAM | {"dead_filters": "full"}
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bip": ("bip", {}),
-    "accelerate": ("bip", {"accelerate": True}),
-    "hydra": ("hydra", {}),
-    "finetune": ("finetune", {"lr": 0.02}),
+    "bip": ("bip", OLD),
+    "accelerate": ("bip", OLD | {"accelerate": True}),
+    "hydra": ("hydra", OLD),
+    "finetune": ("finetune", STREAM | {"lr": 0.02}),
+    "now": ("bip", {}),
+    "simultaneous": ("bip", {"levels": "simultaneous"}),
+    "omp": ("omp", {"lr": 0.02}),
 }
 CASES = ["pretrain", *(f"{t}-{layer}" for t in TRAINERS for layer in LAYER_TYPES)]
 

@@ -8,7 +8,7 @@ import torch
 
 from bip.__main__ import main
 from bip.training.checkpoint import read_checkpoint
-from tests.runs import Finished, arguments, train, train_until
+from tests.runs import Finished, arguments, cases_of_rivals, source_for, train, train_until
 from tests.unit.test_checkpoint import assert_same
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -23,6 +23,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "finetune": ("finetune", {}),
     "finetune-filter": ("finetune", {"layer_type": "filter"}),
     "holdout": ("bip", {"holdout": 100, "layer_type": "filter"}),
+    **cases_of_rivals(),
 }
 
 
@@ -39,7 +40,7 @@ def whole(
         settings = {"epochs": 2, "batch_size": 300, "k": 1.0 if name == "pretrain" else 0.3} | extra
         if name != "pretrain":
             before = pruned_runs[extra.get("layer_type", "unstructured")].newest
-            settings["source_net"] = before if name == "finetune" else source
+            settings |= source_for(name, source, before)
         if kind not in made:
             made[kind] = train(name, folder / kind, **settings)
         return name, settings, made[kind]

@@ -28,7 +28,7 @@ from tests.runs import LAYER_TYPES, Finished, arguments, make_run, train, train_
 
 RESULT_KEYS = {
     "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "seed",
-    "arch", "dataset", "trainer", "layer_type", "mask_sha256", "weights_sha256", "seconds",
+    "forward_backwards", "arch", "dataset", "trainer", "layer_type", "mask_sha256", "weights_sha256", "seconds",
     "attempts", "source_sha256",
 }  # fmt: skip
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -83,7 +83,8 @@ def test_what_a_run_folder_holds(finished: Finished) -> None:
 
 def test_result_json(finished: Finished) -> None:
     result, masks = finished.result, finished.masks
-    extra = {"top1_before_bn_mask"} if result["layer_type"] == "filter" else set()
+    extra = set() if result["mask_sha256"] is None else {"empty_layers"}
+    extra |= {"top1_before_bn_mask"} if result["layer_type"] == "filter" else set()
     assert set(result) == RESULT_KEYS | extra
     assert result["sparsity"] == pytest.approx(1 - result["kept"] / result["total"])
     assert (result["best_top1"], result["best_epoch"], result["attempts"]) == (None, None, 1)

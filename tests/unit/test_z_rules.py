@@ -66,7 +66,7 @@ def test_bf16_gradients_arrive_in_float32_and_near_the_full_ones() -> None:
 
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "gmp", "acdc", "feather", "rigl"])
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"lower_steps": 3}], ids=str)
 def test_z_is_m_times_theta_and_keeps_its_storage_and_requires_grad(
     method: str, layer_type: str, settings: dict[str, Any]

@@ -1,0 +1,81 @@
+"""Feather (Georgoulakis, Retsinas and Maragos, BMVC 2023, arXiv 2310.02448).
+
+The weights that are trained are dense; the network sees what a threshold operator between soft
+and hard leaves of them, sign(w)·(|w|³ − T³)^(1/3) of the largest |w|, where T lies at the cut of
+one ranking over the network. The gradient goes straight through the operator, that of pruned
+weights times a factor, by default 1, and 0.5 for k < 0.05. T follows the weights at every step,
+the keep ratio the cubic of gradual pruning, over the first half of training (`mask_end` 0.5).
+
+All by the published code (github.com/athglentis/feather, sparse_utils.py), but: here T is the
+largest |w| that is pruned, there it is interpolated between that and the smallest one kept; there
+the gradient's norm is clipped at 3, here `dead_filters` tames what that is for; there the last
+step returns the weights above T as they are, here what the operator made of them and was trained.
+The dense weights are the scores, so θ is always what the network sees.
+"""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal
+
+from bip.methods.base import MASK, Method, Parts
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from bip.config import RunConfig
+    from bip.pruning.choices import ScoreInit
+    from bip.training.forward import Report
+
+POWER = 3
+
+
+class Feather(Method):
+    name = "feather"
+    summary = "trains dense weights through a threshold operator"
+    mode = "prune"
+    keys = MASK | {"mask_start", "mask_end", "feather_scale", "dead_filters"}
+
+    @classmethod
+    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
+        return "scaled"
+
+    def __init__(self, parts: Parts) -> None:
+        from bip.training.optim import mask_span
+
+        super().__init__(parts)
+        assert parts.pruned is not None
+        self.pruned, config = parts.pruned, parts.config
+        self.lower = self.lower_level(owned=self.pruned.scores)
+        _, self.last = mask_span(config, parts.clock)
+        by_k = 0.5 if config.k < Decimal("0.05") else 1.0
+        self.scale = by_k if config.feather_scale is None else config.feather_scale
+
+    @property
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"lower": self.lower.optimizer}
+
+    def prepare(self) -> None:
+        self._threshold(Fraction(1))
+
+    def keeps_k(self, done: int) -> bool:
+        return done >= self.last
+
+    def step(self, iteration: int) -> list[Report]:
+        from bip.training.optim import cubic_ratio
+
+        config, clock = self.parts.config, self.parts.clock
+        report = self.lower.take_gradient(iteration)
+        self.pruned.set_straight_gradient(self.scale)
+        if config.dead_filters == "scaled":
+            self.pruned.scale_dead_filters()
+        self.lower.optimizer.step()
+        self._threshold(cubic_ratio(config, iteration + 1, clock))
+        return [report]
+
+    def _threshold(self, k: Fraction) -> None:
+        self.pruned.keep(self.pruned.counts(k))
+        self.pruned.update_mask()
+        self.pruned.shrink(POWER)
+        self.pruned.write_z()
