@@ -77,6 +77,17 @@ INVALID: dict[str, list[Any]] = {
     "trainer": ["hydra", "bilevel"],  # bilevel does not pretrain
     "layer_type": ["weights"],
     "scope": ["all"],
+    "ranking": ["sizes"],
+    "dead_filters": ["none"],
+    "score_gain": [1, "published code"],
+    "score_batches": [0, "x"],
+    "rewind": ["epoch"],
+    "rewind_epoch": [-1, 2, "x"],  # 2 lies after the one epoch
+    "levels": ["both"],
+    "mask_until": [-0.1, 1.1, "nan"],
+    "stage_order": ["new"],
+    "step_drops": ["", "0.5;0.75", "0.75,0.5", "0.5,0.5", "0", "1", "nan"],
+    "budget": [0, -1, 1.5, "x"],
     "mask_start": [-0.1, 1],
     "mask_end": [0, 1.1],
     "mask_every": [0],
@@ -101,7 +112,13 @@ CASES = [(name, value) for name, values in INVALID.items() for value in values]
 
 
 def test_every_setting_with_a_range_is_in_the_table() -> None:
-    free = {"configs", "result_dir", "data_dir", "stage_to"}  # paths, in tests of their own
+    free = {
+        "configs",
+        "result_dir",
+        "data_dir",
+        "stage_to",
+        "rewind_net",
+    }  # paths, in tests of their own
     flags_only = {n for n, f in RunConfig.model_fields.items() if f.annotation is bool}
     assert set(RunConfig.model_fields) - free - flags_only == set(INVALID)
 
