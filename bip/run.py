@@ -190,9 +190,9 @@ class Run:
                 return finished
             state = folder.furthest()
             progress = self._resume(state)
-            folder.open(
-                progress.iteration, self.data.loader, self._has_local_batch_norm(), self._dense()
-            )
+            dense = self.pruned.layout.dense if self.pruned is not None else ()
+            local = self._has_local_batch_norm()
+            folder.open(progress.iteration, self.data.loader, local, dense)
             with folder.attempt(progress), closing(folder.log(progress)) as log, closing(self.data):
                 loop = self.loop(progress, log)
                 if state is not None:
@@ -206,10 +206,6 @@ class Run:
             return Progress()
         restore_model(self.network, self.pruned, state, str(self.folder.checkpoints.folder))
         return Progress(**state["progress"])
-
-    def _dense(self) -> tuple[str, ...]:
-        """Names of the weights that are not pruned."""
-        return self.pruned.layout.dense if self.pruned is not None else ()
 
     def _spent_before(self) -> int:
         """Forward-backwards from the dense network to the pruned one that the run starts from."""

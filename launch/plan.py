@@ -391,7 +391,7 @@ class _Planner:
             sibling = path.with_name(f"{_method(trainer, 'prune').name}.yml")
             if self.main.get("trainer", "base") != trainer and sibling.is_file():
                 path = sibling
-            self.notes.append(f"trainer {trainer}: settings from {path}")
+            self.notes.append(f"{_method(trainer, 'prune').name}: settings from {path}")
             return path
         named: Path | None = getattr(self.options, f"{stage}_configs")
         if named is not None:

@@ -204,7 +204,7 @@ def test_trainer_sweep_takes_each_trainers_file_and_names_it(dense: Path, tmp_pa
     methods = [(run.config.method.name, run.config.wd) for run in found.runs]
     assert methods == [("bip", setting("bip.yml", "wd")), ("hydra", setting("hydra.yml", "wd"))]
     assert methods[0][1] != methods[1][1]
-    notes = zip(found.notes, ("bilevel", "base"), ("bip.yml", "hydra.yml"), strict=True)
+    notes = zip(found.notes, ("bip", "hydra"), ("bip.yml", "hydra.yml"), strict=True)
     assert all(trainer in note and str(DIGITS / file) in note for note, trainer, file in notes)
     # One without a file of its own keeps the named one.
     shutil.copy(DIGITS / "bip.yml", tmp_path / "mine.yml")
