@@ -43,12 +43,17 @@ ABLATED = ("unstructured", "0.01")
 
 @dataclass(frozen=True)
 class Contender:
-    """One row of the table: a method with its flags, and the part of the budget to fine-tune."""
+    """One row of the table: a method with its flags.
+
+    `finetune` is the part of the budget for fine-tuning; `rounds` share the budget equally, their k
+    falls in equal ratios.
+    """
 
     name: str
     method: str
     flags: tuple[str, ...] = ()
     finetune: float = 0.0
+    rounds: int = 1
     cases: list[tuple[str, str]] = field(default_factory=lambda: CASES)
 
 
@@ -56,6 +61,10 @@ def contenders() -> list[Contender]:
     both = ("--levels", "simultaneous")
     rows = [
         Contender("omp", "omp"),
+        Contender("imp, 3 rounds", "imp", rounds=3),
+        Contender("gmp", "gmp", ("--mask-every", "10")),
+        Contender("acdc", "acdc"),
+        Contender("feather", "feather"),
         Contender("bip", "bip"),
         Contender("bip simultaneous", "bip", both),
         Contender("bip, mask frozen", "bip", ("--mask-lr", "0")),
@@ -142,20 +151,25 @@ class Job:
             str(dense),
             *seed,
         )
-        mask = ("--layer-type", self.layer_type, "--k", self.k)
-        tuned = int(budget * self.contender.finetune)
+        contender = self.contender
+        tuned = int(budget * contender.finetune)
+        share = (budget - tuned) // contender.rounds
         name = self.key.replace("; ", "-").replace(", ", "-").replace(" ", "_")
-        result, model = run(
-            folder, name, self.contender.method, "--source-net", source, *mask, *seed,
-            "--epochs", "1000", "--budget", str(budget - tuned), *self.contender.flags,
-        )  # fmt: skip
-        cost = result["forward_backwards"]
+        for number in range(1, contender.rounds + 1):
+            last = number == contender.rounds
+            k = self.k if last else f"{float(self.k) ** (number / contender.rounds):.4f}"
+            mask = ("--layer-type", self.layer_type, "--k", k, *seed, "--epochs", "1000")
+            result, source = run(
+                folder, f"{name}-{number}", contender.method, "--source-net", source, *mask,
+                "--budget", str(share), *contender.flags,
+            )  # fmt: skip
         if tuned:
             result, _ = run(
-                folder, f"{name}-tuned", "finetune", "--source-net", model, *mask, *seed,
-                "--epochs", "1000", "--budget", str(tuned),
+                folder, f"{name}-tuned", "finetune", "--source-net", source, *mask,
+                "--budget", str(tuned),
             )  # fmt: skip
-            cost += result["forward_backwards"]
+        # Of all since the dense network.
+        cost = result["forward_backwards"]
         return {"key": self.key, "top1": result["top1"], "forward_backwards": cost}
 
 
