@@ -178,8 +178,9 @@ class PrunedParameters:
             living, dead = lives.sum(), (1 - lives).sum()
             mean = (sizes * lives).sum() / living.clamp(min=1)
             mean_of_dead = (sizes * (1 - lives)).sum() / dead.clamp(min=1)
-            ratio = torch.where(living > 0, mean / mean_of_dead, BATCH_NORM_EPS**0.5)
-            factor = torch.where(lives > 0, 1.0, ratio.nan_to_num(1.0).clamp(max=1.0))
+            ratio = torch.where(living > 0, mean / mean_of_dead, 0.0).nan_to_num(1.0)
+            # No further down than by batch-norm's slope: living filters may have converged.
+            factor = torch.where(lives > 0, 1.0, ratio.clamp(BATCH_NORM_EPS**0.5, 1.0))
             gradient.mul_(factor.view(-1, *[1] * (gradient.dim() - 1)))
 
     @torch.no_grad()

@@ -238,9 +238,9 @@ def photo() -> bytes:
     [
         ((photo(), 10), "record 1 has label 10, but .* --num-classes"),
         ((photo(), -1), "record 1 has label -1"),
-        ([photo(), 1], "record 1 .*no tuple"),
-        ((photo(), "1"), "record 1 is no .image bytes, label"),
-        ((photo(), 1, 2), "record 1 is no .image bytes, label"),
+        ([photo(), 1], "record 1 .*not a tuple"),
+        ((photo(), "1"), "record 1 is not .image bytes, label"),
+        ((photo(), 1, 2), "record 1 is not .image bytes, label"),
         (pickle.dumps((photo(), Evil())), "record 1 .*not plain data"),
         (pickle.dumps((photo(), 1))[:40], "record 1 .*cannot be read"),
         (b"junk", "record 1 .*cannot be read"),

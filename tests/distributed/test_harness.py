@@ -180,7 +180,7 @@ def test_ranks_of_unlike_worlds_all_leave(first: int, store: TCPStore) -> None:
     else:
         store.compare_set("world", "", "3")  # one of the three
     for ranks in [TWO[1]] * (first == 3) + [Ranks(2, 3, 0, 1)]:
-        with pytest.raises(UserError, match=r"one of [23], some"):
+        with pytest.raises(UserError, match=r"a world of [23], some of [23]"):
             meet(store, ranks)
 
 

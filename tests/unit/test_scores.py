@@ -19,7 +19,7 @@ def start(how: str, seed: int = 0, scale: float = 1) -> tuple[list[Tensor], list
     layout = find_prunable(network, "unstructured")
     weights = scale * torch.cat([layer.weight.flatten() for layer in network]).detach()
     scores = torch.full_like(weights, float("nan"))
-    initialise_scores(scores, weights, layout, how)  # type: ignore[arg-type]
+    initialise_scores(scores, weights, layout, how, "torch")  # type: ignore[arg-type]
     assert scores.isfinite().all()
     sizes = [48 * 32 * 9, 3000]
     return list(scores.split(sizes)), list(weights.split(sizes))
@@ -39,10 +39,11 @@ def test_hydra_scores() -> None:
     assert all((score == 0).all() for score in start("hydra", scale=0)[0])
 
 
-# Standard deviations: He et al. (fan in) and Glorot and Bengio (fan in + fan out).
+# Standard deviations: He et al. (fan in) and Glorot and Bengio (fan in + fan out), with the gain of
+# torch's layers. The published ones are in tests/methods/test_bip.py.
 DEVIATIONS = {
     "kaiming_normal": [math.sqrt(2 / FAN_IN), math.sqrt(2 / 60)],
-    # a = sqrt(5), as published and as torch initialises layers: bound 1 / sqrt(fan in)
+    # a = sqrt(5), as torch initialises layers: bound 1 / sqrt(fan in)
     "kaiming_uniform": [1 / math.sqrt(3 * FAN_IN), 1 / math.sqrt(3 * 60)],
     "xavier_normal": [math.sqrt(2 / (FAN_IN + FAN_OUT)), math.sqrt(2 / 110)],
     "xavier_uniform": [math.sqrt(2 / (FAN_IN + FAN_OUT)), math.sqrt(2 / 110)],
