@@ -288,7 +288,7 @@ class RunConfig(BaseModel):
         of_method=True, before="alternate",
     )  # fmt: skip
     mask_until: float = setting(
-        BILEVEL, 1.0, "part of training in which the mask moves; then the weights alone do",
+        BILEVEL, 0.5, "part of training in which the mask moves; then the weights alone do",
         of_method=True, before=1.0, ge=0, le=1,
     )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)

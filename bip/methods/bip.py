@@ -4,7 +4,8 @@ One iteration: the lower level trains θ for the present mask, on the lower batc
 level moves the scores by the hypergradient of eq. A4, on the upper batch, and updates the mask.
 `accelerate` is the published cheaper variant: upper level first, without the implicit term.
 With `levels` simultaneous both levels move by the gradient of one batch, which costs one
-forward-backward an iteration instead of two.
+forward-backward an iteration instead of two. After the part `mask_until` of training the mask is
+final and the weights alone are trained (published: 1, the mask moves to the end).
 """
 
 from __future__ import annotations

@@ -20,14 +20,14 @@ GOLDEN = Path(__file__).with_name("golden.json")
 SHORT: dict[str, Any] = {"max_steps": 6, "normalize": True}
 # The first four keep the rules of version 0.1, and its losses.
 STREAM: dict[str, Any] = {"stage_order": "replayed"}
-OLD = STREAM | {"dead_filters": "full"}
+OLD = STREAM | {"dead_filters": "full", "mask_until": 1}
 TRAINERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bip": ("bip", OLD),
     "accelerate": ("bip", OLD | {"accelerate": True}),
-    "hydra": ("hydra", OLD),
+    "hydra": ("hydra", STREAM | {"dead_filters": "full"}),
     "finetune": ("finetune", STREAM | {"lr": 0.02}),
-    "now": ("bip", {}),
-    "simultaneous": ("bip", {"levels": "simultaneous"}),
+    "now": ("bip", {"mask_until": 1}),
+    "simultaneous": ("bip", {"levels": "simultaneous", "mask_until": 1}),
     "omp": ("omp", {"lr": 0.02}),
 }
 CASES = ["pretrain", *(f"{t}-{layer}" for t in TRAINERS for layer in LAYER_TYPES)]
