@@ -59,23 +59,31 @@ class Contender:
 
 def contenders() -> list[Contender]:
     both = ("--levels", "simultaneous")
+    old = ("--dead-filters", "full")
+    to_the_end = ("--mask-until", "1")
+    whole = ("--scope", "global")
+    filters = [("filter", "0.5")]
     rows = [
         Contender("omp", "omp"),
+        Contender("omp, one ranking", "omp", whole, cases=filters),
         Contender("imp, 3 rounds", "imp", rounds=3),
         Contender("gmp", "gmp", ("--mask-every", "10")),
         Contender("acdc", "acdc"),
+        Contender("acdc, last phase 0.5", "acdc", ("--acdc-last", "0.5")),
         Contender("feather", "feather"),
         Contender("bip", "bip"),
         Contender("bip simultaneous", "bip", both),
+        Contender("bip simultaneous, one ranking", "bip", (*both, *whole), cases=filters),
         Contender("bip, mask frozen", "bip", ("--mask-lr", "0")),
-        Contender("bip as in version 0.1", "bip", ("--dead-filters", "full")),
+        Contender("bip, mask moves to the end", "bip", to_the_end),
+        Contender("bip as in version 0.1", "bip", (*old, *to_the_end)),
         Contender("hydra + finetune", "hydra", (), 0.5),
-        Contender("hydra as in version 0.1", "hydra", ("--dead-filters", "full"), 0.5),
+        Contender("hydra as in version 0.1", "hydra", old, 0.5),
     ]
     sweeps = {
         "mask-lr": ("0.001", "0.01", "0.1", "1"),
         "lr2": ("0", "1e-4", "1e-2", "1", "100", "1e4"),
-        "mask-until": ("0.25", "0.5", "0.75"),
+        "mask-until": ("0.25", "0.5", "0.75", "1"),
     }
     for key, values in sweeps.items():
         for value in values:
