@@ -62,6 +62,7 @@ def contenders() -> list[Contender]:
     old = ("--dead-filters", "full")
     to_the_end = ("--mask-until", "1")
     whole = ("--scope", "global")
+    drawn = ("--no-scaled-score-init", "--scores-init-type", "kaiming_uniform")
     filters = [("filter", "0.5")]
     rows = [
         Contender("omp", "omp"),
@@ -75,6 +76,7 @@ def contenders() -> list[Contender]:
         Contender("bip simultaneous", "bip", both),
         Contender("bip simultaneous, one ranking", "bip", (*both, *whole), cases=filters),
         Contender("bip, mask frozen", "bip", ("--mask-lr", "0")),
+        Contender("bip, mask drawn and frozen", "bip", (*drawn, "--mask-lr", "0"), cases=filters),
         Contender("bip, mask moves to the end", "bip", to_the_end),
         Contender("bip as in version 0.1", "bip", (*old, *to_the_end)),
         Contender("hydra + finetune", "hydra", (), 0.5),
@@ -93,7 +95,7 @@ def contenders() -> list[Contender]:
         flags = ("--lower-steps", steps)
         rows.append(Contender(f"bip, lower-steps {steps}", "bip", flags, cases=[ABLATED]))
     for how in ("hydra", "kaiming_uniform"):
-        flags = (*both, "--no-scaled-score-init", "--scores-init-type", how)
+        flags = (*both, *drawn[:-1], how)
         rows.append(Contender(f"simultaneous, scores {how}", "bip", flags, cases=[ABLATED]))
     return rows
 
