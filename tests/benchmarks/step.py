@@ -1,5 +1,7 @@
 """A BiP iteration over a dense training step: the limit is 2.0, two forward-backwards.
 
+With simultaneous levels it is one forward-backward, so the limit is 1.0.
+
 Both run the project's own methods on fixed random batches in memory, in turns. The dense
 step is the pretraining step: zero_grad, forward, backward, SGD. Peak memory is measured in a
 fresh process each (maximum resident set on the CPU, allocator peak on the GPU).
@@ -27,11 +29,12 @@ CASES = {"resnet18_b32": ("resnet18", 32), "resnet20s_b128": ("resnet20s", 128)}
 
 
 def make_method(arch: str, batch_size: int, method: str) -> Method:
-    """The method "dense" or "bip", ready for its steps on random 32x32 images."""
+    """The method "dense", "bip" or "simultaneous", ready for its steps on random 32x32 images."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = models.build(arch, 10).to(device).train()
     bip = {"exp_mode": "prune", "layer_type": "unstructured", "trainer": "bilevel"}
+    bip |= {"levels": "simultaneous" if method == "simultaneous" else "alternate"}
     config: RunConfig = build_config(
         {"arch": arch, "dataset": "CIFAR10", "exp_name": "benchmark", "k": 0.1, "lr": 0.01}
         | ({"exp_mode": "pretrain"} if method == "dense" else bip)
@@ -40,7 +43,7 @@ def make_method(arch: str, batch_size: int, method: str) -> Method:
     if device.type == "cuda":
         network = network.to(memory_format=torch.channels_last)
     pruned = None
-    if method == "bip":
+    if method != "dense":
         layout = find_prunable(network, "unstructured")
         pruned = PrunedParameters(network, layout, config.k, "global")
         with torch.no_grad():
@@ -87,10 +90,12 @@ def main() -> None:
     print(machine())
     figures: dict[str, float] = {}
     for name, (arch, batch_size) in CASES.items():
-        steps = {m: iterate(make_method(arch, batch_size, m)) for m in ("dense", "bip")}
+        methods = ("dense", "bip", "simultaneous")
+        steps = {m: iterate(make_method(arch, batch_size, m)) for m in methods}
         seconds = take_turns(steps, options.rounds)
         figures[name] = ratio(seconds["bip"], seconds["dense"])
-        print(f"{name}: dense {min(seconds['dense']):.3f} s, BiP {min(seconds['bip']):.3f} s")
+        figures[f"{name}_simultaneous"] = ratio(seconds["simultaneous"], seconds["dense"])
+        print(f"{name}: {', '.join(f'{m} {min(seconds[m]):.3f} s' for m in methods)}")
     dense, bip = (peak_memory("resnet18_b32", method) for method in ("dense", "bip"))
     print(f"peak memory resnet18_b32: dense {dense >> 20} MiB, BiP {bip >> 20} MiB")
     figures["peak_memory"] = bip / dense
