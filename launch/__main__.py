@@ -9,8 +9,9 @@ import tyro
 from rich.console import Console
 
 from bip import cli
-from bip.config import RunConfig, build_config, read_yaml
+from bip.config import RunConfig, build_config
 from bip.errors import ExitCode, UserError
+from bip.yaml_file import read_yaml
 from launch import logs as run_logs
 from launch.executor import Executor, executor_for, executors_of
 from launch.local.worker import TRAIN

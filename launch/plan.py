@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from bip.config import RunConfig, about, build_config, check_inputs, merge
+from bip.config import RunConfig, build_config, check_inputs, input_files, merge
 from bip.errors import UserError
-from bip.methods import find
+from bip.methods import acts_in, find
 from bip.methods.base import Method, Mode
 from bip.shipped import given_or_shipped
 
@@ -173,12 +173,6 @@ def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
     return _Planner(options, run_flags, ranks).plan()
 
 
-def _acts_in(method: type[Method], key: str) -> bool:
-    """A flag is given only to runs in which it acts, so that a sweep over --mask-lr shares its
-    dense network."""
-    return key in method.keys or not about(key).of_method
-
-
 class _Planner:
     def __init__(self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int) -> None:
         self.options = options
@@ -332,10 +326,8 @@ class _Planner:
             values.pop("source_net", None)
         if source is not None:
             values["source_net"] = source.config.run_folder / BEST
-        if "rewind_net" in method.keys and dense is not None and values.get("rewind") == "weights":
-            if dense.config.rewind_epoch is None:
-                raise UserError("rewind_epoch: missing; --rewind weights goes back to one of them")
-            values.setdefault("rewind_net", dense.config.rewind_model)
+        if dense is not None:
+            values = method.from_dense(values, dense.config)
         config = build_config(values, str(path or ""), {*self.flags, *axes})
         if source is None:
             if not starts_fresh and config.source_net is None:
@@ -375,7 +367,7 @@ class _Planner:
             values |= self._acting(stage, values)
             values["exp_mode"] = stage
             # Tasks may start in another folder than this command.
-            for name in ("result_dir", "data_dir", "source_net", "rewind_net"):
+            for name in ("result_dir", "data_dir", *input_files()):
                 default = RunConfig.model_fields[name].default
                 if (folder := values.get(name, default)) is not None:
                     values[name] = Path(folder).absolute()
@@ -408,7 +400,8 @@ class _Planner:
         if stage == "prune":
             trainer = self.flags.get("trainer", values.get("trainer", "base"))
         method = _method(trainer, stage)
-        dropped = {name for name in self.flags if not _acts_in(method, name)} | {"budget"}
+        # A sweep over --mask-lr shares its dense network.
+        dropped = {name for name in self.flags if not acts_in(method, name)} | {"budget"}
         if not method.has_mask:
             dropped |= {"k"}  # all k share one dense network
         if stage != "prune":
@@ -428,7 +421,7 @@ class _Planner:
                 yield f"{name}: no effect; the file of the only other stages is --configs"
         methods = {run.config.method for run in runs}
         for name in self.flags:
-            if not any(_acts_in(method, name) for method in methods):
+            if not any(acts_in(method, name) for method in methods):
                 yield f"{name}: no effect in any stage of this sweep"
         if self.flags.get("scale_rand_init") and "prune" in self.stages:
             yield "scale_rand_init: all k share one dense network, which is scaled for its own k"

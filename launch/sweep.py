@@ -30,10 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bip.config import read_yaml
 from bip.errors import UserError
 from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
 from bip.methods.base import Mode
+from bip.yaml_file import read_yaml
 from launch.plan import STAGES, PlannedRun, check_same_source
 
 VERSION = 1

@@ -7,11 +7,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bip.methods.base import Mode, Start
 from bip.methods.finetune import Finetune
+from bip.settings import PRUNING, MethodSettings, Positive, setting
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
     from bip.pruning.choices import ScoreInit
     from bip.pruning.state import PrunedParameters
+
+
+class ScoredOnImages(MethodSettings):
+    score_batches: Positive = setting(
+        PRUNING, 1, "training batches that the weights of a fresh network are scored on", before=1
+    )
 
 
 class PrunedAtStart(Finetune):

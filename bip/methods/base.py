@@ -14,7 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from bip.settings import MethodSettings
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
@@ -63,7 +67,9 @@ class Method(ABC):
     `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `default_scope`: the rankings of unstructured pruning where --scope is not given.
-    `keys`: the settings that act in it, of those that do not act in every method.
+    `settings`: the settings that it declares, alone or with its kin.
+    `keys`: the others that act in it, of those that do not act in every method; with `settings`
+    once the class is made.
     """
 
     name: ClassVar[str]
@@ -75,12 +81,14 @@ class Method(ABC):
     needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
     default_scope: ClassVar[Scope] = "global"
+    settings: ClassVar[type[MethodSettings]] = MethodSettings
     keys: ClassVar[frozenset[str]] = MASK
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" in vars(cls) and "trainer" not in vars(cls):
             cls.trainer = cls.name
+        cls.keys = cls.keys | cls.settings.model_fields.keys()
 
     @classmethod
     def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
@@ -112,6 +120,25 @@ class Method(ABC):
     def start_cost(cls, config: RunConfig) -> int:
         """What `prepare` costs, in forward-backwards."""
         return 0
+
+    @classmethod  # noqa: B027
+    def check(cls, config: RunConfig) -> None:
+        """Raise ValueError, naming the key, where its settings do not fit each other."""
+
+    @classmethod
+    def identity(cls, config: RunConfig) -> dict[str, Any]:
+        """Of its settings what changes numbers, where that is not the value as given."""
+        return {}
+
+    @classmethod
+    def rewinds_to(cls, config: RunConfig) -> Path | None:
+        """The checkpoint that the weights start from, with the mask of source_net."""
+        return None
+
+    @classmethod
+    def from_dense(cls, values: dict[str, Any], dense: RunConfig) -> dict[str, Any]:
+        """A series' settings of a run, completed by what its dense run writes."""
+        return values
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
