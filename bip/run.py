@@ -132,8 +132,8 @@ class Run:
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)
             initialise_scores(
-                scores, pruned.weights.detach().cpu(), layout, method.score_init(config),
-                config.score_gain,
+                scores, pruned.weights.detach().cpu(), layout,
+                method.score_init or config.score_init, config.score_gain,
             )  # fmt: skip
             if self.source is not None and (masks := layer_masks(self.source)):
                 before = torch.cat([masks[t.name].flatten() for t in layout.tensors])

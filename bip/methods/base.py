@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from bip.pruning.choices import ScoreInit
 from bip.settings import MethodSettings
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.choices import Scope, ScoreInit
+    from bip.pruning.choices import Scope
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["pretrain", "prune", "finetune"]
 Start = Literal["fresh", "dense", "pruned"]
+FirstScores = Literal["scaled", ScoreInit]
 
 # Settings that act in some methods only: those of every method with a mask, and those of methods
 # that train scores.
@@ -67,6 +69,7 @@ class Method(ABC):
     `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `default_scope`: the rankings of unstructured pruning where --scope is not given.
+    `score_init`: how the scores start (`bip.pruning.scores`), if its settings do not say so.
     `settings`: the settings that it declares, alone or with its kin.
     `keys`: the others that act in it, of those that do not act in every method; with `settings`
     once the class is made.
@@ -81,6 +84,7 @@ class Method(ABC):
     needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
     default_scope: ClassVar[Scope] = "global"
+    score_init: ClassVar[FirstScores | None] = None
     settings: ClassVar[type[MethodSettings]] = MethodSettings
     keys: ClassVar[frozenset[str]] = MASK
 
@@ -89,11 +93,6 @@ class Method(ABC):
         if "name" in vars(cls) and "trainer" not in vars(cls):
             cls.trainer = cls.name
         cls.keys = cls.keys | cls.settings.model_fields.keys()
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        """How the scores start (`bip.pruning.scores.initialise_scores`)."""
-        return config.score_init
 
     @classmethod
     def lower_batches(cls, config: RunConfig) -> int:
@@ -142,11 +141,7 @@ class Method(ABC):
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-
-    @property
-    @abstractmethod
-    def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers by level, for checkpoints."""
+        self.optimizers: dict[str, Optimizer] = {}  # by level, for checkpoints
 
     @abstractmethod
     def step(self, iteration: int) -> list[Report]:
@@ -166,9 +161,13 @@ class Method(ABC):
     def lower_level(self, **options: Any) -> LowerLevel:
         from bip.training.levels import LowerLevel
 
-        return LowerLevel(self.parts, **options)
+        level = LowerLevel(self.parts, **options)
+        self.optimizers["lower"] = level.optimizer
+        return level
 
     def upper_level(self, **options: Any) -> UpperLevel:
         from bip.training.levels import UpperLevel
 
-        return UpperLevel(self.parts, **options)
+        level = UpperLevel(self.parts, **options)
+        self.optimizers["upper"] = level.optimizer
+        return level

@@ -18,8 +18,6 @@ from bip.methods.base import MASK, SCORES, Method, Parts
 from bip.settings import BILEVEL, MethodSettings, Positive, Rate, Schedule, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.config import RunConfig
     from bip.training.forward import Report
     from bip.training.optim import Clock
@@ -102,10 +100,6 @@ class Bip(Method):
             weight_decay=own.mask_wd,
             measures_terms=True,
         )
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
         if iteration >= self._final_from(self.parts.config, self.parts.clock.iterations):

@@ -18,7 +18,6 @@ from bip.settings import PRUNING, InputFile, MethodSettings, setting
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
 
 
 def _unless_rewound(config: Rewinding) -> str | None:
@@ -42,11 +41,8 @@ class IterativeMagnitude(Finetune):
     mode = "prune"
     starts_from = "dense"
     in_rounds = True
+    score_init = "scaled"  # s = θ; of what the round before has pruned 0, so that masks nest
     settings = Rewinding
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"  # s = θ; of what the round before has pruned 0, so that masks nest
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

@@ -7,16 +7,13 @@ the cubic of Zhu and Gupta (arXiv 1710.01878, eq. 1), over the span from `mask_s
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
-from bip.methods.base import Method, Mode, Parts
+from bip.methods.base import FirstScores, Method, Mode, Parts
 from bip.settings import PRUNING, MethodSettings, Positive, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
 
 
 class Span(MethodSettings):
@@ -40,21 +37,14 @@ class PrunedOverTime(Method):
     """Trains one level for a mask that it changes itself."""
 
     mode: ClassVar[Mode] = "prune"
+    score_init: ClassVar[FirstScores | None] = "scaled"
     trains_scores: ClassVar[bool] = False  # in place of θ
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         assert parts.pruned is not None
         self.pruned = parts.pruned
         self.lower = self.lower_level(owned=parts.pruned.scores if self.trains_scores else None)
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
 
     def keep_largest(self, k: Fraction) -> None:
         """The mask of the largest |θ|, and z."""

@@ -11,15 +11,13 @@ again and keeps its value; other grown weights start at zero, without momentum.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from bip.methods.base import Parts
 from bip.methods.over_time import PrunedInSpan, SpanInSteps
 from bip.settings import PRUNING, setting
 
 if TYPE_CHECKING:
-    from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
     from bip.training.forward import Report
 
 
@@ -35,11 +33,8 @@ class RigL(PrunedInSpan):
     summary = "trains a sparse network from scratch, dropping and growing weights"
     starts_from = "fresh"
     default_scope = "erk"
+    score_init = "kaiming_uniform"  # independent of θ and of one another: a random mask
     settings = RigLSettings
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "kaiming_uniform"  # independent of θ and of one another: a random mask
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
