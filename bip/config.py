@@ -361,7 +361,7 @@ class RunConfig(BaseModel):
                     f"budget: {self.budget} forward-backwards are no iteration of "
                     f"{self.method.name}; give at least {least}"
                 )
-        if (self.rewind_epoch or 0) > self.epochs:
+        if (self.rewind_epoch or 0) > self.epochs and self.budget is None:
             raise ValueError(
                 f"rewind_epoch: {self.rewind_epoch} lies after the last of {self.epochs} epochs"
             )
@@ -530,6 +530,8 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
+    if "budget" in flags and "epochs" not in flags:  # the flag replaces what the file says
+        values = {key: value for key, value in values.items() if key != "epochs"}
     try:
         return RunConfig(**_recorded_before(values) | values)
     except ValidationError as error:

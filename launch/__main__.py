@@ -90,7 +90,7 @@ def resume(
     """
     sweep = Sweep(folder)
     rows = [row for row in read_status(folder) if row.state not in ("done", "running")]
-    missing = [row.run_id for row in rows if not row.reason.startswith("in the queue")]
+    missing = [row.run_id for row in rows if not (row.state == "waiting" and row.queued)]
     configs = _check_unchanged(sweep, missing)
     if not missing:
         print(f"nothing to resume: all runs of {folder} are done, queued or running")

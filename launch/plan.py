@@ -274,7 +274,7 @@ class _Planner:
             if in_rounds := method is not None and method.in_rounds:
                 series.sort(reverse=True)
             before: PlannedRun | None = None  # the round before
-            for k in series:
+            for number, k in enumerate(series):
                 axes = {"seed": seed, "arch": arch}
                 source = dense = self._add("pretrain", trainer, axes) if self.makes_dense else None
                 axes |= {"layer_type": layer_type, "k": k}
@@ -282,7 +282,7 @@ class _Planner:
                     if stage == "pretrain" or (stage == "finetune" and not self._tunes(method)):
                         continue
                     source = (before if stage == "prune" else None) or source
-                    source = self._add(stage, trainer, axes, source, dense)
+                    source = self._add(stage, trainer, axes, source, dense, number, len(series))
                     if stage == "prune" and in_rounds:
                         before = source
         runs = sorted(self.runs.values(), key=lambda run: STAGES.index(run.stage))
@@ -297,15 +297,23 @@ class _Planner:
         on that."""
         return self.budget is None or method is None or method.needs_finetuning
 
-    def _budget(self, stage: Mode, method: type[Method]) -> int | None:
-        """Of one run: fine-tuning shares the pruning's, and neither pays for the dense network."""
+    def _budget(self, stage: Mode, method: type[Method], number: int, rounds: int) -> int | None:
+        """Of one run: fine-tuning shares the pruning's, as rounds do, here round `number` of so
+        many, and neither pays for the dense network."""
         if self.budget is None or (stage == "pretrain" and len(self.stages) > 1):
             return None
         if {"prune", "finetune"} <= {*self.stages} and (
             stage == "finetune" or method.needs_finetuning
         ):
             return self.budget // 2
-        return self.budget
+        if not method.in_rounds:
+            return self.budget
+        if self.budget < rounds:
+            raise UserError(
+                f"budget: {self.budget} is for all {rounds} rounds of {method.name}; give at least "
+                f"{rounds}"
+            )
+        return self.budget * (number + 1) // rounds - self.budget * number // rounds
 
     def _add(
         self,
@@ -314,11 +322,13 @@ class _Planner:
         axes: dict[str, Any],
         source: PlannedRun | None = None,
         dense: PlannedRun | None = None,
+        number: int = 0,
+        rounds: int = 1,
     ) -> PlannedRun:
         path, values = self._file(stage, trainer or "base")
         values = values | {name: value for name, value in axes.items() if value is not None}
         method = _method(values.get("trainer", "base"), stage)
-        if (budget := self._budget(stage, method)) is not None:
+        if (budget := self._budget(stage, method, number, rounds)) is not None:
             values["budget"] = budget
         starts_fresh = method.starts_from == "fresh"
         if starts_fresh:

@@ -210,7 +210,7 @@ def test_a_path_to_nothing_or_to_the_wrong_thing(refuse: Refuse, tmp_path: Path)
     refuse(pretrain(tmp_path, **cifar, data_dir="none"), "data_dir", "none")
     refuse(prune(tmp_path, source_net=tmp_path), "source_net", str(tmp_path))
     (tmp_path / "out").touch()
-    refuse(pretrain(tmp_path), str(tmp_path / "out"), "Not a directory")
+    refuse(pretrain(tmp_path), f"result_dir: {tmp_path / 'out'}", "--result-dir")
 
 
 # --source-net
