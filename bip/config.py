@@ -1,27 +1,24 @@
 """One run's configuration: a YAML file and flags become a frozen `RunConfig`.
 
-A field of RunConfig is the only place that knows a setting: its type, bounds, default, help and
-group, whether it changes numbers, and where it acts.
+A field is the only place that knows a setting (`bip.settings`). Those of single methods stand in
+their files, below `bip/methods/`.
 """
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from collections.abc import Container
+from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
-    AliasChoices,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
-    Field,
     ValidationError,
     ValidationInfo,
+    create_model,
     field_validator,
     model_validator,
 )
@@ -29,65 +26,27 @@ from pydantic import (
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
 from bip.errors import UserError
-from bip.files import may_pass
-from bip.methods import find, spellings
+from bip.methods import acts_in, find, methods, own_settings, spellings
 from bip.methods.base import Method, Mode
 from bip.pruning.choices import LayerType, Scope, ScoreInit
+from bip.settings import (
+    DATA,
+    NETWORK,
+    OPTIMIZATION,
+    PRUNING,
+    REPORTS,
+    RUN,
+    SPEED,
+    Fraction,
+    InputFile,
+    Positive,
+    Rate,
+    Schedule,
+    Setting,
+    setting,
+)
 from bip.shipped import given_or_shipped
-
-Schedule = Literal["cosine", "step"]
-
-Idle = Callable[["RunConfig"], str | None]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a field of RunConfig declares beside type, default and help.
-
-    `numbers`: it changes the run's numbers, so it is part of the fingerprint.
-    `of_method`: it acts only in methods that list it in their `keys`.
-    `idle`: the reason why it has no effect in a run, or None.
-    `choices`: its values, for --help and errors, where the type does not list them.
-    `before`: of a key that came after version 0.1, the value that this version worked by. At it
-    the key is left out of the fingerprint, and settings recorded by version 0.1 mean it.
-    """
-
-    group: str
-    numbers: bool = True
-    of_method: bool = False
-    idle: Idle = lambda _config: None
-    choices: Callable[[], Iterable[str]] | None = None
-    before: Any = ...
-
-
-def setting(
-    group: str,
-    default: Any,
-    help: str,
-    *,
-    numbers: bool = True,
-    of_method: bool = False,
-    idle: Idle = lambda _config: None,
-    choices: Callable[[], Iterable[str]] | None = None,
-    before: Any = ...,
-    **field: Any,
-) -> Any:
-    """A field of RunConfig. `...` as the default: it must be given."""
-    about = Setting(group, numbers, of_method, idle, choices, before)
-    return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
-
-
-def _decimal_as_written(value: Any) -> Any:
-    """k keeps its decimal digits: 0.8 is eight tenths, not the nearest binary float."""
-    try:
-        return Decimal(str(value))
-    except InvalidOperation:
-        raise ValueError("must be a decimal number such as 0.05") from None
-
-
-Fraction = Annotated[Decimal, BeforeValidator(_decimal_as_written)]
-Positive = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+from bip.yaml_file import read_yaml
 
 
 def _networks() -> list[str]:
@@ -105,17 +64,9 @@ def _unless_budgeted(config: "RunConfig") -> str | None:
     return "--budget gives the length" if config.budget is not None else None
 
 
-def _unless_rewound(config: "RunConfig") -> str | None:
-    return None if config.rewinds_weights else "--rewind lr keeps the weights"
-
-
 def _unless_scaled(config: "RunConfig") -> str | None:
     scales = config.method.has_mask or config.scale_rand_init
     return None if scales else "the network is dense"
-
-
-def _unless_implicit(config: "RunConfig") -> str | None:
-    return "--accelerate leaves the implicit term out" if config.accelerate else None
 
 
 def _unless_drawn(config: "RunConfig") -> str | None:
@@ -136,8 +87,9 @@ def _unless_trained(config: "RunConfig") -> str | None:
 
 
 def _unless_steps(config: "RunConfig") -> str | None:
-    masks = "mask_lr_schedule" in config.method.keys and config.mask_lr_schedule == "step"
-    return None if masks or config.lr_schedule == "step" else "no schedule is step"
+    schedules = [name for name in of_type(Schedule) if acts_in(config.method, name)]
+    steps = "step" in [getattr(config, name) for name in schedules]
+    return None if steps else "no schedule is step"
 
 
 def _unless_later_stage(config: "RunConfig") -> str | None:
@@ -148,10 +100,20 @@ def _unless_adam(config: "RunConfig") -> str | None:
     return "adam has none" if config.optimizer == "adam" else None
 
 
-RUN, NETWORK, PRUNING, BILEVEL = "run", "network", "pruning", "two-level"
-DATA, OPTIMIZATION, SPEED, REPORTS = "data", "optimization", "speed", "report"
+Class = TypeVar("Class", bound=BaseModel)
 
 
+def _with_settings_of_methods(own: type[Class]) -> type[Class]:
+    """The class with the fields of every method's settings after its own."""
+    found = sorted({m.settings for m in methods().values()}, key=lambda c: c.__name__)
+    # What inherits from another comes before it, as Python wants its bases.
+    found.sort(key=lambda settings: -len(settings.__mro__))
+    bases: Any = (*found, own)
+    made: type[Class] = create_model(own.__name__, __base__=bases, __module__=own.__module__)
+    return made
+
+
+@_with_settings_of_methods
 class RunConfig(BaseModel):
     """Everything that defines one run. Names are the published flags.
 
@@ -171,8 +133,10 @@ class RunConfig(BaseModel):
     exp_mode: Mode = setting(RUN, ..., "pretrain, prune or finetune")
     result_dir: Path = setting(RUN, Path("trained_models"), "folder of all results", numbers=False)
     seed: int = setting(RUN, 1234, "seed of all random numbers", ge=0, lt=2**63)
-    resume: Path | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
-    source_net: Path | None = setting(RUN, None, "checkpoint to prune or fine-tune", numbers=False)
+    resume: InputFile | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
+    source_net: InputFile | None = setting(
+        RUN, None, "checkpoint to prune or fine-tune", numbers=False
+    )
     evaluate: bool = setting(RUN, False, "only evaluate --source-net or --resume", numbers=False)
 
     arch: str = setting(NETWORK, ..., "network", choices=_networks)
@@ -183,7 +147,6 @@ class RunConfig(BaseModel):
     sync_bn: bool = setting(NETWORK, False, "batch-norm statistics over all ranks")
     scale_rand_init: bool = setting(
         NETWORK, False, "scale initial weights for the keep ratio k (pretrain)",
-        of_method=True,
     )  # fmt: skip
 
     trainer: str = setting(
@@ -191,111 +154,40 @@ class RunConfig(BaseModel):
         "method; published names: base (dense, hydra or finetune, by exp_mode), bilevel (bip)",
         choices=spellings,
     )  # fmt: skip
-    layer_type: Literal["dense", LayerType] = setting(
-        PRUNING, "dense", "what is pruned", of_method=True
-    )
+    layer_type: Literal["dense", LayerType] = setting(PRUNING, "dense", "what is pruned")
     scope: Scope | None = setting(
         PRUNING, None,
         "one ranking over the network, k per layer, or more of small layers by Erdos-Renyi-Kernel "
         "(default global, RigL erk, structured layer)",
-        of_method=True,
     )  # fmt: skip
     ranking: Literal["balanced", "plain"] = setting(
         PRUNING, "balanced",
         "global ranking of filters or channels: by size, each layer keeps one; or plain norms",
-        of_method=True, idle=_unless_global_groups, before="plain",
+        idle=_unless_global_groups, before="plain",
     )  # fmt: skip
-    k: Fraction = setting(
-        PRUNING, Decimal("1.0"), "keep ratio, in (0, 1]", of_method=True, idle=_unless_scaled
-    )
-    scaled_score_init: bool = setting(PRUNING, False, "scores start as the weights", of_method=True)
+    k: Fraction = setting(PRUNING, Decimal("1.0"), "keep ratio, in (0, 1]", idle=_unless_scaled)
+    scaled_score_init: bool = setting(PRUNING, False, "scores start as the weights")
     scores_init_type: ScoreInit | None = setting(
         PRUNING, None, "initialisation of the scores (default kaiming_uniform)",
-        of_method=True, idle=_unless_drawn,
+        idle=_unless_drawn,
     )  # fmt: skip
     dead_filters: Literal["scaled", "full"] = setting(
         PRUNING, "scaled",
         "score gradient of wholly pruned filters: scaled to the others', or full as published",
-        of_method=True, before="full",
+        before="full",
     )  # fmt: skip
     score_gain: Literal["published", "torch"] = setting(
         PRUNING, "published", "deviation of drawn scores: the published code's, or torch's layers'",
-        of_method=True, idle=_unless_drawn, before="torch",
+        idle=_unless_drawn, before="torch",
     )  # fmt: skip
     recalibrate_bn: int = setting(
         PRUNING, 0, "training batches to re-estimate batch-norm statistics for the final mask",
-        of_method=True, ge=0,
-    )  # fmt: skip
-    score_batches: Positive = setting(
-        PRUNING, 1, "training batches that the weights of a fresh network are scored on",
-        of_method=True, before=1,
-    )  # fmt: skip
-    rewind: Literal["lr", "weights"] = setting(
-        PRUNING, "lr", "imp: each round restarts the learning rate alone, or the weights too",
-        of_method=True, before="lr",
-    )  # fmt: skip
-    rewind_net: Path | None = setting(
-        PRUNING, None, "checkpoint that imp takes its weights from, with --rewind weights",
-        numbers=False, of_method=True, idle=_unless_rewound,
+        ge=0,
     )  # fmt: skip
     rewind_epoch: int | None = setting(
         PRUNING, None, "pretrain: keep the network as it is after this epoch, for --rewind weights",
-        numbers=False, of_method=True, ge=0,
+        numbers=False, ge=0,
     )  # fmt: skip
-
-    mask_start: float = setting(
-        PRUNING, 0.0, "fraction of training done when the mask starts to change",
-        of_method=True, before=0.0, ge=0, lt=1,
-    )  # fmt: skip
-    mask_end: float = setting(
-        PRUNING, 0.75, "fraction of training done when the mask, or k, is final",
-        of_method=True, before=0.75, gt=0, le=1,
-    )  # fmt: skip
-    mask_every: Positive = setting(
-        PRUNING, 100, "steps between changes of the mask (gmp, rigl)", of_method=True, before=100
-    )
-    acdc_warmup: float = setting(
-        PRUNING, 0.1, "AC/DC's first dense phase, a fraction of training",
-        of_method=True, before=0.1, ge=0, lt=1,
-    )  # fmt: skip
-    acdc_phase: float = setting(
-        PRUNING, 0.05, "AC/DC's phases, each a fraction of training",
-        of_method=True, before=0.05, gt=0, lt=1,
-    )  # fmt: skip
-    acdc_last: float = setting(
-        PRUNING, 0.15, "AC/DC's last sparse phase, a fraction of training",
-        of_method=True, before=0.15, gt=0, le=1,
-    )  # fmt: skip
-    feather_scale: float | None = setting(
-        PRUNING, None, "factor on the gradient of pruned weights (default 1; 0.5 for k < 0.05)",
-        of_method=True, ge=0, le=1,
-    )  # fmt: skip
-    rigl_drop: float = setting(
-        PRUNING, 0.3, "fraction of kept weights that RigL replaces at first",
-        of_method=True, before=0.3, ge=0, lt=1,
-    )  # fmt: skip
-
-    lr2: Rate = setting(
-        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient term",
-        of_method=True, idle=_unless_implicit, validation_alias=AliasChoices("lr2", "inv_gamma"),
-    )  # fmt: skip
-    accelerate: bool = setting(
-        BILEVEL, False, "leave out the implicit term and take the upper step first", of_method=True
-    )
-    lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step", of_method=True)
-    levels: Literal["alternate", "simultaneous"] = setting(
-        BILEVEL, "alternate", "each level by its own batch, or both by one batch at half the cost",
-        of_method=True, before="alternate",
-    )  # fmt: skip
-    mask_until: float = setting(
-        BILEVEL, 0.5, "part of training in which the mask moves; then the weights alone do",
-        of_method=True, before=1.0, ge=0, le=1,
-    )  # fmt: skip
-    mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores", of_method=True)
-    mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr", of_method=True)
-    mask_wd: Rate | None = setting(
-        BILEVEL, None, "weight decay of BiP's scores (default wd)", of_method=True
-    )
 
     dataset: str = setting(DATA, ..., "data set", choices=sets.names)
     data_dir: Path = setting(DATA, Path("data"), "folder of the data set", numbers=False)
@@ -444,6 +336,7 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
+        self.method.check(self)
         if self.method.has_mask and self.layer_type == "dense":
             raise ValueError(
                 f"layer_type: dense cannot be used with exp_mode {self.exp_mode}; "
@@ -454,22 +347,10 @@ class RunConfig(BaseModel):
                 f"batch_size: {self.batch_size} does not divide by --accumulate "
                 f"{self.accumulate}; nearest: {nearest_multiple(self.batch_size, self.accumulate)}"
             )
-        if self.levels == "simultaneous" and (self.accelerate or self.lower_steps > 1):
-            raise ValueError(
-                "levels: simultaneous moves both levels once by one batch; leave --accelerate and "
-                "--lower-steps out"
-            )
         if self.freeze_bn and self.recalibrate_bn:
             raise ValueError(
                 f"recalibrate_bn: {self.recalibrate_bn} would re-estimate the statistics that "
                 "--freeze-bn keeps; leave one of them out"
-            )
-        if "mask_start" in self.method.keys and self.mask_start >= self.mask_end:
-            raise ValueError(f"mask_end: {self.mask_end} is not after mask_start {self.mask_start}")
-        if "acdc_last" in self.method.keys and self.acdc_warmup + self.acdc_last > 1:
-            raise ValueError(
-                f"acdc_last: {self.acdc_last} and acdc_warmup {self.acdc_warmup} are more than the "
-                "training; make one of them smaller"
             )
         if self.budget is not None:
             if self.max_steps is not None:
@@ -480,7 +361,7 @@ class RunConfig(BaseModel):
                     f"budget: {self.budget} forward-backwards are no iteration of "
                     f"{self.method.name}; give at least {least}"
                 )
-        if (self.rewind_epoch or 0) > self.epochs:
+        if (self.rewind_epoch or 0) > self.epochs and self.budget is None:
             raise ValueError(
                 f"rewind_epoch: {self.rewind_epoch} lies after the last of {self.epochs} epochs"
             )
@@ -534,15 +415,12 @@ class RunConfig(BaseModel):
         idle = self.idle()
         values = self.model_dump(mode="json") | {"k": self.k_text}
         values["dataset"] = self.dataset_name
-        values["mask_wd"] = self.wd if self.mask_wd is None else self.mask_wd
         found = {
             name: value
             for name, value in values.items()
             if about(name).numbers and name not in idle and value != about(name).before
         }
-        if self.rewinds_weights and self.rewind_net is not None:
-            found["rewind_net"] = f"{_run_of(self.rewind_net)}/{self.rewind_net.name}"
-        return found | {"source_run": self.source_run}
+        return found | self.method.identity(self) | {"source_run": self.source_run}
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of `identity`."""
@@ -551,12 +429,14 @@ class RunConfig(BaseModel):
     @property
     def source_run(self) -> str | None:
         """RUN_ID of the run that wrote `source_net`; None if it does not lie in a run folder."""
-        return _run_of(self.source_net)
+        return self.run_of(self.source_net)
 
-    @property
-    def rewinds_weights(self) -> bool:
-        """Whether the weights come from `rewind_net`."""
-        return "rewind" in self.method.keys and self.rewind == "weights"
+    @staticmethod
+    def run_of(path: Path | None) -> str | None:
+        """RUN_ID of the run that wrote a checkpoint; None if it does not lie in a run folder."""
+        if path is None or path.parent.name != "checkpoint":
+            return None
+        return path.absolute().parent.parent.name
 
     @property
     def rewind_model(self) -> Path:
@@ -577,10 +457,9 @@ class RunConfig(BaseModel):
         """The settings without effect in this run, each with the reason."""
         found = {}
         for name in RunConfig.model_fields:
-            setting = about(name)
-            if setting.of_method and name not in self.method.keys:
+            if not acts_in(self.method, name):
                 found[name] = f"{self.method.name} does not use it"
-            elif reason := setting.idle(self):
+            elif reason := about(name).idle(self):
                 found[name] = reason
         return found
 
@@ -617,52 +496,29 @@ class RunConfig(BaseModel):
         return str(yaml.dump(self.to_plain(), Dumper=dumper, sort_keys=False))
 
 
-def _run_of(path: Path | None) -> str | None:
-    """RUN_ID of the run that wrote a checkpoint; None if it does not lie in a run folder."""
-    if path is None or path.parent.name != "checkpoint":
-        return None
-    return path.absolute().parent.parent.name
-
-
 def about(name: str) -> Setting:
     """What a field of RunConfig declares."""
     return RunConfig.model_fields[name].json_schema_extra["setting"]  # type: ignore
 
 
+def of_type(*types: Any) -> list[str]:
+    """The settings of these types."""
+    return [name for name, field in RunConfig.model_fields.items() if field.annotation in types]
+
+
+def input_files() -> list[str]:
+    """The settings that name a file which the run reads."""
+    return of_type(InputFile | None)
+
+
+def paths() -> list[str]:
+    """The settings that are files or folders, which may differ between nodes."""
+    return of_type(Path, Path | None, InputFile | None)
+
+
 def nearest_multiple(value: int, factor: int) -> int:
     """The positive multiple of `factor` closest to `value`."""
     return max(1, math.floor(value / factor + 0.5)) * factor
-
-
-class UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise UserError(f"key {twice!r} is written twice")
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> dict[str, Any]:
-    """A YAML file's top-level mapping.
-
-    Raises UserError naming the file, OSError if its file system is unreachable.
-    """
-    try:
-        values = yaml.load(path.read_text(), loader)
-    except (OSError, UnicodeDecodeError) as error:
-        if isinstance(error, OSError) and may_pass(error):
-            raise
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise UserError(f"{path}: must hold 'key: value' lines")
-    return values
 
 
 def known_keys() -> list[str]:
@@ -674,6 +530,8 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
+    if "budget" in flags and "epochs" not in flags:  # the flag replaces what the file says
+        values = {key: value for key, value in values.items() if key != "epochs"}
     try:
         return RunConfig(**_recorded_before(values) | values)
     except ValidationError as error:
@@ -687,7 +545,11 @@ def _recorded_before(values: dict[str, Any]) -> dict[str, Any]:
     Only a record holds every key that always has a value.
     """
     fields = RunConfig.model_fields
-    old = [n for n in fields if about(n).before is ... and fields[n].default is not None]
+    old = [
+        name
+        for name, field in fields.items()
+        if about(name).before is ... and field.default is not None and name not in own_settings()
+    ]
     if not values.keys() >= {*old}:
         return {}
     return {name: about(name).before for name in fields if about(name).before not in (..., None)}
@@ -708,15 +570,10 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
 
 def check_inputs(config: RunConfig) -> None:
     """The files that the run reads must be given and there. Raises UserError."""
-    for name in ("source_net", "resume", "rewind_net"):
+    for name in input_files():
         path = getattr(config, name)
         if path is not None and not path.is_file() and name not in config.idle():
             raise UserError(f"{name}: no such file: {path}")
-    if config.rewinds_weights and config.rewind_net is None:
-        raise UserError(
-            "rewind_net: missing; --rewind weights needs --rewind-net PATH, which a dense run "
-            "with --rewind-epoch writes"
-        )
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:

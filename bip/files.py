@@ -38,7 +38,11 @@ def raise_passing(error: Exception, what: object) -> None:
 
 def result_dir_error(folder: Path, error: OSError) -> Exception:
     """The exception for an unusable `folder`: a UserError, or `error` itself if it may pass."""
-    return error if may_pass(error) else UserError(f"result_dir: {folder}: {error.strerror}")
+    if may_pass(error):
+        return error
+    return UserError(
+        f"result_dir: {folder}: {error.strerror}; repair it or give another --result-dir"
+    )
 
 
 def fsync_folder(folder: Path) -> None:
@@ -121,7 +125,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and may_pass(error):

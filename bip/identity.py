@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bip.config import RunConfig, build_config
+from bip.config import RunConfig, build_config, paths
 from bip.distributed.group import Group
 from bip.errors import UserError
 from bip.training.checkpoint import State, read_checkpoint
@@ -103,22 +103,13 @@ def code_version() -> str:
 
 def start_facts(config: RunConfig, group: Group) -> dict[str, str]:
     """What must be the same on all ranks of one attempt, by name: all but the node's own paths."""
-    of_a_node = {
-        "configs",
-        "data_dir",
-        "result_dir",
-        "source_net",
-        "rewind_net",
-        "resume",
-        "stage_to",
-    }
     plain = config.to_plain()
     return {
         "code of bip": code_version()[:16],
         "torch": torch.__version__,
         "world layout": f"{group.world} ranks",
         **_arithmetic(group.device),
-        **{name: str(plain[name]) for name in plain if name not in of_a_node},
+        **{name: str(plain[name]) for name in plain if name not in paths()},
         "settings": config.fingerprint()[:16],
     }
 

@@ -20,12 +20,10 @@ from pathlib import Path
 
 from bip.errors import RankError, UserError
 from bip.files import result_dir_error
-from bip.slurm import SlurmError, number, own_restarts, own_task, settings, show_task
+from bip.slurm import SlurmError, kill_wait, own_restarts, own_task, show_task
 
 BEAT_SECONDS = 5.0
 UNREACHABLE_SECONDS = 30.0  # for which the file system may be unreachable while waiting
-KILL_WAIT = 30  # SLURM's default for the time from SIGTERM to SIGKILL
-KILL_WAIT_NAME = "BIP_KILL_WAIT"  # holds it where scontrol is missing, as in a container
 
 
 @dataclass(frozen=True)
@@ -81,15 +79,6 @@ def _attempt_is_over(holder: Holder) -> bool | None:
     if task is None or task.restarts > holder.restart:
         return True
     return task.state not in ("RUNNING", "SUSPENDED", "CONFIGURING", "STOPPED", "SIGNALING")
-
-
-def _kill_wait() -> float:
-    if (given := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
-        return float(given)
-    try:
-        return number(settings(timeout=30).get("KillWait", ""), KILL_WAIT)
-    except (SlurmError, OSError):
-        return KILL_WAIT
 
 
 class RunLock:
@@ -200,7 +189,7 @@ class RunLock:
     def _patience(self, holder: Holder) -> float:
         """Seconds to wait for a live holder: long only if it is being ended."""
         if _attempt_is_over(holder) or (holder.job and holder.job == self.own.job):
-            return _kill_wait() + 60
+            return kill_wait() + 60
         if holder.boot != self.own.boot:
             return 75.0
         return 2.0

@@ -132,8 +132,8 @@ class Run:
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)
             initialise_scores(
-                scores, pruned.weights.detach().cpu(), layout, method.score_init(config),
-                config.score_gain,
+                scores, pruned.weights.detach().cpu(), layout,
+                method.score_init or config.score_init, config.score_gain,
             )  # fmt: skip
             if self.source is not None and (masks := layer_masks(self.source)):
                 before = torch.cat([masks[t.name].flatten() for t in layout.tensors])
@@ -150,9 +150,10 @@ class Run:
         return pruned
 
     def _rewind(self, pruned: PrunedParameters) -> None:
-        """Weights, biases and batch-norm become those of --rewind-net, under the mask as it is."""
-        config, path = self.config, self.config.rewind_net
-        if not config.rewinds_weights or path is None:
+        """Weights, biases and batch-norm go back to a checkpoint, under the mask as it is."""
+        config = self.config
+        path = config.method.rewinds_to(config)
+        if path is None:
             return
         state = self.group.ask_first(lambda: read_checkpoint(path))
         check_source(config, state, "rewind_net")

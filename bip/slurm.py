@@ -15,6 +15,9 @@ from datetime import datetime
 
 from bip.errors import UserError
 
+KILL_WAIT = 30  # SLURM's default
+KILL_WAIT_NAME = "BIP_KILL_WAIT"
+
 
 class SlurmError(UserError):
     """A SLURM command is missing or refused. The message is its first line."""
@@ -111,3 +114,15 @@ def number(text: str, missing: int) -> int:
     """The leading number of a setting such as '30 sec'."""
     match = re.match(r"\d+", text)
     return int(match[0]) if match else missing
+
+
+def kill_wait() -> int:
+    """Seconds from SIGTERM to SIGKILL: as the batch script found out, for ranks in a container
+    without scontrol, or as the controller answers; SLURM's default without an answer.
+    """
+    if (given := os.environ.get(KILL_WAIT_NAME, "")).isdecimal():
+        return int(given)
+    try:
+        return number(settings(timeout=30).get("KillWait", ""), KILL_WAIT)
+    except (SlurmError, OSError):
+        return KILL_WAIT

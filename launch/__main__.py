@@ -9,8 +9,9 @@ import tyro
 from rich.console import Console
 
 from bip import cli
-from bip.config import RunConfig, build_config, read_yaml
+from bip.config import RunConfig, build_config
 from bip.errors import ExitCode, UserError
+from bip.yaml_file import read_yaml
 from launch import logs as run_logs
 from launch.executor import Executor, executor_for, executors_of
 from launch.local.worker import TRAIN
@@ -89,7 +90,7 @@ def resume(
     """
     sweep = Sweep(folder)
     rows = [row for row in read_status(folder) if row.state not in ("done", "running")]
-    missing = [row.run_id for row in rows if not row.reason.startswith("in the queue")]
+    missing = [row.run_id for row in rows if not (row.state == "waiting" and row.queued)]
     configs = _check_unchanged(sweep, missing)
     if not missing:
         print(f"nothing to resume: all runs of {folder} are done, queued or running")

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from bip.config import RunConfig, about, build_config, check_inputs, merge
+from bip.config import RunConfig, build_config, check_inputs, input_files, merge
 from bip.errors import UserError
-from bip.methods import find
+from bip.methods import acts_in, find
 from bip.methods.base import Method, Mode
 from bip.shipped import given_or_shipped
 
@@ -173,12 +173,6 @@ def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
     return _Planner(options, run_flags, ranks).plan()
 
 
-def _acts_in(method: type[Method], key: str) -> bool:
-    """A flag is given only to runs in which it acts, so that a sweep over --mask-lr shares its
-    dense network."""
-    return key in method.keys or not about(key).of_method
-
-
 class _Planner:
     def __init__(self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int) -> None:
         self.options = options
@@ -280,7 +274,7 @@ class _Planner:
             if in_rounds := method is not None and method.in_rounds:
                 series.sort(reverse=True)
             before: PlannedRun | None = None  # the round before
-            for k in series:
+            for number, k in enumerate(series):
                 axes = {"seed": seed, "arch": arch}
                 source = dense = self._add("pretrain", trainer, axes) if self.makes_dense else None
                 axes |= {"layer_type": layer_type, "k": k}
@@ -288,7 +282,7 @@ class _Planner:
                     if stage == "pretrain" or (stage == "finetune" and not self._tunes(method)):
                         continue
                     source = (before if stage == "prune" else None) or source
-                    source = self._add(stage, trainer, axes, source, dense)
+                    source = self._add(stage, trainer, axes, source, dense, number, len(series))
                     if stage == "prune" and in_rounds:
                         before = source
         runs = sorted(self.runs.values(), key=lambda run: STAGES.index(run.stage))
@@ -303,15 +297,23 @@ class _Planner:
         on that."""
         return self.budget is None or method is None or method.needs_finetuning
 
-    def _budget(self, stage: Mode, method: type[Method]) -> int | None:
-        """Of one run: fine-tuning shares the pruning's, and neither pays for the dense network."""
+    def _budget(self, stage: Mode, method: type[Method], number: int, rounds: int) -> int | None:
+        """Of one run: fine-tuning shares the pruning's, as rounds do, here round `number` of so
+        many, and neither pays for the dense network."""
         if self.budget is None or (stage == "pretrain" and len(self.stages) > 1):
             return None
         if {"prune", "finetune"} <= {*self.stages} and (
             stage == "finetune" or method.needs_finetuning
         ):
             return self.budget // 2
-        return self.budget
+        if not method.in_rounds:
+            return self.budget
+        if self.budget < rounds:
+            raise UserError(
+                f"budget: {self.budget} is for all {rounds} rounds of {method.name}; give at least "
+                f"{rounds}"
+            )
+        return self.budget * (number + 1) // rounds - self.budget * number // rounds
 
     def _add(
         self,
@@ -320,11 +322,13 @@ class _Planner:
         axes: dict[str, Any],
         source: PlannedRun | None = None,
         dense: PlannedRun | None = None,
+        number: int = 0,
+        rounds: int = 1,
     ) -> PlannedRun:
         path, values = self._file(stage, trainer or "base")
         values = values | {name: value for name, value in axes.items() if value is not None}
         method = _method(values.get("trainer", "base"), stage)
-        if (budget := self._budget(stage, method)) is not None:
+        if (budget := self._budget(stage, method, number, rounds)) is not None:
             values["budget"] = budget
         starts_fresh = method.starts_from == "fresh"
         if starts_fresh:
@@ -332,10 +336,8 @@ class _Planner:
             values.pop("source_net", None)
         if source is not None:
             values["source_net"] = source.config.run_folder / BEST
-        if "rewind_net" in method.keys and dense is not None and values.get("rewind") == "weights":
-            if dense.config.rewind_epoch is None:
-                raise UserError("rewind_epoch: missing; --rewind weights goes back to one of them")
-            values.setdefault("rewind_net", dense.config.rewind_model)
+        if dense is not None:
+            values = method.from_dense(values, dense.config)
         config = build_config(values, str(path or ""), {*self.flags, *axes})
         if source is None:
             if not starts_fresh and config.source_net is None:
@@ -375,7 +377,7 @@ class _Planner:
             values |= self._acting(stage, values)
             values["exp_mode"] = stage
             # Tasks may start in another folder than this command.
-            for name in ("result_dir", "data_dir", "source_net", "rewind_net"):
+            for name in ("result_dir", "data_dir", *input_files()):
                 default = RunConfig.model_fields[name].default
                 if (folder := values.get(name, default)) is not None:
                     values[name] = Path(folder).absolute()
@@ -408,7 +410,8 @@ class _Planner:
         if stage == "prune":
             trainer = self.flags.get("trainer", values.get("trainer", "base"))
         method = _method(trainer, stage)
-        dropped = {name for name in self.flags if not _acts_in(method, name)} | {"budget"}
+        # A sweep over --mask-lr shares its dense network.
+        dropped = {name for name in self.flags if not acts_in(method, name)} | {"budget"}
         if not method.has_mask:
             dropped |= {"k"}  # all k share one dense network
         if stage != "prune":
@@ -428,7 +431,7 @@ class _Planner:
                 yield f"{name}: no effect; the file of the only other stages is --configs"
         methods = {run.config.method for run in runs}
         for name in self.flags:
-            if not any(_acts_in(method, name) for method in methods):
+            if not any(acts_in(method, name) for method in methods):
                 yield f"{name}: no effect in any stage of this sweep"
         if self.flags.get("scale_rand_init") and "prune" in self.stages:
             yield "scale_rand_init: all k share one dense network, which is scaled for its own k"

@@ -20,9 +20,9 @@ from pydantic import (
 )
 
 from bip.cli import nearest, one_line
-from bip.config import UniqueKeyLoader, read_yaml
 from bip.errors import UserError
 from bip.shipped import given_or_shipped, shipped
+from bip.yaml_file import UniqueKeyLoader, read_yaml
 
 # Options of sbatch that the launcher sets from the profile's keys, or that would break the array of
 # tasks.

@@ -50,6 +50,7 @@ class Row:
     seconds: float | None = None
     folder: str = ""
     task: str = ""  # the newest SLURM array task
+    queued: bool = False  # that task is pending
 
 
 def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
@@ -86,7 +87,7 @@ def _row(sweep: Sweep, run: Run, state: State, place: Place | None) -> Row:
             if values["seconds"] is None and (started := sweep.claim(run).get("started")):
                 values["seconds"] = max(0.0, time.time() - started)
     if place is not None:
-        values["task"] = place.task
+        values |= {"task": place.task, "queued": place.queued}
     return Row(**values)
 
 

@@ -30,10 +30,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bip.config import read_yaml
 from bip.errors import UserError
-from bip.files import atomic_write_bytes, atomic_write_json, raise_passing
+from bip.files import atomic_write_bytes, atomic_write_json, raise_passing, result_dir_error
 from bip.methods.base import Mode
+from bip.yaml_file import read_yaml
 from launch.plan import STAGES, PlannedRun, check_same_source
 
 VERSION = 1
@@ -88,6 +88,7 @@ class Place:
     state: State | None  # None: not known
     task: str = ""  # the newest SLURM array task
     seconds: float | None = None  # that it has been running
+    queued: bool = False  # the task is pending
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class Sweep:
                     "it was made by another version of this program"
                 )
             return [Run(**values) for values in content["points"]]
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.folder}: not a sweep folder (no series.json); give RESULT_DIR/EXP_NAME "
                 "of a series"
@@ -226,7 +227,7 @@ class Sweep:
             self._write(runs, changed)
         except OSError as error:
             raise_passing(error, self.folder)
-            raise UserError(f"{self.folder}: cannot be written ({error})") from None
+            raise result_dir_error(self.folder, error) from None
 
     def _write(self, runs: list[Run], changed: dict[Path, bytes]) -> None:
         (self.folder / "points").mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,17 @@ def methods() -> dict[str, type[Method]]:
     return found
 
 
+@cache
+def own_settings() -> frozenset[str]:
+    """The settings that act in some methods only."""
+    return frozenset().union(*(method.keys for method in methods().values()))
+
+
+def acts_in(method: type[Method], key: str) -> bool:
+    """Whether a setting acts in a method."""
+    return key in method.keys or key not in own_settings()
+
+
 def spellings() -> list[str]:
     """All that --trainer takes: the methods' names, then the published ones."""
     return list(dict.fromkeys([*methods(), *(m.trainer for m in methods().values())]))

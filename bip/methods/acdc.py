@@ -10,44 +10,55 @@ The defaults are the published phases of ImageNet: 10, 5 and 15 of 100 epochs.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from bip.methods.base import MASK, Method, Parts
+from bip.methods.base import Parts
+from bip.methods.over_time import PrunedOverTime
+from bip.settings import PRUNING, MethodSettings, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
     from bip.training.forward import Report
 
 
-class AlternatingCompression(Method):
+class Phases(MethodSettings):
+    acdc_warmup: float = setting(
+        PRUNING, 0.1, "AC/DC's first dense phase, a fraction of training",
+        before=0.1, ge=0, lt=1,
+    )  # fmt: skip
+    acdc_phase: float = setting(
+        PRUNING, 0.05, "AC/DC's phases, each a fraction of training",
+        before=0.05, gt=0, lt=1,
+    )  # fmt: skip
+    acdc_last: float = setting(
+        PRUNING, 0.15, "AC/DC's last sparse phase, a fraction of training",
+        before=0.15, gt=0, le=1,
+    )  # fmt: skip
+
+
+class AlternatingCompression(PrunedOverTime):
     name = "acdc"
     summary = "trains dense and sparse phases in turn"
-    mode = "prune"
-    keys = MASK | {"acdc_warmup", "acdc_phase", "acdc_last"}
+    settings = Phases
 
     @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"
+    def check(cls, config: RunConfig) -> None:
+        given = Phases.of(config)
+        if given.acdc_warmup + given.acdc_last > 1:
+            raise ValueError(
+                f"acdc_last: {given.acdc_last} and acdc_warmup {given.acdc_warmup} are more than "
+                "the training; make one of them smaller"
+            )
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        assert parts.pruned is not None
-        self.pruned = parts.pruned
-        config, length = parts.config, parts.clock.iterations
-        self.lower = self.lower_level()
-        self.last = min(length - round(config.acdc_last * length), length - 1)
-        self.warm = min(round(config.acdc_warmup * length), self.last)
-        self.phase = max(1, round(config.acdc_phase * length))
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
+        given, length = Phases.of(parts.config), parts.clock.iterations
+        self.last = min(length - round(given.acdc_last * length), length - 1)
+        self.warm = min(round(given.acdc_warmup * length), self.last)
+        self.phase = max(1, round(given.acdc_phase * length))
 
     def prepare(self) -> None:
-        self._rank(Fraction(1))
+        self.keep_largest(Fraction(1))
 
     def is_sparse(self, iteration: int) -> bool:
         """Whether an iteration lies in a sparse phase."""
@@ -64,7 +75,7 @@ class AlternatingCompression(Method):
         sparse = self.is_sparse(iteration)
         was_sparse = iteration > 0 and self.is_sparse(iteration - 1)
         if sparse and not was_sparse:
-            self._rank(Fraction(self.parts.config.k))
+            self.keep_largest(Fraction(self.parts.config.k))
         elif was_sparse and not sparse:
             self._restore()
         self.lower.mask_is_final = iteration >= self.last
@@ -73,7 +84,4 @@ class AlternatingCompression(Method):
     def _restore(self) -> None:
         self.pruned.drop_pruned()
         self.lower.optimizer.state.clear()
-        self._rank(Fraction(1))
-
-    def _rank(self, k: Fraction) -> None:
-        self.pruned.rank(self.pruned.weights, self.pruned.counts(k))
+        self.keep_largest(Fraction(1))

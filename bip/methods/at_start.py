@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
 
 from bip.methods.base import Mode, Start
 from bip.methods.finetune import Finetune
+from bip.settings import PRUNING, MethodSettings, Positive, setting
 
 if TYPE_CHECKING:
-    from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
     from bip.pruning.state import PrunedParameters
+
+
+class ScoredOnImages(MethodSettings):
+    score_batches: Positive = setting(
+        PRUNING, 1, "training batches that the weights of a fresh network are scored on", before=1
+    )
 
 
 class PrunedAtStart(Finetune):
@@ -19,10 +24,7 @@ class PrunedAtStart(Finetune):
 
     mode: ClassVar[Mode] = "prune"
     starts_from: ClassVar[Start] = "fresh"
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"  # until `prepare`
+    score_init = "scaled"  # until `prepare`
 
     def prepare(self) -> None:
         pruned, network = self.parts.pruned, self.parts.network

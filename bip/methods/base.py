@@ -14,12 +14,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from bip.pruning.choices import ScoreInit
+from bip.settings import MethodSettings
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.choices import Scope, ScoreInit
+    from bip.pruning.choices import Scope
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -27,6 +32,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["pretrain", "prune", "finetune"]
 Start = Literal["fresh", "dense", "pruned"]
+FirstScores = Literal["scaled", ScoreInit]
 
 # Settings that act in some methods only: those of every method with a mask, and those of methods
 # that train scores.
@@ -63,7 +69,10 @@ class Method(ABC):
     `needs_finetuning`: it does not train the weights that it keeps.
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `default_scope`: the rankings of unstructured pruning where --scope is not given.
-    `keys`: the settings that act in it, of those that do not act in every method.
+    `score_init`: how the scores start (`bip.pruning.scores`), if its settings do not say so.
+    `settings`: the settings that it declares, alone or with its kin.
+    `keys`: the others that act in it, of those that do not act in every method; with `settings`
+    once the class is made.
     """
 
     name: ClassVar[str]
@@ -75,17 +84,15 @@ class Method(ABC):
     needs_finetuning: ClassVar[bool] = False
     has_mask: ClassVar[bool] = True
     default_scope: ClassVar[Scope] = "global"
+    score_init: ClassVar[FirstScores | None] = None
+    settings: ClassVar[type[MethodSettings]] = MethodSettings
     keys: ClassVar[frozenset[str]] = MASK
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "name" in vars(cls) and "trainer" not in vars(cls):
             cls.trainer = cls.name
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        """How the scores start (`bip.pruning.scores.initialise_scores`)."""
-        return config.score_init
+        cls.keys = cls.keys | cls.settings.model_fields.keys()
 
     @classmethod
     def lower_batches(cls, config: RunConfig) -> int:
@@ -113,13 +120,28 @@ class Method(ABC):
         """What `prepare` costs, in forward-backwards."""
         return 0
 
+    @classmethod  # noqa: B027
+    def check(cls, config: RunConfig) -> None:
+        """Raise ValueError, naming the key, where its settings do not fit each other."""
+
+    @classmethod
+    def identity(cls, config: RunConfig) -> dict[str, Any]:
+        """Of its settings what changes numbers, where that is not the value as given."""
+        return {}
+
+    @classmethod
+    def rewinds_to(cls, config: RunConfig) -> Path | None:
+        """The checkpoint that the weights start from, with the mask of source_net."""
+        return None
+
+    @classmethod
+    def from_dense(cls, values: dict[str, Any], dense: RunConfig) -> dict[str, Any]:
+        """A series' settings of a run, completed by what its dense run writes."""
+        return values
+
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-
-    @property
-    @abstractmethod
-    def optimizers(self) -> dict[str, Optimizer]:
-        """The optimizers by level, for checkpoints."""
+        self.optimizers: dict[str, Optimizer] = {}  # by level, for checkpoints
 
     @abstractmethod
     def step(self, iteration: int) -> list[Report]:
@@ -139,9 +161,13 @@ class Method(ABC):
     def lower_level(self, **options: Any) -> LowerLevel:
         from bip.training.levels import LowerLevel
 
-        return LowerLevel(self.parts, **options)
+        level = LowerLevel(self.parts, **options)
+        self.optimizers["lower"] = level.optimizer
+        return level
 
     def upper_level(self, **options: Any) -> UpperLevel:
         from bip.training.levels import UpperLevel
 
-        return UpperLevel(self.parts, **options)
+        level = UpperLevel(self.parts, **options)
+        self.optimizers["upper"] = level.optimizer
+        return level

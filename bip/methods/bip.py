@@ -11,15 +11,43 @@ final and the weights alone are trained (published: 1, the mask moves to the end
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import AliasChoices
 
 from bip.methods.base import MASK, SCORES, Method, Parts
+from bip.settings import BILEVEL, MethodSettings, Positive, Rate, Schedule, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.config import RunConfig
     from bip.training.forward import Report
+    from bip.training.optim import Clock
+
+
+def _unless_implicit(config: TwoLevels) -> str | None:
+    return "--accelerate leaves the implicit term out" if config.accelerate else None
+
+
+class TwoLevels(MethodSettings):
+    lr2: Rate = setting(
+        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient term",
+        idle=_unless_implicit, validation_alias=AliasChoices("lr2", "inv_gamma"),
+    )  # fmt: skip
+    accelerate: bool = setting(
+        BILEVEL, False, "leave out the implicit term and take the upper step first"
+    )
+    lower_steps: Positive = setting(BILEVEL, 1, "lower steps per upper step")
+    levels: Literal["alternate", "simultaneous"] = setting(
+        BILEVEL, "alternate", "each level by its own batch, or both by one batch at half the cost",
+        before="alternate",
+    )  # fmt: skip
+    mask_until: float = setting(
+        BILEVEL, 0.5, "part of training in which the mask moves; then the weights alone do",
+        before=1.0, ge=0, le=1,
+    )  # fmt: skip
+    mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores")
+    mask_lr_schedule: Schedule = setting(BILEVEL, "cosine", "schedule of mask_lr")
+    mask_wd: Rate | None = setting(BILEVEL, None, "weight decay of BiP's scores (default wd)")
 
 
 class Bip(Method):
@@ -27,51 +55,60 @@ class Bip(Method):
     trainer = "bilevel"
     summary = "trains weights and mask in turn, as two levels"
     mode = "prune"
-    keys = (
-        MASK | SCORES | {"lr2", "accelerate", "lower_steps", "levels", "mask_until"}
-        | {"mask_lr", "mask_lr_schedule", "mask_wd"}
-    )  # fmt: skip
+    keys = MASK | SCORES
+    settings = TwoLevels
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        own = TwoLevels.of(config)
+        if own.levels == "simultaneous" and (own.accelerate or own.lower_steps > 1):
+            raise ValueError(
+                "levels: simultaneous moves both levels once by one batch; leave --accelerate and "
+                "--lower-steps out"
+            )
+
+    @classmethod
+    def identity(cls, config: RunConfig) -> dict[str, Any]:
+        decay = TwoLevels.of(config).mask_wd
+        return {"mask_wd": config.wd if decay is None else decay}
 
     @classmethod
     def lower_batches(cls, config: RunConfig) -> int:
-        return config.lower_steps
+        return TwoLevels.of(config).lower_steps
 
     @classmethod
     def forward_backwards(cls, config: RunConfig) -> int:
-        return config.lower_steps + (config.levels == "alternate")
+        own = TwoLevels.of(config)
+        return own.lower_steps + (own.levels == "alternate")
 
     @classmethod
     def cost(cls, config: RunConfig, done: int, iterations: int) -> int:
         moving = min(done, cls._final_from(config, iterations))
-        return moving * cls.forward_backwards(config) + (done - moving) * config.lower_steps
+        return moving * cls.forward_backwards(config) + (done - moving) * cls.lower_batches(config)
 
     @staticmethod
     def _final_from(config: RunConfig, iterations: int) -> int:
         """The first iteration in which the mask does not move any more."""
-        return math.ceil(config.mask_until * iterations)
+        return math.ceil(TwoLevels.of(config).mask_until * iterations)
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
-        config = parts.config
-        self.lower = self.lower_level(repeats=config.lower_steps)
+        self.own = own = TwoLevels.of(parts.config)
+        self.lower = self.lower_level(repeats=own.lower_steps)
         self.upper = self.upper_level(
-            inv_gamma=0.0 if config.accelerate else config.lr2,
-            rate="mask_lr",
-            weight_decay=config.mask_wd,
+            inv_gamma=0.0 if own.accelerate else own.lr2,
+            rate=mask_rate,
+            weight_decay=own.mask_wd,
             measures_terms=True,
         )
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer, "upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
         if iteration >= self._final_from(self.parts.config, self.parts.clock.iterations):
             self.lower.mask_is_final = True
             return self.lower.step(iteration)
-        if self.parts.config.levels == "simultaneous":
+        if self.own.levels == "simultaneous":
             return self._step_both(iteration)
-        if self.parts.config.accelerate:
+        if self.own.accelerate:
             return self.upper.step(iteration) + self.lower.step(iteration)
         return self.lower.step(iteration) + self.upper.step(iteration)
 
@@ -86,3 +123,11 @@ class Bip(Method):
 
     def facts(self) -> dict[str, float]:
         return self.upper.facts()
+
+
+def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
+    """`mask_lr` at an iteration. (HYDRA's scores use `lr`.)"""
+    from bip.training.optim import schedule_factor
+
+    own, done = TwoLevels.of(config), iteration / clock.iterations
+    return own.mask_lr * schedule_factor(own.mask_lr_schedule, done, config.drops)

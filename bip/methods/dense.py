@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 from bip.methods.base import Method, Parts
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.training.forward import Report
 
 
@@ -24,10 +22,6 @@ class Dense(Method):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.lower = self.lower_level()
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
         return self.lower.step(iteration)

@@ -17,61 +17,48 @@ from __future__ import annotations
 
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from bip.methods.base import MASK, Method, Parts
+from bip.methods.base import MASK, Parts
+from bip.methods.over_time import PrunedInSpan, Span
+from bip.settings import PRUNING, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
     from bip.training.forward import Report
 
 POWER = 3
 
 
-class Feather(Method):
+class FeatherSettings(Span):
+    feather_scale: float | None = setting(
+        PRUNING, None, "factor on the gradient of pruned weights (default 1; 0.5 for k < 0.05)",
+        ge=0, le=1,
+    )  # fmt: skip
+
+
+class Feather(PrunedInSpan):
     name = "feather"
     summary = "trains dense weights through a threshold operator"
-    mode = "prune"
-    keys = MASK | {"mask_start", "mask_end", "feather_scale", "dead_filters"}
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"
+    settings = FeatherSettings
+    keys = MASK | {"dead_filters"}
+    trains_scores = True
 
     def __init__(self, parts: Parts) -> None:
-        from bip.training.optim import mask_span
-
         super().__init__(parts)
-        assert parts.pruned is not None
-        self.pruned, config = parts.pruned, parts.config
-        self.lower = self.lower_level(owned=self.pruned.scores)
-        _, self.last = mask_span(config, parts.clock)
-        by_k = 0.5 if config.k < Decimal("0.05") else 1.0
-        self.scale = by_k if config.feather_scale is None else config.feather_scale
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
+        given = FeatherSettings.of(parts.config).feather_scale
+        by_k = 0.5 if parts.config.k < Decimal("0.05") else 1.0
+        self.scale = by_k if given is None else given
 
     def prepare(self) -> None:
         self._threshold(Fraction(1))
 
-    def keeps_k(self, done: int) -> bool:
-        return done >= self.last
-
     def step(self, iteration: int) -> list[Report]:
-        from bip.training.optim import cubic_ratio
-
-        config, clock = self.parts.config, self.parts.clock
         report = self.lower.take_gradient(iteration)
         self.pruned.set_straight_gradient(self.scale)
-        if config.dead_filters == "scaled":
+        if self.parts.config.dead_filters == "scaled":
             self.pruned.scale_dead_filters()
         self.lower.optimizer.step()
-        self._threshold(cubic_ratio(config, iteration + 1, clock))
+        self._threshold(self.ratio(iteration + 1))
         return [report]
 
     def _threshold(self, k: Fraction) -> None:

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 from bip.methods.base import Method, Mode, Parts, Start
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.training.forward import Report
 
 
@@ -22,10 +20,6 @@ class Finetune(Method):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.lower = self.lower_level(mask_is_final=True)
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
         return self.lower.step(iteration)

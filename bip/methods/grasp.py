@@ -11,8 +11,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from bip.methods.at_start import PrunedAtStart
-from bip.methods.base import MASK
+from bip.methods.at_start import PrunedAtStart, ScoredOnImages
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,11 +26,12 @@ TEMPERATURE = 200.0  # of the authors' code, and appendix C
 class Grasp(PrunedAtStart):
     name = "grasp"
     summary = "keeps what lets gradients of a fresh network flow, then trains it"
-    keys = MASK | {"score_batches"}
+    settings = ScoredOnImages
 
     @classmethod
     def start_cost(cls, config: RunConfig) -> int:
-        return 3 * config.score_batches  # g, then the forward-backward of H g and its own backward
+        # g, then the forward-backward of H g and its own backward
+        return 3 * ScoredOnImages.of(config).score_batches
 
     def score(self, pruned: PrunedParameters) -> None:
         import torch
@@ -39,7 +39,7 @@ class Grasp(PrunedAtStart):
         from bip.pruning.scores import group_sums, write_group_scores
 
         parts, layout = self.parts, pruned.layout
-        count = parts.config.score_batches
+        count = ScoredOnImages.of(parts.config).score_batches
 
         def batches() -> Iterable[Batch]:
             for images, labels in itertools.islice(parts.batches("upper", 0), count):

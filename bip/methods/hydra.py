@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 from bip.methods.base import MASK, SCORES, Method, Parts
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
     from bip.training.forward import Report
 
 
@@ -27,10 +25,6 @@ class Hydra(Method):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self.upper = self.upper_level(owns_norm=True)
-
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"upper": self.upper.optimizer}
 
     def step(self, iteration: int) -> list[Report]:
         return self.upper.step(iteration)

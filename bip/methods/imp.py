@@ -9,14 +9,30 @@ early epoch of the dense network (`--rewind weights`: Frankle et al., arXiv 1912
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from bip.methods.base import MASK
+from bip.errors import UserError
 from bip.methods.finetune import Finetune
+from bip.settings import PRUNING, InputFile, MethodSettings, setting
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
+
+
+def _unless_rewound(config: Rewinding) -> str | None:
+    return "--rewind lr keeps the weights" if config.rewind == "lr" else None
+
+
+class Rewinding(MethodSettings):
+    rewind: Literal["lr", "weights"] = setting(
+        PRUNING, "lr", "imp: each round restarts the learning rate alone, or the weights too",
+        before="lr",
+    )  # fmt: skip
+    rewind_net: InputFile | None = setting(
+        PRUNING, None, "checkpoint that imp takes its weights from, with --rewind weights",
+        numbers=False, idle=_unless_rewound,
+    )  # fmt: skip
 
 
 class IterativeMagnitude(Finetune):
@@ -25,8 +41,31 @@ class IterativeMagnitude(Finetune):
     mode = "prune"
     starts_from = "dense"
     in_rounds = True
-    keys = MASK | {"rewind", "rewind_net"}
+    score_init = "scaled"  # s = θ; of what the round before has pruned 0, so that masks nest
+    settings = Rewinding
 
     @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"  # s = θ; of what the round before has pruned 0, so that masks nest
+    def check(cls, config: RunConfig) -> None:
+        if Rewinding.of(config).rewind == "weights" and cls.rewinds_to(config) is None:
+            raise ValueError(
+                "rewind_net: missing; --rewind weights needs --rewind-net PATH, which a dense run "
+                "with --rewind-epoch writes"
+            )
+
+    @classmethod
+    def rewinds_to(cls, config: RunConfig) -> Path | None:
+        given = Rewinding.of(config)
+        return given.rewind_net if given.rewind == "weights" else None
+
+    @classmethod
+    def identity(cls, config: RunConfig) -> dict[str, Any]:
+        path = cls.rewinds_to(config)
+        return {} if path is None else {"rewind_net": f"{config.run_of(path)}/{path.name}"}
+
+    @classmethod
+    def from_dense(cls, values: dict[str, Any], dense: RunConfig) -> dict[str, Any]:
+        if values.get("rewind") != "weights":
+            return values
+        if dense.rewind_epoch is None:
+            raise UserError("rewind_epoch: missing; --rewind weights goes back to one of them")
+        return {"rewind_net": dense.rewind_model} | values

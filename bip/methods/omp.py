@@ -6,13 +6,7 @@ Han et al., "Learning both Weights and Connections for Efficient Neural Networks
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
 from bip.methods.finetune import Finetune
-
-if TYPE_CHECKING:
-    from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
 
 
 class OneShotMagnitude(Finetune):
@@ -20,7 +14,4 @@ class OneShotMagnitude(Finetune):
     summary = "keeps the largest weights, once, then trains them"
     mode = "prune"
     starts_from = "dense"
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "scaled"  # s = θ, so the first mask keeps the largest weights
+    score_init = "scaled"  # s = θ, so the first mask keeps the largest weights

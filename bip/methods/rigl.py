@@ -11,48 +11,43 @@ again and keeps its value; other grown weights start at zero, without momentum.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from bip.methods.base import MASK, Method, Parts
+from bip.methods.base import Parts
+from bip.methods.over_time import PrunedInSpan, SpanInSteps
+from bip.settings import PRUNING, setting
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from bip.config import RunConfig
-    from bip.pruning.choices import ScoreInit
     from bip.training.forward import Report
 
 
-class RigL(Method):
+class RigLSettings(SpanInSteps):
+    rigl_drop: float = setting(
+        PRUNING, 0.3, "fraction of kept weights that RigL replaces at first",
+        before=0.3, ge=0, lt=1,
+    )  # fmt: skip
+
+
+class RigL(PrunedInSpan):
     name = "rigl"
     summary = "trains a sparse network from scratch, dropping and growing weights"
-    mode = "prune"
     starts_from = "fresh"
     default_scope = "erk"
-    keys = MASK | {"mask_start", "mask_end", "mask_every", "rigl_drop"}
-
-    @classmethod
-    def score_init(cls, config: RunConfig) -> ScoreInit | Literal["scaled"]:
-        return "kaiming_uniform"  # independent of θ and of one another: a random mask
+    score_init = "kaiming_uniform"  # independent of θ and of one another: a random mask
+    settings = RigLSettings
 
     def __init__(self, parts: Parts) -> None:
-        from bip.training.optim import mask_span
-
         super().__init__(parts)
-        assert parts.pruned is not None
-        self.pruned = parts.pruned
-        self.lower = self.lower_level()
-        self.first, self.last = mask_span(parts.config, parts.clock)
+        self.own = RigLSettings.of(parts.config)
 
-    @property
-    def optimizers(self) -> dict[str, Optimizer]:
-        return {"lower": self.lower.optimizer}
+    def keeps_k(self, done: int) -> bool:
+        return True
 
     def step(self, iteration: int) -> list[Report]:
         self.lower.mask_is_final = iteration >= self.last
         report = self.lower.take_gradient(iteration)
         in_span = self.first <= iteration < self.last
-        if in_span and iteration % self.parts.config.mask_every == 0:
+        if in_span and iteration % self.own.mask_every == 0:
             self._replace(iteration)
         else:
             self.lower.update()
@@ -60,8 +55,7 @@ class RigL(Method):
 
     def _replace(self, iteration: int) -> None:
         """Drop the smallest kept weights and grow as many of the largest gradients."""
-        alpha = self.parts.config.rigl_drop
-        fraction = alpha / 2 * (1 + math.cos(math.pi * iteration / self.last))
+        fraction = self.own.rigl_drop / 2 * (1 + math.cos(math.pi * iteration / self.last))
         grown = self.pruned.replace(fraction)
         for state in self.lower.optimizer.state.get(self.pruned.weights, {}).values():
             if getattr(state, "shape", None) == grown.shape:

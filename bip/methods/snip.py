@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
-from bip.methods.at_start import PrunedAtStart
-from bip.methods.base import MASK
+from bip.methods.at_start import PrunedAtStart, ScoredOnImages
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 class Snip(PrunedAtStart):
     name = "snip"
     summary = "keeps what the loss of a fresh network is sensitive to, then trains it"
-    keys = MASK | {"score_batches"}
+    settings = ScoredOnImages
 
     @classmethod
     def start_cost(cls, config: RunConfig) -> int:
-        return config.score_batches
+        return ScoredOnImages.of(config).score_batches
 
     def score(self, pruned: PrunedParameters) -> None:
         import torch
@@ -32,7 +31,8 @@ class Snip(PrunedAtStart):
         parts = self.parts
         total = torch.zeros_like(pruned.gradient)
         # The upper level's images: the lower level trains on its own.
-        batches = itertools.islice(parts.batches("upper", 0), parts.config.score_batches)
+        count = self.start_cost(parts.config)
+        batches = itertools.islice(parts.batches("upper", 0), count)
         for number, batch in enumerate(batches):
             parts.forward_backward(batch, "upper", number)
             pruned.take_gradient()

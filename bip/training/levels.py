@@ -1,13 +1,13 @@
 """The two levels that methods are built from. Each owns an optimizer and the tensors it moves."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
+from bip.config import RunConfig
 from bip.methods.base import Parts
 from bip.training.forward import Batch, Report
-from bip.training.optim import build_optimizer, lower_rate, mask_rate, set_rate, split_parameters
+from bip.training.optim import Clock, build_optimizer, lower_rate, set_rate, split_parameters
 
 
 class LowerLevel:
@@ -67,7 +67,7 @@ class LowerLevel:
 class UpperLevel:
     """Moves the scores by the hypergradient, then updates the mask; θ stays fixed.
 
-    `inv_gamma` is 1/γ; 0 leaves out the implicit term. `rate` names the learning rate's setting.
+    `inv_gamma` is 1/γ; 0 leaves out the implicit term. `rate` gives the learning rate.
     `owns_norm`: batch-norm affine moves with the scores. `measures_terms`: the norms of both
     gradient terms are computed whenever a line is logged.
     """
@@ -76,15 +76,14 @@ class UpperLevel:
         self,
         parts: Parts,
         inv_gamma: float = 0.0,
-        rate: Literal["lr", "mask_lr"] = "lr",
+        rate: Callable[[RunConfig, int, Clock], float] = lower_rate,
         weight_decay: float | None = None,
         owns_norm: bool = False,
         measures_terms: bool = False,
     ) -> None:
         assert parts.pruned is not None
         self.parts, self.pruned, self.inv_gamma = parts, parts.pruned, inv_gamma
-        self.rate = lower_rate if rate == "lr" else mask_rate
-        self.measures_terms = measures_terms
+        self.rate, self.measures_terms = rate, measures_terms
         self.term_norms: Tensor | None = None
         norm, _ = split_parameters(parts.network, parts.pruned.z)
         trained_norm = norm if owns_norm and not parts.config.freeze_bn else []

@@ -48,6 +48,11 @@ class Loop:
         self.empty: list[str] = []  # layers of which nothing is kept
         epoch = None if "rewind_epoch" in self.config.idle() else self.config.rewind_epoch
         self.rewind_at = None if epoch is None else epoch * self.clock.per_epoch
+        if (self.rewind_at or 0) > self.clock.iterations:
+            raise UserError(
+                f"rewind_epoch: epoch {epoch} ends after step {self.rewind_at}, but the last step "
+                f"is {self.clock.iterations}; give an earlier epoch"
+            )
 
     def run(self) -> None:
         """Train to the end.

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import nn
 
-from bip.config import RunConfig, Schedule
+from bip.config import RunConfig
+from bip.settings import Schedule
 
 
 def schedule_factor(schedule: Schedule, done: float, drops: Sequence[float]) -> float:
@@ -40,29 +40,6 @@ def lower_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
         return config.lr * (iteration + 1) / warm if config.warmup == "linear" else config.warmup_lr
     done = (iteration - warm) / (clock.iterations - warm)
     return config.lr * schedule_factor(config.lr_schedule, done, config.drops)
-
-
-def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
-    """BiP's `mask_lr` at an iteration. (HYDRA's scores use `lower_rate`.)"""
-    done = iteration / clock.iterations
-    return config.mask_lr * schedule_factor(config.mask_lr_schedule, done, config.drops)
-
-
-def mask_span(config: RunConfig, clock: Clock) -> tuple[int, int]:
-    """(first, last): the iterations done when the mask starts and stops to change."""
-    first = round(config.mask_start * clock.iterations)
-    return first, max(1, first, round(config.mask_end * clock.iterations))
-
-
-def cubic_ratio(config: RunConfig, done: int, clock: Clock) -> Fraction:
-    """The keep ratio of a cubic schedule from 1 to k after `done` iterations, exact.
-
-    1 − k_t = (1 − k)·(1 − (1 − (t − t_0) / (n Δt))³): Zhu and Gupta, arXiv 1710.01878, eq. 1.
-    """
-    first, last = mask_span(config, clock)
-    left = Fraction(last - done, last - first) if first < last else Fraction(done < last)
-    k = Fraction(config.k)
-    return k + (1 - k) * min(max(left, Fraction(0)), Fraction(1)) ** 3
 
 
 def split_parameters(

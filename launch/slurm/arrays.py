@@ -15,8 +15,8 @@ from typing import Any
 
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
-from bip.lock import KILL_WAIT_NAME
 from bip.shipped import shipped
+from bip.slurm import KILL_WAIT_NAME
 from launch.local.worker import without_job
 from launch.profile import SlurmProfile
 from launch.slurm import client as slurm
@@ -30,11 +30,6 @@ from launch.sweep import Lock, Run, Sweep
 _GUARD = (
     "trap 'code=$?; ((${#BASH_SOURCE[@]} > 1)) || { "
     'echo "setup: exit status $code of: $(sed -n "${LINENO}p" "$0")" >&2; exit "$code"; }\' ERR'
-)
-# For ranks in a container without scontrol; the batch script runs outside of it.
-_KILL_WAIT = (
-    f"export {KILL_WAIT_NAME}=$(scontrol show config | "
-    "sed -n 's/^KillWait *= *\\([0-9]*\\).*/\\1/p')"
 )
 # The processes of a cancelled task may take KillWait to end, and SLURM more time to notice.
 ENDING_SECONDS = 120.0
@@ -338,8 +333,13 @@ def sbatch_parameters(
         f"export {SUBMITTED}={now} {PROFILE}={shlex.quote(str(facts.absolute()))}",
         # Import from the snapshot first, and not from the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
-        *([_KILL_WAIT] if profile.requeue_by == "batch" else []),
         f"source {shlex.quote(str(shipped('slurm/task.sh', code.absolute())))} || exit 1",
+        # For ranks in a container without scontrol; the batch script runs outside of it.
+        *(
+            [f"export {KILL_WAIT_NAME}=$(decider kill-wait)"]
+            if profile.requeue_by == "batch"
+            else []
+        ),
     ]
     optional = {
         name: getattr(profile, name)

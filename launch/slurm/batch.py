@@ -5,6 +5,8 @@
     python3 -I -S batch.py end CODE SECONDS [FOLDER RUN_ID LOG_SIZE]
         after srun, with its exit code and duration: requeues the task, or records why not. Prints
         `requeued` when the batch script must exit, else `final`
+    python3 -I -S batch.py kill-wait
+        prints the seconds from SIGTERM to SIGKILL
 
 Run by its path and outside of containers, so installed packages do not matter; `bip/slurm.py`
 explains what it may import. BIP_REQUEUE_PACE multiplies its waits (for tests).
@@ -26,7 +28,7 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bip.slurm import SlurmError, own_restarts, own_task, show_task
+from bip.slurm import SlurmError, kill_wait, own_restarts, own_task, show_task
 from launch.slurm import events
 from launch.slurm.client import requeue
 from launch.slurm.events import Decision, Facts, decide
@@ -268,6 +270,8 @@ def main(command: str, *arguments: str) -> None:
         run.set_aside()  # of an attempt whose batch script was killed, so it was not final
         size = run.log.stat().st_size if run.log.exists() else 0
         print(f"{own_task()}.{own_restarts()}", size)
+    elif command == "kill-wait":
+        print(kill_wait())
     else:
         code, lasted, *names = arguments
         sweep_run = Run(names[0], names[1], int(names[2])) if names else None

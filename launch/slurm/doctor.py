@@ -13,6 +13,7 @@ from typing import Literal
 from bip.config import RunConfig
 from bip.data.stores.staging import network_filesystem
 from bip.errors import UserError
+from bip.slurm import KILL_WAIT
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.chain import plan_arrays
@@ -192,7 +193,7 @@ def _preemption(
         return
     options = settings.get("PreemptParameters", "") + settings.get("SlurmctldParameters", "")
     signal = "the user signal" if "send_user_signal" in options else "SIGTERM"
-    kill_wait = slurm.number(settings.get("KillWait", ""), 30)
+    kill_wait = slurm.number(settings.get("KillWait", ""), KILL_WAIT)
     seconds = grace or kill_wait
     kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
     if mode == "CANCEL":

@@ -79,9 +79,9 @@ class SlurmExecutor:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
             return {run_id: Place(None, task) for run_id, task in tasks.items()}
         places = {
-            run_id: Place(_state(queue[run_id]), task, queue[run_id].seconds)
+            run_id: Place(_state(found), task, found.seconds, found.state == "PENDING")
             for run_id, task in tasks.items()
-            if run_id in queue
+            if (found := queue.get(run_id)) is not None
         }
         # A run that is not in SLURM's queue may be with local workers.
         local = sweep.live_workers() > 0

@@ -48,8 +48,9 @@ def run_point(
     with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
         mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
-    from bip.config import build_config, read_yaml
+    from bip.config import build_config
     from bip.errors import Stopped
+    from bip.yaml_file import read_yaml
     from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))

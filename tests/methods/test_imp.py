@@ -1,17 +1,20 @@
 """Iterative magnitude pruning: nested masks, rewound weights, the rounds of a series."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bip.config import load_config
+from bip.cli import parse_flags
+from bip.config import RunConfig, load_config
 from bip.distributed.group import Group, Ranks
 from bip.errors import UserError
 from bip.pruning.layout import keep_count
 from bip.run import Run
 from bip.training.checkpoint import read_checkpoint
 from launch.__main__ import main
+from launch.plan import SeriesOptions, make_plan
 from launch.status import status
 from tests.launch.conftest import DIGITS
 from tests.runs import LAYER_TYPES, Finished, arguments, train
@@ -100,8 +103,17 @@ def test_rewinding_needs_its_network_and_a_round_a_larger_one(
 def test_a_local_series_runs_its_rounds_one_after_the_other(tmp_path: Path) -> None:
     line = ["series", "--configs", str(DIGITS / "imp.yml"), "--series", "0.2,0.5,0.35"]
     line += ["--stages", "pretrain,prune", "--rewind", "weights", "--rewind-epoch", "1"]
-    line += ["--epochs", "1", "--result-dir", str(tmp_path), "--exp-name", "rounds"]
+    line += ["--budget", "10", "--result-dir", str(tmp_path), "--exp-name", "rounds"]
     assert main(line) == 0
     rows = [row for row in status(tmp_path / "rounds") if row.stage == "prune"]
     assert [(row.k, row.state) for row in rows] == [(k, "done") for k in ("0.5", "0.35", "0.2")]
     assert rows[0].kept > rows[1].kept > rows[2].kept  # type: ignore[operator]
+    results = [json.loads((Path(row.folder) / "result.json").read_text()) for row in rows]
+    assert [result["forward_backwards"] for result in results] == [3, 6, 10], "one budget for all"
+
+
+def test_a_budget_gives_each_round_an_iteration_at_least() -> None:
+    line = ["--configs", str(DIGITS / "imp.yml"), "--series", "unstructured", "--budget", "20"]
+    line += ["--stages", "pretrain,prune"]
+    with pytest.raises(UserError, match=r"budget: 20 .* 21 rounds .* at least 21"):
+        make_plan(parse_flags([SeriesOptions, RunConfig], line, "series", ""))

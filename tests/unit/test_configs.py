@@ -164,3 +164,9 @@ def test_run_ids_and_fingerprints_are_those_of_version_0_1(source_net: Path) -> 
             flags["source_net"] = source
         config = build_config(merge(flags))
         assert [config.run_id, config.fingerprint()] == expected, key
+
+
+def test_a_budget_replaces_the_epochs_of_a_file_but_not_those_given_beside_it() -> None:
+    line = ["--configs", str(CONFIGS / "Digits" / "pretrain.yml"), "--budget", "9"]
+    assert load_config(line).warnings() == []
+    assert "epochs" in load_config([*line, "--epochs", "2"]).warnings()[0]

@@ -16,6 +16,7 @@ import pytest
 from bip import lock as module
 from bip.errors import RankError, UserError
 from bip.lock import Holder, RunLock
+from bip.slurm import kill_wait
 
 
 @contextlib.contextmanager
@@ -244,11 +245,11 @@ def test_kill_wait_where_there_is_no_scontrol(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_scontrol(tmp_path, monkeypatch, "KillWait                = 45 sec")
-    assert module._kill_wait() == 45
+    assert kill_wait() == 45
     fake_scontrol(tmp_path, monkeypatch, None)
     (tmp_path / "scontrol").unlink()
-    assert module._kill_wait() == 30
+    assert kill_wait() == 30
     monkeypatch.setenv("BIP_KILL_WAIT", "")  # the batch script could not find out either
-    assert module._kill_wait() == 30
+    assert kill_wait() == 30
     monkeypatch.setenv("BIP_KILL_WAIT", "120")
-    assert module._kill_wait() == 120
+    assert kill_wait() == 120

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bip.config import RunConfig, about
-from bip.methods import find, methods, spellings
+from bip.methods import acts_in, find, methods, own_settings, spellings
 from bip.methods.base import Mode
 from bip.pruning.layout import keep_count
 from tests.runs import LAYER_TYPES, train
@@ -38,9 +38,12 @@ def test_an_unknown_method_gets_the_nearest_name() -> None:
         find("hydre", "prune")
 
 
-def test_the_keys_of_methods_are_settings_that_act_in_some_methods_only() -> None:
-    of_methods = {name for name in RunConfig.model_fields if about(name).of_method}
-    assert set().union(*(method.keys for method in methods().values())) == of_methods
+def test_what_a_method_declares_is_a_setting_of_runs_and_acts_in_that_method() -> None:
+    assert own_settings() <= RunConfig.model_fields.keys()
+    for method in methods().values():
+        for name in method.settings.model_fields:
+            assert acts_in(method, name)
+            assert not acts_in(find("finetune", "finetune"), name)
 
 
 def test_every_setting_has_a_group_and_help() -> None:

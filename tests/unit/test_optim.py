@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bip.training.optim import Clock, lower_rate, mask_rate
+from bip.methods.bip import mask_rate
+from bip.training.optim import Clock, lower_rate
 from tests.runs import train
 from tests.unit.networks import make_config, make_setup
 
