@@ -76,7 +76,9 @@ def test_a_dead_layer_is_scaled_by_batch_norms_slope() -> None:
 
 def churn(source: Path, folder: Path, **settings: Any) -> list[float]:
     """The part of the kept set that each of the first 20 iterations of BiP replaces."""
-    line = arguments("bip", folder, source_net=source, k=0.0092, max_steps=20, mask_until=1, **settings)
+    line = arguments(
+        "bip", folder, source_net=source, k=0.0092, max_steps=20, mask_until=1, **settings
+    )
     run = Run(
         load_config([*line, "--mask-lr", "0.1"]), Group(Ranks(0, 1, 0, 1), torch.device("cpu"))
     )
