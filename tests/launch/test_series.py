@@ -147,6 +147,7 @@ def test_a_network_pruned_at_its_start_has_no_source(dense: Path) -> None:
 def test_a_budget_is_shared_by_pruning_and_the_fine_tuning_that_needs_it() -> None:
     line = ("--series", "0.1", "--trainers", "bip,hydra,omp,synflow", "--budget", "601")
     chain = plan(*line, "--stages", "pretrain,prune,finetune").runs
+    assert chain[0].config.epochs == setting("pretrain.yml", "epochs")
     spent = {(run.stage, run.trainer): run.config.budget for run in chain}
     assert spent == {
         ("pretrain", "base"): None,
