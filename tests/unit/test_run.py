@@ -251,10 +251,8 @@ def test_a_run_is_not_that_of_another_source(
     else:
         folder = train_until(2, "bip", tmp_path, **settings).parent.parent
     shutil.copy(other_source, tmp_path / name)
-    assert (
-        main(["train", *arguments("bip", tmp_path, **settings | {"source_net": tmp_path / name})])
-        == 2
-    )
+    settings["source_net"] = tmp_path / name
+    assert main(["train", *arguments("bip", tmp_path, **settings)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert all(part in error for part in ("source_net", str(tmp_path / name), str(folder)))
