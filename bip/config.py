@@ -5,6 +5,7 @@ their files, below `bip/methods/`.
 """
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Container
@@ -39,6 +40,7 @@ from bip.settings import (
     SPEED,
     Fraction,
     InputFile,
+    MethodSettings,
     Positive,
     Rate,
     Schedule,
@@ -106,6 +108,10 @@ Class = TypeVar("Class", bound=BaseModel)
 def _with_settings_of_methods(own: type[Class]) -> type[Class]:
     """The class with the fields of every method's settings after its own."""
     found = sorted({m.settings for m in methods().values()}, key=lambda c: c.__name__)
+    classes = {c for settings in found for c in settings.__mro__ if issubclass(c, MethodSettings)}
+    declared = [name for c in (own, *classes) for name in inspect.get_annotations(c)]
+    twice = {name for name in declared if declared.count(name) > 1}
+    assert not twice, f"settings that are declared twice: {twice}"
     # What inherits from another comes before it, as Python wants its bases.
     found.sort(key=lambda settings: -len(settings.__mro__))
     bases: Any = (*found, own)
@@ -530,7 +536,8 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
-    if "budget" in flags and "epochs" not in flags:  # the flag replaces what the file says
+    by_flag = "budget" in flags and values.get("budget") is not None
+    if by_flag and "epochs" not in flags:  # the flag replaces what the file says
         values = {key: value for key, value in values.items() if key != "epochs"}
     try:
         return RunConfig(**_recorded_before(values) | values)

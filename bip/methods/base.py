@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bip.pruning.choices import ScoreInit
+from bip.pruning.choices import Scope, ScoreInit
 from bip.settings import MethodSettings
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
-    from bip.pruning.choices import Scope
     from bip.pruning.state import PrunedParameters
     from bip.training.forward import Batch, ForwardBackward, Report
     from bip.training.levels import LowerLevel, UpperLevel
@@ -70,9 +69,9 @@ class Method(ABC):
     `has_mask`: whether the run has θ, scores and a mask beside the network.
     `default_scope`: the rankings of unstructured pruning where --scope is not given.
     `score_init`: how the scores start (`bip.pruning.scores`), if its settings do not say so.
-    `settings`: the settings that it declares, alone or with its kin.
-    `keys`: the others that act in it, of those that do not act in every method; with `settings`
-    once the class is made.
+    `settings`: the settings that its file declares, or shares with others.
+    `keys`: the settings that act in it, of those that do not act in every method; `settings` are
+    added.
     """
 
     name: ClassVar[str]

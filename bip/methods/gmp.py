@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class GradualMagnitude(PrunedInSpan):
     name = "gmp"
     summary = "prunes the smallest weights little by little while it trains"
+    settings = SpanInSteps
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

@@ -54,7 +54,7 @@ class PrunedOverTime(Method):
 class PrunedInSpan(PrunedOverTime):
     """The mask changes after `first` and up to `last` iterations done."""
 
-    settings: ClassVar[type[MethodSettings]] = SpanInSteps
+    settings: ClassVar[type[MethodSettings]] = Span
 
     @classmethod
     def check(cls, config: RunConfig) -> None:

@@ -479,13 +479,6 @@ def test_verify_recounts_the_classes(small_cifar: Path, tmp_path: Path) -> None:
         verify(path)
 
 
-def test_prepare_imagenet_finds_the_train_folder(tmp_path: Path) -> None:
-    src, out = tmp_path / "src", tmp_path / "out"
-    as_folder(src / "ILSVRC2012_img_train", caffe())
-    prepare_imagenet(src, out)
-    assert (out / "train").resolve() == src / "ILSVRC2012_img_train" / "train"
-
-
 def test_prepare_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prepare_imagenet()
     assert "ILSVRC2012_img_train.tar" in capsys.readouterr().out
@@ -501,3 +494,6 @@ def test_prepare_imagenet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert content(tmp_path / "stores" / "train.lmdb") == STORED
     with refused("both --src and --out"):
         prepare_imagenet(src)
+    inner = as_folder(src / "deep" / "ILSVRC2012_img_train", caffe())
+    prepare_imagenet(src / "deep", out / "deep")
+    assert (out / "deep" / "train").resolve() == inner / "train"

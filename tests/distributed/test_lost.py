@@ -376,17 +376,6 @@ def hang_at_a_batch(rank: int) -> None:
     Data.train = hang  # type: ignore[method-assign,assignment]
 
 
-def test_a_stuck_rank_is_named(tmp_path: Path) -> None:
-    """Its main thread hangs where it waits for a batch, and it beats all the same."""
-    with running(tmp_path, 3, "torchrun", hang_at_a_batch, rank_timeout=30) as ranks:
-        for process in ranks:
-            code, stderr = process.ended(200)
-            assert code == 1
-            assert "error: no progress for 10 s; the others wait for rank 1 (" in stderr
-            assert ") at step 6 in bip.distributed.group, line " in stderr
-    assert last_cause(tmp_path).startswith("rank lost: no progress for 10 s; ")
-
-
 def have_a_bug(culprit: int, rank: int) -> None:
     report = Loop._report
 
@@ -396,20 +385,6 @@ def have_a_bug(culprit: int, rank: int) -> None:
             raise KeyError("a bug")
 
     Loop._report = fail  # type: ignore[method-assign]
-
-
-@pytest.mark.parametrize("culprit", [0, 1])
-def test_a_ranks_own_failure_is_reported_by_all(culprit: int, tmp_path: Path) -> None:
-    """Also by a rank 0 that holds the store: it stays until the others have read it."""
-    trouble = partial(have_a_bug, culprit)
-    with running(tmp_path, 3, "srun", trouble, print_freq=5) as ranks:
-        ends = [process.ended(90) for process in ranks]
-    for rank, (code, stderr) in enumerate(ends):
-        assert code == 1
-        expected = "Traceback" if rank == culprit else f"error: rank {culprit}: KeyError: 'a bug'"
-        assert expected in stderr
-    own, other = "error: 'a bug'", f"rank lost: rank {culprit}: KeyError: 'a bug'"
-    assert last_cause(tmp_path) == (own if culprit == 0 else other)
 
 
 def save_slowly(_rank: int) -> None:
@@ -444,25 +419,40 @@ def have_no_space(_rank: int) -> None:
     CheckpointFolder.save = save  # type: ignore[method-assign]
 
 
-def test_a_full_disk_is_every_ranks(tmp_path: Path) -> None:
-    with running(tmp_path, 3, "srun", have_no_space, max_steps=3, rank_timeout=30) as ranks:
-        start = time.monotonic()
-        for process in ranks:
-            code, stderr = process.ended()
-            assert code == 2, stderr
-            assert ": No space left on device; the newest checkpoint is kept" in stderr
-        assert time.monotonic() - start < 100
-    assert "No space left" in last_cause(tmp_path)
-
-
 def close_slowly(rank: int) -> None:
     Data.close = lambda _self: time.sleep(3 * LIMIT * rank)  # type: ignore[method-assign]
 
 
-def test_a_finished_rank_may_leave_at_any_time(tmp_path: Path) -> None:
-    """Rank 1 still closes its data when rank 0 has left with the store."""
-    with running(tmp_path, 2, "srun", close_slowly, max_steps=5) as ranks:
-        for process in ranks:
-            code, stderr = process.ended()
-            assert code == 0, stderr
-    assert last_cause(tmp_path) == "finished"
+TROUBLES: dict[str, tuple[Trouble, int, str, dict[str, Any], int, list[list[str]], str]] = {
+    # It hangs where it waits for a batch, and beats all the same.
+    "a rank is stuck": (
+        hang_at_a_batch, 3, "torchrun", {"rank_timeout": 30}, 1,
+        [["error: no progress for 10 s; the others wait for rank 1 (",
+          ") at step 6 in bip.distributed.group, line "]] * 3,
+        "rank lost: no progress for 10 s; "),
+    # It holds the store, and stays until the others have read why.
+    "rank 0 has a bug": (
+        partial(have_a_bug, 0), 3, "srun", {"print_freq": 5}, 1,
+        [["Traceback"], *[["error: rank 0: KeyError: 'a bug'"]] * 2], "error: 'a bug'"),
+    "rank 1 has a bug": (
+        partial(have_a_bug, 1), 3, "srun", {"print_freq": 5}, 1,
+        [["error: rank 1: KeyError: 'a bug'"], ["Traceback"], ["error: rank 1: KeyError: 'a bug'"]],
+        "rank lost: rank 1: KeyError: 'a bug'"),
+    "the disk is full": (
+        have_no_space, 3, "srun", {"max_steps": 3, "rank_timeout": 30}, 2,
+        [[": No space left on device; the newest checkpoint is kept"]] * 3, "error: result_dir: "),
+    # Rank 1 still closes its data when rank 0 has left with the store.
+    "a finished rank leaves": (
+        close_slowly, 2, "srun", {"max_steps": 5}, 0, [[]] * 2, "finished"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TROUBLES.values(), ids=TROUBLES)
+def test_all_ranks_end_and_report_what_happened(case: Any, tmp_path: Path) -> None:
+    trouble, world, under, settings, expected, texts, cause = case
+    with running(tmp_path, world, under, trouble, **settings) as ranks:
+        ends = [process.ended(100) for process in ranks]
+    for (code, stderr), parts in zip(ends, texts, strict=True):
+        assert code == expected, stderr
+        assert [part for part in parts if part not in stderr] == []
+    assert last_cause(tmp_path).startswith(cause)

@@ -27,6 +27,21 @@ def chains(
     return [(a.stage, t, a.parallelism, a.dependency) for a, t in zip(arrays, tasks, strict=True)]
 
 
+def rounds_of(count: int, seeds: int = 1, finetune: bool = False) -> list[Run]:
+    """pretrain -> round 0 -> round 1 ... for each seed, beside two runs that need no round."""
+    found = [run_of(f"d{seed}", "pretrain") for seed in range(seeds)]
+    for seed in range(seeds):
+        found += [run_of(f"o{seed}.{v}", "prune", f"d{seed}") for v in range(2)]
+        before = f"d{seed}"
+        for at in range(count):
+            found.append(run_of(f"r{seed}.{at}", "prune", before))
+            before = f"r{seed}.{at}"
+    if finetune:
+        names = [run.run_id for run in found if run.run_id[0] == "r"]
+        found += [run_of(f"f{name}", "finetune", name) for name in names]
+    return found
+
+
 @pytest.mark.parametrize(
     ("runs", "parallelism", "queued", "expected"),
     [
@@ -67,6 +82,16 @@ def chains(
                 ("finetune", ["f0.0"], 1, "afterok:8_0"),
             ],
             id="runs in the queue are waited for, not submitted again",
+        ),
+        pytest.param(
+            rounds_of(4), 3, {},
+            [
+                ("pretrain", ["d0"], 3, ""),
+                ("prune", ["o0.0", "o0.1"], 2, "afterok:100_0"),
+                ("prune", ["r0.0"], 1, "afterok:100_0"),
+                *(("prune", [f"r0.{at}"], 1, f"aftercorr:{101 + at}") for at in (1, 2, 3)),
+            ],
+            id="each round waits for the one before",
         ),
     ],
 )  # fmt: skip
@@ -135,32 +160,6 @@ def test_every_plan_runs_each_missing_run_once_after_its_needs(
         mine = [array for array in arrays if array.stage == stage]
         first = [array for array in mine if array.throttled_by is None]
         assert sum(array.parallelism for array in first) == (parallelism if mine else 0)
-
-
-def rounds_of(count: int, seeds: int = 1, finetune: bool = False) -> list[Run]:
-    """pretrain -> round 0 -> round 1 ... for each seed, beside two runs that need no round."""
-    found = [run_of(f"d{seed}", "pretrain") for seed in range(seeds)]
-    for seed in range(seeds):
-        found += [run_of(f"o{seed}.{v}", "prune", f"d{seed}") for v in range(2)]
-        before = f"d{seed}"
-        for at in range(count):
-            found.append(run_of(f"r{seed}.{at}", "prune", before))
-            before = f"r{seed}.{at}"
-    if finetune:
-        names = [run.run_id for run in found if run.run_id[0] == "r"]
-        found += [run_of(f"f{name}", "finetune", name) for name in names]
-    return found
-
-
-def test_each_round_is_an_array_that_waits_for_the_one_before() -> None:
-    assert chains(rounds_of(4), 3) == [
-        ("pretrain", ["d0"], 3, ""),
-        ("prune", ["o0.0", "o0.1"], 2, "afterok:100_0"),
-        ("prune", ["r0.0"], 1, "afterok:100_0"),
-        ("prune", ["r0.1"], 1, "aftercorr:102"),
-        ("prune", ["r0.2"], 1, "aftercorr:103"),
-        ("prune", ["r0.3"], 1, "aftercorr:104"),
-    ]
 
 
 def test_rounds_of_several_seeds_share_arrays_where_the_dense_networks_are_done() -> None:

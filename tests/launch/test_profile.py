@@ -11,9 +11,9 @@ from launch.profile import SlurmProfile, load_profile
 from tests.launch.conftest import ROOT
 
 
-def load(folder: Path, text: str, executor: str = "slurm") -> Any:
+def load(folder: Path, text: str) -> Any:
     path = folder / "p.yml"
-    path.write_text(f"executor: {executor}\n{text}\n")
+    path.write_text(text[1:] if text[0] == "!" else f"executor: slurm\n{text}\n")
     return load_profile(path)
 
 
@@ -50,31 +50,18 @@ def test_local_profile_and_the_parallelism_flag() -> None:
         ("partion: x", "unknown key 'partion' (perhaps you meant partition)"),
         ("signal_lead: 4000", "signal_lead: 4000 s is not less than the time limit"),
         ("retries: {bug: 3}", "unknown key 'retries.bug'"),
+        ("executor: local", "key 'executor' is written twice"),
+        ("!executor: local\nparalelism: 3", "unknown key 'paralelism' (perhaps you meant parall"),
+        ("!executor: local\ncpus_per_task: 0", "cpus_per_task: "),
+        ("!executor: slrm", "executor: "),
+        ("!parallelism: 2", "executor: missing"),
+        ("!- 1", "must hold 'key: value'"),
     ],
 )
-def test_errors_name_the_key(text: str, named: str, tmp_path: Path) -> None:
+def test_errors_name_the_file_and_the_key(text: str, named: str, tmp_path: Path) -> None:
+    """`text` is all after `executor: slurm`, or all after a `!`."""
     with pytest.raises(UserError, match=re.escape(f"{tmp_path}/p.yml: {named}")) as error:
         load(tmp_path, text)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("executor: local\nparalelism: 3\n", "'paralelism' (perhaps you meant parallelism)"),
-        ("executor: slrm\n", "executor: "),
-        ("parallelism: 2\n", "executor: missing"),
-        ("executor: local\ncpus_per_task: 0\n", "cpus_per_task: "),
-        ("executor: local\nexecutor: local\n", "'executor' is written twice"),
-        ("- 1\n", "key: value"),
-    ],
-)
-def test_errors_name_the_file(text: str, named: str, tmp_path: Path) -> None:
-    path = tmp_path / "profile.yml"
-    path.write_text(text)
-    with pytest.raises(UserError, match=re.escape(named)) as error:
-        load_profile(path)
-    assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -98,10 +85,13 @@ def test_other_arguments_of_srun_are_the_users() -> None:
     assert SlurmProfile(executor="slurm", srun_args=words).srun_args == words
 
 
-def test_a_node_may_be_asked_for_with_more_gpus_than_ranks(tmp_path: Path) -> None:
-    assert load(tmp_path, "gpus_per_node: 4").gpus_per_node == 4
-
-
-@pytest.mark.parametrize("name", ["runs_per_task", "points_per_task"])
-def test_the_first_name_of_runs_per_task_is_still_read(name: str, tmp_path: Path) -> None:
-    assert load(tmp_path, f"{name}: 3").model_dump()["runs_per_task"] == 3
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("gpus_per_node: 3", "gpus_per_node"),  # more than ranks
+        ("runs_per_task: 3", "runs_per_task"),
+        ("points_per_task: 3", "runs_per_task"),  # its first name
+    ],
+)
+def test_what_else_is_read(text: str, key: str, tmp_path: Path) -> None:
+    assert load(tmp_path, text).model_dump()[key] == 3

@@ -1,5 +1,6 @@
 """The README's commands are the programs' own, with flags that exist; its first series runs."""
 
+import json
 import os
 import re
 import shlex
@@ -64,21 +65,35 @@ def test_there_are_commands_of_both_programs_and_their_files_exist() -> None:
 
 
 @pytest.mark.slow
-def test_the_main_command_prunes_a_series(tmp_path: Path) -> None:
-    """The first `series`, shortened, with this environment: installing is the CI's own part."""
+def test_the_main_command_runs_a_series(tmp_path: Path) -> None:
+    """The first `series`, with fewer k and one more stage: installing is the CI's own part."""
     pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
-    words = next(words for words in OURS if words[1] == "series")
-    words = [sys.executable, "-m", "launch", *words[1:]]
-    words[words.index("--series") + 1] = "0.5,0.0092"
-    done = subprocess.run(
-        [*words, "--epochs", "1", "--result-dir", str(tmp_path)],
-        cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "0.0092" in done.stdout
-    assert len(list(tmp_path.glob("*/prune/*/result.json"))) == 2
-    assert "fine-tune" in done.stderr, "k < 0.01 without fine-tuning gets advice"
+    words = list(next(words for words in OURS if words[1] == "series"))
+    words[words.index("--series") + 1] = "0.5,0.1"
+    words[words.index("--stages") + 1] += ",finetune"
+
+    def launch(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", *words], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    line = [*words[1:], "--epochs", "1", "--result-dir", str(tmp_path)]
+    launch(*line)
+    rows = json.loads(launch("status", *map(str, tmp_path.iterdir()), "--json"))
+    assert [(row["stage"], row["k"], row["state"]) for row in rows] == [
+        ("pretrain", "1", "done"),
+        *((stage, k, "done") for stage in ("prune", "finetune") for k in ("0.5", "0.1")),
+    ]
+    results = [json.loads((Path(row["folder"]) / "result.json").read_text()) for row in rows]
+    for row, result in zip(rows, results, strict=True):
+        assert (result["kept"], result["epochs"], result["top1"]) == (row["kept"], 1, row["top1"])
+    one, other, *tuned = [result["mask_sha256"] for result in results[1:]]
+    assert one != other
+    assert tuned == [one, other], "each fine-tuning has the mask of its own pruning"
+    assert "5 of 5 runs were finished before" in launch(*line)
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

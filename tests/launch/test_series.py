@@ -147,6 +147,7 @@ def test_a_network_pruned_at_its_start_has_no_source(dense: Path) -> None:
 def test_a_budget_is_shared_by_pruning_and_the_fine_tuning_that_needs_it() -> None:
     line = ("--series", "0.1", "--trainers", "bip,hydra,omp,synflow", "--budget", "601")
     chain = plan(*line, "--stages", "pretrain,prune,finetune").runs
+    assert chain[0].config.epochs == setting("pretrain.yml", "epochs")
     spent = {(run.stage, run.trainer): run.config.budget for run in chain}
     assert spent == {
         ("pretrain", "base"): None,
@@ -254,6 +255,7 @@ def test_batch_must_divide_by_the_ranks() -> None:
 
 
 TWO = ["--stages", "pretrain,prune"]
+BOTH, PRUNE = (["--series", "0.5,0.1", "--stages", one] for one in ("pretrain,prune", "prune"))
 
 
 @pytest.mark.parametrize(
@@ -283,47 +285,33 @@ TWO = ["--stages", "pretrain,prune"]
         (["--series", "0.5", *TWO, "--pretrain-configs", "/no.yml"], "/no.yml: cannot be read"),
         (["--series", "0.5", *TWO, "--profile", "/no.yml"], "profile: no such file: /no.yml"),
         (["--series", "0.5", *TWO, "--parallelism", "0"], "parallelism: must be at least 1"),
-    ],
-)
-def test_bad_input_is_one_line_and_creates_nothing(
-    argv: list[str], named: str, fake: FakeSweep, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert fake.series(*argv) == 2
-    out, err = capsys.readouterr()
-    (line,) = err.splitlines()
-    assert (out, line[:7]) == ("", "error: ")
-    assert named in line
-    assert not fake.results.exists()
-
-
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--stages", "prune", "--source-net", "DENSE", "--archs", "resnet20s"],
+        # What would fail in every run
+        ([*PRUNE, "--source-net", "DENSE", "--archs", "resnet20s"],
          "source_net: holds the network digits_net, but arch is resnet20s"),
-        (["--stages", "prune", "--source-net", "TEXT"], "not a readable checkpoint"),
-        ([*TWO, "--batch-size", "5000"], "batch_size: 5000 is more than the 1437 images"),
-        ([*TWO, "--holdout", "5000"], "holdout: 5000 of the 1437"),
-        ([*TWO, "--num-classes", "11"], "num_classes: 11, but Digits"),
-        ([*TWO, "--loader", "lmdb"], "loader: lmdb does not apply to Digits"),
-        ([*TWO, "--dataset", "CIFAR10", "--data-dir", "/nowhere"], "data_dir: /nowhere does not"),
-        ([*TWO, "--dataset", "CIFAR10", "--archs", "torchvision/vit_b_16",
+        ([*PRUNE, "--source-net", "TEXT"], "not a readable checkpoint"),
+        ([*BOTH, "--batch-size", "5000"], "batch_size: 5000 is more than the 1437 images"),
+        ([*BOTH, "--holdout", "5000"], "holdout: 5000 of the 1437"),
+        ([*BOTH, "--num-classes", "11"], "num_classes: 11, but Digits"),
+        ([*BOTH, "--loader", "lmdb"], "loader: lmdb does not apply to Digits"),
+        ([*BOTH, "--dataset", "CIFAR10", "--data-dir", "/nowhere"], "data_dir: /nowhere does not"),
+        ([*BOTH, "--dataset", "CIFAR10", "--archs", "torchvision/vit_b_16",
           "--image-dim", "32"],
          "image_dim: 'torchvision/vit_b_16' cannot take 32x32 images"),
-        ([*TWO, "--dataset", "CIFAR10", "--archs", "torchvision/mobilenet_v2",
+        ([*BOTH, "--dataset", "CIFAR10", "--archs", "torchvision/mobilenet_v2",
           "--image-dim", "32", "--layer-types", "channel"],
          "layer_type: channel cannot prune the grouped convolution"),
     ],
 )  # fmt: skip
-def test_what_would_fail_in_every_run_fails_before_any_starts(
+def test_bad_input_is_one_line_and_creates_nothing(
     argv: list[str], named: str, fake: FakeSweep, dense: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "text").write_text("no checkpoint")
     places = {"DENSE": str(dense), "TEXT": str(tmp_path / "text")}
-    assert fake.series("--series", "0.5,0.1", *(places.get(word, word) for word in argv)) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" not in line]
-    assert line.startswith("error: ")
+    assert fake.series(*(places.get(word, word) for word in argv)) == 2
+    out, err = capsys.readouterr()
+    (line,) = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert (out, line[:7]) == ("", "error: ")
     assert named in line
     assert not fake.results.exists()
 

@@ -91,6 +91,8 @@ def test_rewinding_needs_its_network_and_a_round_a_larger_one(
 ) -> None:
     with pytest.raises(UserError, match=r"rewind_net: missing; .* --rewind-epoch"):
         load_config(arguments("imp", tmp_path, source_net=source, rewind="weights"))
+    with pytest.raises(UserError, match=r"rewind_epoch: .*earlier"):
+        train("pretrain", tmp_path, rewind_epoch=1, max_steps=2)
     first = train("imp", tmp_path, source_net=source, k=0.3, max_steps=2)
     for path, k, named in (
         (first.best, "0.3", "k 0.3"), (pruned_runs["unstructured"].best, "0.2", "trainer"),
