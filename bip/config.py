@@ -26,6 +26,7 @@ from pydantic import (
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
 from bip.errors import UserError
+from bip.machine import expanded
 from bip.methods import acts_in, find, methods, own_settings, spellings
 from bip.methods.base import Method, Mode
 from bip.pruning.choices import LayerType, Scope, ScoreInit
@@ -530,6 +531,11 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
+    values = values | {
+        name: expanded(str(values[name]), name)
+        for name in paths()
+        if values.get(name) is not None and name != "stage_to"  # a folder of the run's node
+    }
     if "budget" in flags and "epochs" not in flags:  # the flag replaces what the file says
         values = {key: value for key, value in values.items() if key != "epochs"}
     try:
@@ -558,7 +564,7 @@ def _recorded_before(values: dict[str, Any]) -> dict[str, Any]:
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
     """The values of the YAML file in `flags["configs"]`, overridden by `flags`."""
     path = flags.get("configs")
-    from_file = read_yaml(given_or_shipped(Path(path))) if path else {}
+    from_file = read_yaml(given_or_shipped(Path(expanded(str(path), "configs")))) if path else {}
     if "inv_gamma" in from_file:
         if "lr2" in from_file:
             raise UserError(f"{path}: lr2 and inv_gamma are the same setting; keep one")

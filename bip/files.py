@@ -24,29 +24,6 @@ def may_pass(error: OSError) -> bool:
     return error.errno in _PASSING
 
 
-def limit_reached(error: Exception) -> str | None:
-    """Which limit of the system this is an error of, and how large it is; None if of none."""
-    import resource  # not on every system that reads files
-
-    number, text = getattr(error, "errno", None), str(error)
-    # Sending a file to another process fails without a number.
-    if number == errno.EMFILE or "Too many open files" in text or "of ancdata" in text:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"this process may have {soft} files open (ulimit -n)"
-    if number == errno.ENFILE:
-        return "this machine has too many files open (sysctl fs.file-max)"
-    if number == errno.EAGAIN or "can't start new thread" in text:
-        soft, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-        shown = "unlimited" if soft == resource.RLIM_INFINITY else soft
-        return (
-            f"no more processes or threads are allowed (ulimit -u is {shown}; a container or job "
-            "may have a lower pids limit)"
-        )
-    if number == errno.ENOMEM or isinstance(error, MemoryError):
-        return "memory is used up"
-    return None
-
-
 def raise_passing(error: Exception, what: object) -> None:
     """Raise an OSError that names `what` if `error` may pass; else do nothing.
 

@@ -26,7 +26,7 @@ def read_yaml(path: Path, loader: type[yaml.SafeLoader] = UniqueKeyLoader) -> di
     Raises UserError naming the file, OSError if its file system is unreachable.
     """
     try:
-        values = yaml.load(path.read_text(), loader)
+        values = yaml.load(path.read_bytes(), loader)  # UTF-8, whatever the locale
     except (OSError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and may_pass(error):
             raise

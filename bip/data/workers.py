@@ -25,7 +25,8 @@ from bip.data.options import DataOptions
 from bip.data.reader import Batch, Item, Loader, Reader, Request, Skips, Split
 from bip.data.stores.base import ArraySplit
 from bip.errors import ExitCode, LostWorker, UserError
-from bip.files import limit_reached, may_pass
+from bip.files import may_pass
+from bip.machine import limit_reached
 
 _T = TypeVar("_T")
 # Below it multiprocessing adds up to 40 characters.
