@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import resource
+import shlex
 from collections.abc import Mapping
 
 from bip.errors import UserError
@@ -30,6 +31,18 @@ def expanded(value: str, key: str, env: Mapping[str, str] = os.environ) -> str:
         if value.startswith("~"):
             raise UserError(f"{key}: {value}: no such user, or no home folder; write it out")
     return _VARIABLE.sub(replaced, value)
+
+
+def for_shell(value: str, key: str) -> str:
+    """`value` for a shell script, which replaces ~ and variables where it runs, as `expanded`."""
+    home = re.match("~(?=/|$)", value)
+    parts, at = ['"$HOME"'] if home else [], home.end() if home else 0
+    for found in _VARIABLE.finditer(value):
+        name = found[1] or found[2]
+        parts += [shlex.quote(value[at : found.start()]) if found.start() > at else ""]
+        parts += [f'"${{{name}:?{key} names it, but it is not set on this node}}"']
+        at = found.end()
+    return "".join(parts) + (shlex.quote(value[at:]) if at < len(value) or not parts else "")
 
 
 def limit_reached(error: Exception) -> str | None:
