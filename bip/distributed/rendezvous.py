@@ -29,7 +29,7 @@ OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", 
 HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # of MPICH and Intel MPI
 SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
 LAUNCHERS = (TORCHRUN, OPEN_MPI, HYDRA, SRUN)
-CONNECTING = timedelta(seconds=5)  # between two looks for a signal
+CONNECTING = timedelta(seconds=10)  # between two looks for a signal
 
 MEETING = timedelta(minutes=10)  # for all ranks to connect
 _VERDICT = "verdict"  # in the store: "go", "late", or "stop" and the signal
@@ -248,18 +248,24 @@ def _connect(
     host: str, port: int, ranks: Ranks, deadline: float, stop: StopRequest, name: str
 ) -> TCPStore:
     """The store at an address, which may not be there yet. A signal ends the wait."""
+    seconds = CONNECTING.total_seconds()
+    refused = 0
     while True:
         stop.raise_if_set()
         try:
-            # Else torch would wait in C++, deaf to signals, and report the name in many lines.
-            socket.getaddrinfo(host, port)
+            # Else torch would wait in C++, deaf to signals, and report in many lines.
+            socket.create_connection((host, port), seconds).close()
             return TCPStore(host, port, ranks.world, is_master=False, timeout=CONNECTING)
-        except (RuntimeError, OSError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
-                raise RankError(
-                    f"{name}: nobody answers at {host} port {port} ({_line(error)})"
-                ) from None
+                raise RankError(f"{name}: nobody answers at {host} port {port} ({error})") from None
             time.sleep(0.2)
+        except RuntimeError:
+            refused += 1
+            if refused == 3:
+                raise UserError(
+                    f"{name}: at {host} port {port} another program answers; set another port"
+                ) from None
 
 
 def _srun_store(
