@@ -47,7 +47,7 @@ from bip.settings import (
     setting,
 )
 from bip.shipped import given_or_shipped
-from bip.yaml_file import read_yaml
+from bip.yaml_file import read_yaml, refuse_leading_zeros
 
 
 def _networks() -> list[str]:
@@ -285,6 +285,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _name_the_method(cls, values: Any) -> Any:
         """Replace `trainer` by the method's name in RUN_IDs."""
+        refuse_leading_zeros(cls, values)
         trainer, mode = values.get("trainer", "base"), values.get("exp_mode")
         if mode not in get_args(Mode):
             return values  # the field exp_mode reports it
