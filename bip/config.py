@@ -487,6 +487,11 @@ class RunConfig(BaseModel):
             )
         return self.batch_size // world
 
+    def trains_on_one_image(self, world: int) -> bool:
+        """Whether batch-norm in training sees single images."""
+        alone = self.batch_size // (world * self.accumulate) == 1 and not self.evaluate
+        return alone and not self.freeze_bn and not (self.sync_bn and world > 1)
+
     def to_plain(self) -> dict[str, Any]:
         """All settings as plain types, k as text; None left out."""
         return self.model_dump(mode="json", exclude_none=True) | {"k": self.k_text}

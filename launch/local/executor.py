@@ -42,7 +42,7 @@ class LocalExecutor:
         return f"at most {self.profile.parallelism} at once"
 
     def prepare(self, configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[str]:
-        check_inputs(configs)
+        check_inputs(configs, self.profile.ranks)
         return []
 
     def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
