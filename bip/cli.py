@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from bip.errors import ExitCode, RankError, UserError, outcome
+from bip.machine import expanded
 
 
 def _flag_type(field: FieldInfo) -> Any:
@@ -103,6 +104,9 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
         commands: by name; `argv[0]` is the name.
         argv: the arguments of the command line.
     """
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return call(commands, argv, program(package, script))
     except (Exception, KeyboardInterrupt) as error:
@@ -143,6 +147,9 @@ def call(commands: Mapping[str, Command], argv: list[str], prog: str) -> int:
         return command(*rest) or 0
     with _one_line_errors():
         parameters: Any = tyro.cli(_parameters(command, rest), args=rest, prog=f"{prog} {name}")
+    for name, value in parameters.items():
+        if isinstance(value, Path):
+            parameters[name] = Path(expanded(str(value), name))
     return command(**parameters) or 0
 
 

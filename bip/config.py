@@ -27,6 +27,7 @@ from pydantic import (
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
 from bip.errors import UserError
+from bip.machine import expanded
 from bip.methods import acts_in, find, methods, own_settings, spellings
 from bip.methods.base import Method, Mode
 from bip.pruning.choices import LayerType, Scope, ScoreInit
@@ -48,7 +49,7 @@ from bip.settings import (
     setting,
 )
 from bip.shipped import given_or_shipped
-from bip.yaml_file import read_yaml
+from bip.yaml_file import read_yaml, refuse_leading_zeros
 
 
 def _networks() -> list[str]:
@@ -290,6 +291,7 @@ class RunConfig(BaseModel):
     @classmethod
     def _name_the_method(cls, values: Any) -> Any:
         """Replace `trainer` by the method's name in RUN_IDs."""
+        refuse_leading_zeros(cls, values)
         trainer, mode = values.get("trainer", "base"), values.get("exp_mode")
         if mode not in get_args(Mode):
             return values  # the field exp_mode reports it
@@ -491,6 +493,11 @@ class RunConfig(BaseModel):
             )
         return self.batch_size // world
 
+    def trains_on_one_image(self, world: int) -> bool:
+        """Whether batch-norm in training sees single images."""
+        alone = self.batch_size // (world * self.accumulate) == 1 and not self.evaluate
+        return alone and not self.freeze_bn and not (self.sync_bn and world > 1)
+
     def to_plain(self) -> dict[str, Any]:
         """All settings as plain types, k as text; None left out."""
         return self.model_dump(mode="json", exclude_none=True) | {"k": self.k_text}
@@ -536,6 +543,11 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
+    values = values | {
+        name: expanded(str(values[name]), name)
+        for name in paths()
+        if values.get(name) is not None and name != "stage_to"  # a folder of the run's node
+    }
     by_flag = "budget" in flags and values.get("budget") is not None
     if by_flag and "epochs" not in flags:  # the flag replaces what the file says
         values = {key: value for key, value in values.items() if key != "epochs"}
@@ -565,7 +577,7 @@ def _recorded_before(values: dict[str, Any]) -> dict[str, Any]:
 def merge(flags: dict[str, Any]) -> dict[str, Any]:
     """The values of the YAML file in `flags["configs"]`, overridden by `flags`."""
     path = flags.get("configs")
-    from_file = read_yaml(given_or_shipped(Path(path))) if path else {}
+    from_file = read_yaml(given_or_shipped(Path(expanded(str(path), "configs")))) if path else {}
     if "inv_gamma" in from_file:
         if "lr2" in from_file:
             raise UserError(f"{path}: lr2 and inv_gamma are the same setting; keep one")

@@ -75,4 +75,21 @@ def outcome(error: BaseException) -> tuple[ExitCode, str] | None:
         return ExitCode.BROKEN_PIPE, ""
     if isinstance(error, OSError) and may_pass(error):
         return ExitCode.UNREACHABLE, f"error: {error}; try again"
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return ExitCode.USER, f"error: {error}; {_REMEDIES[error.errno]}"
     return None
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free space on that disk, or use another folder",
+    errno.EDQUOT: "your quota is used up: delete files, or use another folder",
+    errno.EFBIG: "a limit on file sizes is reached (ulimit -f, or the file system's)",
+    errno.EROFS: "the file system is read-only: use another folder",
+    errno.EACCES: "you may not use it: change its mode, or use another folder",
+    errno.EPERM: "the file system does not allow it: use another folder",
+    errno.ENAMETOOLONG: "give a shorter name (exp_name, result_dir)",
+    errno.EMFILE: "raise the number of open files (ulimit -n)",
+    errno.ENFILE: "this machine has too many open files (sysctl fs.file-max)",
+    errno.ELOOP: "symbolic links lead in a circle: remove one",
+    errno.ENOMEM: "memory is used up: ask for more",
+}

@@ -19,6 +19,10 @@ _PASSING |= {errno.ECOMM, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH, er
 _PASSING |= {errno.ENETUNREACH, errno.ENOTCONN, errno.ECONNRESET, errno.ESHUTDOWN, errno.EPROTO}
 
 
+# How file systems refuse what they do not have: links, locks.
+NOT_SUPPORTED = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EMLINK}
+
+
 def may_pass(error: OSError) -> bool:
     """Whether the error may pass without a fix by the user. (A full disk stays full.)"""
     return error.errno in _PASSING

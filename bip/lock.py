@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bip.errors import RankError, UserError
-from bip.files import result_dir_error
+from bip.files import NOT_SUPPORTED, result_dir_error
 from bip.slurm import SlurmError, kill_wait, own_restarts, own_task, show_task
 
 BEAT_SECONDS = 5.0
@@ -160,7 +160,11 @@ class RunLock:
             names = os.listdir(self.folder)
             numbers = [int(name[6:]) for name in names if re.fullmatch(r"\.lock\.\d+", name)]
             number = max(numbers, default=0)
-            return number, Holder(**json.loads(self._file(number).read_text()))
+            text = self._file(number).read_text()
+            if not text:  # it is just being written, where there are no hard links
+                time.sleep(1)
+                text = self._file(number).read_text()
+            return number, Holder(**json.loads(text))
         except (FileNotFoundError, ValueError, TypeError):
             return number, None  # no holder wrote it: a link makes the whole file appear
         except OSError as error:  # the lock may be held nevertheless
@@ -199,7 +203,7 @@ class RunLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             temporary = self._temporary(asdict(self.own))
             try:
-                os.link(temporary, self._file(number + 1))
+                self._make(temporary, self._file(number + 1))
             except FileExistsError:
                 # After a lost answer NFS repeats the request, and reports the link that it made
                 # itself. Then the file has two links.
@@ -219,6 +223,21 @@ class RunLock:
         self._beat = threading.Thread(target=self._touch, name="lock", daemon=True)
         self._beat.start()
         return True
+
+    def _make(self, temporary: Path, path: Path) -> None:
+        """Create the lock with its whole content, unless it exists."""
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            print(
+                f"note: {self.folder}: its file system has no hard links, so the lock on it is "
+                "weaker: do not start this run twice at the same moment",
+                flush=True,
+            )
+            with open(path, "xb") as stream:  # others see it empty for a moment
+                stream.write(temporary.read_bytes())
 
     def _temporary(self, holder: dict[str, object]) -> Path:
         path = self.folder / f".lock-{uuid.uuid4().hex}"

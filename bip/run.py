@@ -103,6 +103,8 @@ class Run:
         torch.manual_seed(config.seed)
         network = models.build(config.arch, DataOptions.of(config).classes, self.data.channels)
         models.check_image_size(network, config.arch, self.data.channels, self.data.image_dim)
+        if config.trains_on_one_image(self.group.world):
+            models.check_batch_of_one(network, config.arch, self.data.channels, self.data.image_dim)
         if config.scale_rand_init and "scale_rand_init" not in config.idle():
             models.scale_initial_weights(network, float(config.k))
         if self.source is not None:

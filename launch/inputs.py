@@ -7,8 +7,9 @@ from bip.config import RunConfig
 from bip.data.options import DataOptions
 
 
-def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
-    """Check all that the configurations name; return the parameter count of each network.
+def check_inputs(configs: Sequence[RunConfig], ranks: int) -> dict[str, int]:
+    """Check all that the configurations name, for runs of so many ranks; return the parameter count
+    of each network.
 
     Builds networks without memory. Does not look for a source that the sweep itself will make.
     Raises UserError for what would make a run fail at its start.
@@ -18,18 +19,19 @@ def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
     for config in configs:
         classes = DataOptions.of(config).classes
         shape = (config.dataset, classes, config.image_dim)
-        networks.setdefault((config.arch, *shape, config.layer_type), (config, classes))
+        single = config.trains_on_one_image(ranks)
+        networks.setdefault((config.arch, *shape, config.layer_type, single), (config, classes))
         images.setdefault((config.dataset, config.data_dir, config.loader, classes), []).append(
             config
         )
-    sizes = {one.arch: _check_network(one, classes) for one, classes in networks.values()}
+    sizes = {one.arch: _check_network(one, classes, ranks) for one, classes in networks.values()}
     _check_sources(configs)
     for alike in images.values():
         _check_images(alike)
     return sizes
 
 
-def _check_network(config: RunConfig, classes: int) -> int:
+def _check_network(config: RunConfig, classes: int, ranks: int) -> int:
     import torch
 
     from bip import models
@@ -44,6 +46,9 @@ def _check_network(config: RunConfig, classes: int) -> int:
         # Weights that were never written take no memory when they are read.
         network.to_empty(device="cpu")
     models.check_image_size(network, config.arch, spec.channels, options.side)
+    if config.trains_on_one_image(ranks):
+        network = models.build(config.arch, classes, spec.channels)
+        models.check_batch_of_one(network, config.arch, spec.channels, options.side)
     if config.layer_type != "dense":
         find_prunable(network, config.layer_type)
     return sum(weights.numel() for weights in network.parameters())

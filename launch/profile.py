@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
@@ -22,7 +21,7 @@ from pydantic import (
 from bip.cli import nearest, one_line
 from bip.errors import UserError
 from bip.shipped import given_or_shipped, shipped
-from bip.yaml_file import UniqueKeyLoader, read_yaml
+from bip.yaml_file import read_yaml, refuse_leading_zeros
 
 # Options of sbatch that the launcher sets from the profile's keys, or that would break the array of
 # tasks.
@@ -69,6 +68,12 @@ class Profile(BaseModel):
     ntasks_per_node: int = Field(1, ge=1, description="processes (ranks) of one run on a node")
     cpus_per_task: int = Field(1, ge=1, description="threads of one rank (OMP_NUM_THREADS)")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the runs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_text(cls, values: dict[str, Any]) -> dict[str, Any]:
+        refuse_leading_zeros(cls, values)
+        return values
 
     @property
     def ranks(self) -> int:
@@ -205,16 +210,6 @@ AnyProfile = LocalProfile | SlurmProfile
 PROFILES: dict[str, type[AnyProfile]] = {"local": LocalProfile, "slurm": SlurmProfile}
 
 
-class _Loader(UniqueKeyLoader):
-    """Without YAML 1.1's numbers to the base 60: a time of 2:30:00 would be 9000."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        number = isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float"))
-        if number and ":" in node.value:
-            return node.value
-        return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
-
-
 def load_profile(path: Path | None, parallelism: int | None = None) -> AnyProfile:
     """The profile in `path` (None: the local one); `parallelism` beats the file's.
 
@@ -223,7 +218,7 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> AnyProfil
     path = given_or_shipped(path) if path else shipped("slurm/profiles/local.yml")
     if not path.is_file():
         raise UserError(f"profile: no such file: {path}")
-    values = read_yaml(path, _Loader)
+    values = read_yaml(path)
     kind = values.get("executor")
     if kind not in PROFILES:
         known = ", ".join(PROFILES)

@@ -31,7 +31,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bip.errors import UserError
-from bip.files import atomic_write_bytes, atomic_write_json, raise_passing, result_dir_error
+from bip.files import (
+    NOT_SUPPORTED,
+    atomic_write_bytes,
+    atomic_write_json,
+    raise_passing,
+    result_dir_error,
+)
 from bip.methods.base import Mode
 from bip.yaml_file import read_yaml
 from launch.plan import STAGES, PlannedRun, check_same_source
@@ -120,6 +126,15 @@ class Lock:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            raise UserError(
+                f"result_dir: {path.parent}: its file system has no locks ({error.strerror}), by "
+                "which processes share the runs; give a --result-dir on another, or have it "
+                "mounted with locks (Lustre: -o flock)"
+            ) from None
         return cls(descriptor)
 
     @classmethod
@@ -127,7 +142,8 @@ class Lock:
     def wait(cls, path: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with _unless_supported():  # what follows is atomic, if not exclusive
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
         finally:
             os.close(descriptor)
@@ -137,10 +153,11 @@ class Lock:
         """Probe the lock. A probe briefly holds it shared; contenders retry."""
         try:
             descriptor = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):  # a colleague's, who shows his results only
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with _unless_supported():
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -154,6 +171,16 @@ class Lock:
 
     def close(self) -> None:
         os.close(self.descriptor)
+
+
+@contextlib.contextmanager
+def _unless_supported() -> Iterator[None]:
+    """Go on where the file system has no locks: nobody holds one there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
 class Sweep:

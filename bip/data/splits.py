@@ -17,6 +17,7 @@ from bip.data.stores.published import open_store
 from bip.data.stores.staging import network_filesystem, stage
 from bip.errors import UserError
 from bip.files import raise_passing
+from bip.machine import expanded
 
 
 def open_split(name: str, data_dir: Path, train: bool, layout: Layout = "any") -> Split:
@@ -148,12 +149,17 @@ def stage_data(options: DataOptions, give_up: Callable[[], None]) -> None:
 
     Call it before the ranks meet: a node may copy for longer than the others would wait.
     """
-    if options.stage_to is None:
+    if (folder := _stage_folder(options)) is None:
         return
     for train in (True, False):
         split = open_split(options.dataset, options.data_dir, train, _layout(options))
         if not isinstance(split, ArraySplit | FolderStore):
-            stage(split.path, options.stage_to, give_up)
+            stage(split.path, folder, give_up)
+
+
+def _stage_folder(options: DataOptions) -> Path | None:
+    """`stage_to` on this node, whose variables it may name."""
+    return options.stage_to and Path(expanded(str(options.stage_to), "stage_to"))
 
 
 def local_copy(split: Split, options: DataOptions, in_memory: bool, first: bool) -> Split:
@@ -163,7 +169,7 @@ def local_copy(split: Split, options: DataOptions, in_memory: bool, first: bool)
         in_memory: the split is read once, before training.
         first: print warnings.
     """
-    stage_to = options.stage_to
+    stage_to = _stage_folder(options)
     if isinstance(split, ArraySplit):
         if stage_to is not None and first:
             print("warning: stage_to: no effect, the images are in memory before training")

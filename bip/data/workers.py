@@ -1,11 +1,18 @@
 """Reading and decoding in worker processes: the base of the loaders `lmdb` and `folder`."""
 
+import atexit
 import contextlib
 import errno
 import gc
 import multiprocessing.connection
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
+import tempfile
 import threading
+import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -17,10 +24,13 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from bip.data.options import DataOptions
 from bip.data.reader import Batch, Item, Loader, Reader, Request, Skips, Split
 from bip.data.stores.base import ArraySplit
-from bip.errors import LostWorker, UserError
+from bip.errors import ExitCode, LostWorker, UserError
 from bip.files import may_pass
+from bip.machine import limit_reached
 
 _T = TypeVar("_T")
+# Below it multiprocessing adds up to 40 characters.
+LONGEST_TMPDIR = 60
 
 
 class _Work(Dataset[Item | str | OSError]):
@@ -41,6 +51,8 @@ class _Work(Dataset[Item | str | OSError]):
         except OSError as error:
             if may_pass(error):
                 return error
+            if limit := limit_reached(error):
+                return f"{self.reader.store.path}: a loader process cannot read it: {limit}"
             raise
         except (RuntimeError, MemoryError) as error:  # mostly a full /dev/shm
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -56,10 +68,19 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _shield_worker(_: int) -> None:
+def _begin_worker(_: int) -> None:
     # A scheduler signals every process of a job; here the parent ends its workers.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    # Python prints the error and drops the batch, for which the run would wait forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+
+
+def _end_worker(error: Exception, _batch: object) -> None:
+    """A batch cannot be sent to the run's process: the worker ends, which that process notices."""
+    reason = limit_reached(error) or f"{type(error).__name__}: {error}"
+    print(f"error: a loader process cannot send a batch: {reason}", file=sys.stderr, flush=True)
+    os._exit(ExitCode.FAILED)
 
 
 class WorkerLoader(Loader):
@@ -86,15 +107,16 @@ class WorkerLoader(Loader):
             collate_fn=_unchanged,
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_shield_worker if self.num_workers else None,
+            worker_init_fn=_begin_worker if self.num_workers else None,
             # Forking is safe as workers do not use CUDA; spawning would import torch in each.
             multiprocessing_context="fork" if self.num_workers else None,
             generator=torch.Generator(),  # else the DataLoader would draw from the global one
         )
-        with _forking():
-            batches = iter(loader)
         skips = Skips()
+        batches: Iterator[Any] | None = None
         try:
+            with _forking():
+                batches = self._start(loader)
             while True:
                 try:
                     batch = next(batches, None)
@@ -113,8 +135,31 @@ class WorkerLoader(Loader):
         finally:
             _end_workers(batches)
 
+    def _start(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The loader's iterator. If a worker cannot be started, those before it are ended."""
+        before = set(multiprocessing.active_children())
+        try:
+            return iter(loader)
+        except (OSError, RuntimeError) as error:
+            started = [p for p in multiprocessing.active_children() if p not in before]
+            for process in started:  # they ignore SIGTERM, by which Python would end them
+                process.kill()
+                process.join()
+            for frame, _ in traceback.walk_tb(error.__traceback__):
+                half_made = frame.f_locals.get("self")
+                if isinstance(half_made, _MultiProcessingDataLoaderIter):
+                    half_made._shutdown = True  # its own clean-up would fail
+            if (limit := limit_reached(error)) is None:
+                raise
+            raise UserError(
+                f"num_workers: loader process {len(started) + 1} of {self.num_workers} cannot "
+                f"start: {limit}; use fewer --num-workers, or raise that limit"
+            ) from error
+
     def _explain(self, error: Exception, batches: object, pending: Iterable[Request]) -> Exception:
         """The error to raise for a dead worker, which torch reports within five seconds."""
+        if limit := limit_reached(error):
+            return UserError(f"num_workers: batches cannot be received: {limit}; use fewer")
         if not isinstance(batches, _MultiProcessingDataLoaderIter):
             return error
         # Its pipe may break a moment before the process ends.
@@ -174,6 +219,7 @@ def _forking() -> Iterator[None]:
     """
     main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD)
+    _use_short_socket_folder()
     gc.freeze()
     try:
         yield
@@ -181,6 +227,26 @@ def _forking() -> Iterator[None]:
         gc.unfreeze()
         if main:
             signal.signal(signal.SIGCHLD, handler)
+
+
+def _use_short_socket_folder() -> None:
+    """Have workers open their sockets where a socket's path fits into 108 bytes.
+
+    multiprocessing makes the folder in TMPDIR, whose path has over 100 characters on some clusters.
+    """
+    config = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if "tempdir" in config or len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TMPDIR:
+        return
+    for parent in (os.environ.get("XDG_RUNTIME_DIR", ""), "/tmp", "/var/tmp", "/dev/shm"):
+        if parent and len(os.fsencode(parent)) <= LONGEST_TMPDIR:
+            with contextlib.suppress(OSError):
+                config["tempdir"] = tempfile.mkdtemp(prefix="bip-", dir=parent)
+                atexit.register(shutil.rmtree, config["tempdir"], ignore_errors=True)
+                return
+    raise UserError(
+        f"TMPDIR: {tempfile.gettempdir()}: too long for the sockets of loader processes; set a "
+        "shorter one, or use --num-workers 0"
+    )
 
 
 def _to_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:

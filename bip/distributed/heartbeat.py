@@ -36,6 +36,8 @@ class Heartbeat:
     A rank makes one write and one read per interval, so the load on the store grows in proportion
     to the ranks.
 
+    A rank that is alone has one thread, which ends the process when there is no progress.
+
     The second thread does not use the store, because a store on a frozen host blocks its callers
     forever. It ends the process when the first thread has had no answer for `timeout` seconds.
 
@@ -111,7 +113,8 @@ class Heartbeat:
 
     def _report_failure(self, error: Exception) -> None:
         """Publish why this rank ends. The store's host waits until the others have read it."""
-        if self.threads and _is_echo(error):
+        others = self.group.world > 1 and bool(self.threads)
+        if others and _is_echo(error):
             self.main_waits = True
             # Time to detect, publish and read, and the store host's grace period.
             if self.cause_known.wait(self.timeout + 12 * self.interval):
@@ -121,7 +124,7 @@ class Heartbeat:
                 raise RankError(self.lost) from error
         self._record_end(f"error: {error}")
         self.failure = f"{type(error).__name__}: {error}"
-        if self.threads:
+        if others:
             self.wake.set()
             self.reported.wait(2 * self.interval)
             if self.group.holds_store:
@@ -137,9 +140,12 @@ class Heartbeat:
             self.backstop.cancel()
 
     def _start(self) -> None:
-        if self.group.world == 1:
-            return
         self.main = threading.get_ident()
+        if self.group.world == 1:
+            alone = threading.Thread(target=self._watch_alone, name="watchdog", daemon=True)
+            self.threads = [alone]
+            alone.start()
+            return
         # A connection of its own: the process group's may be blocked in a wait.
         store: Any = dist.distributed_c10d._get_default_store()
         self.threads = [
@@ -228,9 +234,7 @@ class Heartbeat:
         """On rank 0: the message that there is no progress, naming the ranks behind, if so."""
         if not self.group.is_first:
             return None
-        # Before the first step data are listed and the network is compiled, which may take long.
-        limit = self.stall if self.step else BEFORE * self.stall
-        if self.own_progress.seconds((self.group.passed, self.alive)) <= limit:
+        if (limit := self._stalled()) is None:
             return None
         keys = [f"beat/{rank}" for rank in range(self.group.world)]
         beats = [json.loads(beat) for beat in store.multi_get(keys)]
@@ -245,10 +249,29 @@ class Heartbeat:
         )
         equal = len(behind) == self.group.world
         waiting = "all ranks are equally far" if equal else "the others wait for"
-        return (
-            f"no progress for {limit:.0f} s; {waiting}{':' * equal} {who} (if this is slow and not "
-            f"stuck, give --rank-timeout more than {self.stall / 10:.0f})"
-        )
+        return f"no progress for {limit:.0f} s; {waiting}{':' * equal} {who} {self._if_slow}"
+
+    def _stalled(self) -> float | None:
+        """The seconds without progress, if they are too many."""
+        # Before the first step data are listed and the network is compiled, which may take long.
+        limit = self.stall if self.step else BEFORE * self.stall
+        silent = self.own_progress.seconds((self.group.passed, self.alive))
+        return limit if silent > limit else None
+
+    @property
+    def _if_slow(self) -> str:
+        least = f"{self.stall / 10:.0f}"
+        return f"(if this is slow and not stuck, give --rank-timeout more than {least})"
+
+    # Runs in the only thread of a rank that is alone
+
+    def _watch_alone(self) -> None:
+        while not self.stopped.wait(self.interval):
+            if (limit := self._stalled()) is not None:
+                self._end(
+                    f"no progress for {limit:.0f} s at step {self.step} in {_where(self.main)} "
+                    f"{self._if_slow}"
+                )
 
     # Runs in the second thread
 

@@ -4,6 +4,7 @@ Each rank finds its number in the environment, connects to the store of torchrun
 waits for all ranks; then the process group is made.
 """
 
+import contextlib
 import os
 import socket
 import time
@@ -14,35 +15,62 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous as rendezvous_of
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from bip.distributed.group import COLLECTIVE, Group, Ranks, pick_device
 from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import RankError, Stopped, UserError
 from bip.files import atomic_write_bytes, result_dir_error
 
+# Names of the rank, of the number of ranks, and of both on this node; the first that are set count.
+# Within a batch job mpirun's processes have SLURM's variables too, of the step of its daemons.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+OPEN_MPI = tuple(f"OMPI_COMM_WORLD_{n}" for n in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")  # of MPICH and Intel MPI
+SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+LAUNCHERS = (TORCHRUN, OPEN_MPI, HYDRA, SRUN)
+CONNECTING = timedelta(seconds=10)  # between two looks for a signal
+
 MEETING = timedelta(minutes=10)  # for all ranks to connect
 _VERDICT = "verdict"  # in the store: "go", "late", or "stop" and the signal
 
 
 def find_ranks(env: Mapping[str, str]) -> Ranks:
-    """torchrun's variables, else those of an srun step, else one process.
+    """This process's place among the ranks that one launcher started, or alone.
 
     A batch script's own variables do not count: only srun sets SLURM_STEP_NUM_TASKS per step.
+    Raises UserError naming the variable where the environment cannot be right.
     """
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_STEP_NUM_TASKS" in env and "SLURM_PROCID" in env:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "")
+    for names in LAUNCHERS:
+        if names[0] in env and names[1] in env:
+            break
     else:
         return Ranks(0, 1, 0, 1)
-    try:
-        rank, world, local = (int(env[name]) for name in names[:3])
-        local_world = int(env.get(names[3]) or _tasks_of_this_node(env))
-    except (KeyError, ValueError) as error:
-        raise UserError(f"environment: ranks are not set correctly ({error})") from None
+    rank, world = (_number(env, name) for name in names[:2])
+    if not 0 <= rank < world:
+        raise UserError(f"{names[0]}: {rank} is no rank of {world} ({names[1]}); unset both")
+    of_step = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if world == 1:
+        if names == TORCHRUN and of_step != "1" and "TORCHELASTIC_RUN_ID" not in env:
+            raise UserError(
+                f"WORLD_SIZE: is 1, but srun started {of_step} ranks; unset it and RANK"
+            )
+        return Ranks(0, 1, 0, 1)
+    if names[2] not in env and "SLURM_LOCALID" not in env:
+        raise UserError(
+            f"{names[2]}: is not set, but {names[1]} is {world}; start the ranks by torchrun or "
+            f"srun, or unset {names[0]} and {names[1]} to run alone"
+        )
+    local = _number(env, names[2] if names[2] in env else "SLURM_LOCALID")
+    local_world = _number(env, names[3]) if names[3] in env else _tasks_of_this_node(env)
     return Ranks(rank, world, local, local_world)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    try:
+        return int(env[name])
+    except ValueError:
+        raise UserError(f"{name}: {env[name]!r} is no number; unset it to run alone") from None
 
 
 def _tasks_of_this_node(env: Mapping[str, str]) -> int:
@@ -63,10 +91,10 @@ def join(
 ) -> Group:
     """Find this process's rank and join the others, which may start up to `patience` later.
 
-    Under torchrun the store is torch's own. Under srun rank 0 binds a free port and publishes it
-    in the shared folder `rendezvous`, under a name made of job, restart and step, so that two tasks
-    on a node, or two attempts of a task, cannot mix. Raises Stopped when a rank gets a signal
-    before all have joined.
+    They meet at MASTER_ADDR. Under srun rank 0 binds a free port and publishes it in the shared
+    folder `rendezvous`, under a name made of job, restart and step, so that two tasks on a node, or
+    two attempts of a task, cannot mix. Raises Stopped when a rank gets a signal before all have
+    joined, UserError where the environment names no place to meet or no interface of this node.
     """
     ranks = find_ranks(env)
     device = pick_device(ranks)
@@ -82,7 +110,7 @@ def join(
             for _ in range(50):
                 stop.raise_if_set()
                 time.sleep(0.1)
-            raise RankError(f"{holder} left while the ranks met ({error})") from error
+            raise RankError(f"{holder} left while the ranks met ({_line(error)})") from error
     return Group(ranks, device, holder)
 
 
@@ -92,13 +120,21 @@ def _meet(
 ) -> None:  # fmt: skip
     deadline = time.monotonic() + patience.total_seconds()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    _check_interface(env)
     address = None
-    if "MASTER_ADDR" in env and "RANK" in env:
-        store, _, _ = next(rendezvous_of("env://", timeout=patience))
-    else:
+    by_srun = env.get("SLURM_STEP_NUM_TASKS") == str(ranks.world)
+    if "MASTER_ADDR" in env and ("RANK" in env or not by_srun):
+        store = _store_at_master(ranks, env, deadline, stop)
+    elif by_srun:
         names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
         address = rendezvous / ".".join(env.get(name, "0") for name in names)
         store = _srun_store(ranks, address, env, deadline, stop)
+    else:
+        raise UserError(
+            f"MASTER_ADDR: {ranks.world} ranks are to meet, but it is not set; set it and "
+            "MASTER_PORT (mpirun -x NAME=VALUE), start them by torchrun or srun, or unset the "
+            "variables of rank and world size to run alone"
+        )
     holds_store = ranks.rank == 0 and address is not None
     try:
         go_or_leave(store, ranks, deadline, stop, holds_store)
@@ -183,14 +219,61 @@ def _wait(met: Callable[[], bool], deadline: float, stop: StopRequest, problem: 
         pause = min(1.0, 1.2 * pause)
 
 
+def _store_at_master(
+    ranks: Ranks, env: Mapping[str, str], deadline: float, stop: StopRequest
+) -> Any:
+    """The store of torchrun's agent, or rank 0's, at MASTER_ADDR and MASTER_PORT."""
+    of_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = env["MASTER_ADDR"], _number(env, "MASTER_PORT") if "MASTER_PORT" in env else 29500
+    if ranks.rank == 0 and not of_agent:
+        try:
+            return _own_store("localhost", port, ranks)
+        except RuntimeError as error:
+            raise UserError(
+                f"MASTER_PORT: {port} cannot be used on this node ({_line(error)}); set another"
+            ) from None
+    store = _connect(host, port, ranks, deadline, stop, "MASTER_ADDR")
+    if of_agent:  # as torch's own rendezvous does
+        return PrefixStore(f"/worker/attempt_{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
+
+
+def _own_store(host: str, port: int, ranks: Ranks) -> TCPStore:
+    return TCPStore(
+        host, port, ranks.world, is_master=True, timeout=MEETING, wait_for_workers=False
+    )
+
+
+def _connect(
+    host: str, port: int, ranks: Ranks, deadline: float, stop: StopRequest, name: str
+) -> TCPStore:
+    """The store at an address, which may not be there yet. A signal ends the wait."""
+    seconds = CONNECTING.total_seconds()
+    refused = 0
+    while True:
+        stop.raise_if_set()
+        try:
+            # Else torch would wait in C++, deaf to signals, and report in many lines.
+            socket.create_connection((host, port), seconds).close()
+            return TCPStore(host, port, ranks.world, is_master=False, timeout=CONNECTING)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise RankError(f"{name}: nobody answers at {host} port {port} ({error})") from None
+            time.sleep(0.2)
+        except RuntimeError:
+            refused += 1
+            if refused == 3:
+                raise UserError(
+                    f"{name}: at {host} port {port} another program answers; set another port"
+                ) from None
+
+
 def _srun_store(
     ranks: Ranks, path: Path, env: Mapping[str, str], deadline: float, stop: StopRequest
 ) -> TCPStore:
     if ranks.rank == 0:
-        host = env.get("SLURMD_NODENAME_ADDR") or socket.gethostname()
-        store = TCPStore(
-            host, 0, ranks.world, is_master=True, timeout=MEETING, wait_for_workers=False
-        )
+        host = own_address(env)
+        store = _own_store(host, 0, ranks)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write_bytes(path, f"{host} {store.port}".encode())
@@ -199,4 +282,45 @@ def _srun_store(
         return store
     _wait(path.exists, deadline, stop, f"rank 0 did not publish {path} (is it shared?)")
     host, port = path.read_text().split()
-    return TCPStore(host, int(port), ranks.world, is_master=False, timeout=MEETING)
+    return _connect(host, int(port), ranks, deadline, stop, str(path))
+
+
+def own_address(env: Mapping[str, str]) -> str:
+    """A name or address of this node that it can resolve itself, in a step of srun.
+
+    Where the host's name means nothing to the node: of the address towards the node that srun runs
+    on, or of a step on one node the loopback's.
+    """
+    names = [env.get("SLURMD_NODENAME_ADDR"), socket.gethostname(), env.get("SLURMD_NODENAME")]
+    for name in filter(None, names):
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(name, None)
+            return name
+    if env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")) == "1":
+        return "127.0.0.1"
+    with (
+        contextlib.suppress(OSError, KeyError),
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe,
+    ):
+        probe.connect((env["SLURM_LAUNCH_NODE_IPADDR"], 9))  # sends nothing
+        return str(probe.getsockname()[0])
+    raise UserError(
+        f"host name: {socket.gethostname()} is not resolved on this node; enter it in /etc/hosts, "
+        "or start the ranks by torchrun with MASTER_ADDR"
+    )
+
+
+def _check_interface(env: Mapping[str, str]) -> None:
+    there = [name for _, name in socket.if_nameindex()]
+    wanted = env.get("GLOO_SOCKET_IFNAME", "")
+    missing = [name for name in wanted.split(",") if name and name not in there]
+    if missing:
+        raise UserError(
+            f"GLOO_SOCKET_IFNAME: this node ({socket.gethostname()}) has no network interface "
+            f"{missing[0]}; it has {', '.join(there)}"
+        )
+
+
+def _line(error: Exception) -> str:
+    """The first line of torch's message, without its list of C++ frames."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -4,6 +4,7 @@ A file of this folder is a family; its NETWORKS name their constructors, which t
 channels).
 """
 
+import copy
 import difflib
 import math
 import pkgutil
@@ -94,6 +95,22 @@ def check_image_size(network: nn.Module, arch: str, channels: int, image_dim: in
     finally:
         for module, training in modes:
             module.training = training
+
+
+@torch.no_grad()
+def check_batch_of_one(network: nn.Module, arch: str, channels: int, image_dim: int) -> None:
+    """Raise UserError if batch-norm cannot train on one image: it may have one value a channel."""
+    image = torch.zeros(1, channels, image_dim, image_dim)
+    try:
+        copy.deepcopy(network).train()(image)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"batch_size: one image a rank and micro-batch leaves batch-norm of '{arch}' one value "
+            f"a channel at {image_dim}x{image_dim}; give a larger --batch-size, fewer --accumulate "
+            "or ranks, or --freeze-bn"
+        ) from None
 
 
 @torch.no_grad()

@@ -5,7 +5,12 @@ for several. Threads are OpenMP's, which start at once; those of a thread pool w
 woken first, on cores where torch's own threads still spin.
 """
 
+import contextlib
+import os
+import stat
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -23,6 +28,32 @@ Bits = NDArray[np.int32]
 Mask = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 i32, u32 = numba.int32, numba.uint32
+
+
+def _find_cache() -> None:
+    """Have numba cache in a folder of this user's where it finds none itself.
+
+    It looks beside the code and in the home folder, which a container may not let it write.
+    """
+    try:
+        numba.njit(cache=True)(_private_folder)
+    except RuntimeError:
+        numba.config.CACHE_DIR = _private_folder()  # type: ignore[attr-defined]
+
+
+def _private_folder() -> str:
+    """A folder that no other user can write: cached code is run."""
+    folder = Path(tempfile.gettempdir(), f"bip-numba-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode):
+            folder.chmod(0o700)
+            return str(folder)
+    return tempfile.mkdtemp(prefix="bip-numba-")
+
+
+_find_cache()
 compiled: Any = numba.njit(cache=True, nogil=True, boundscheck=False)
 threaded: Any = numba.njit(cache=True, nogil=True, boundscheck=False, parallel=True)
 numba.config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]  # type: ignore[attr-defined]

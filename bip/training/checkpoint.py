@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,14 @@ from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.errors import UserError
-from bip.files import DigestWriter, atomic_open, atomic_write_json, may_pass, read_json
+from bip.files import (
+    NOT_SUPPORTED,
+    DigestWriter,
+    atomic_open,
+    atomic_write_json,
+    may_pass,
+    read_json,
+)
 
 if TYPE_CHECKING:  # importing it compiles kernels, which the launcher does not need
     from bip.pruning.state import PrunedParameters
@@ -299,7 +307,12 @@ class CheckpointFolder:
     def _name_newest(self, name: str) -> None:
         temporary = self.folder / f".{self.newest.name}.{os.getpid()}"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(name)
+        try:
+            temporary.symlink_to(name)
+        except OSError as error:
+            if error.errno not in NOT_SUPPORTED:
+                raise
+            shutil.copyfile(self.folder / name, temporary)  # a file system without such links
         os.replace(temporary, self.newest)
 
     def load(self) -> State | None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import atomic_write_json
+from bip.machine import expanded
 from launch.inputs import check_inputs
 from launch.local.processes import RunProcess
 from launch.local.worker import POLL_SECONDS, TRAIN, VISIBLE_GPUS, without_job, work
 from launch.profile import Finding, LocalProfile
-from launch.sweep import FINAL, Place, Queue, Run, Sweep
+from launch.sweep import FINAL, Lock, Place, Queue, Run, Sweep
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
 KILL_SECONDS = 15.0  # loader processes may outlive a killed run by some seconds
@@ -41,7 +42,7 @@ class LocalExecutor:
         return f"at most {self.profile.parallelism} at once"
 
     def prepare(self, configs: Sequence[RunConfig], runs: Sequence[Run]) -> list[str]:
-        check_inputs(configs)
+        check_inputs(configs, self.profile.ranks)
         return []
 
     def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
@@ -53,6 +54,9 @@ class LocalExecutor:
         sweep, profile = self.sweep, self.profile
         atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))
         facts = profile.model_dump(exclude={"executor"})
+        if lock := Lock.try_acquire(sweep.jobs / "submit.lock"):  # fails where there are no locks
+            lock.close()
+        facts["env"] = {k: expanded(v, f"env: {k}") for k, v in profile.env.items()}
         sweep.set_queue(Queue(run_ids=run_ids, command=self.command, **facts))
         count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()
         if count > 0:

@@ -15,6 +15,7 @@ from typing import Any
 
 from bip.errors import UserError
 from bip.files import append_jsonl, atomic_write_bytes, atomic_write_json, read_jsonl
+from bip.machine import for_shell
 from bip.shipped import shipped
 from bip.slurm import KILL_WAIT_NAME
 from launch.local.worker import without_job
@@ -325,7 +326,9 @@ def sbatch_parameters(
     if array.dependency:
         further |= {"dependency": array.dependency, "kill-on-invalid-dep": "yes"}
     environment = {"OMP_NUM_THREADS": str(profile.cpus_per_task)} | profile.env
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    exports = [
+        f"export {name}={for_shell(value, f'env: {name}')}" for name, value in environment.items()
+    ]
     path = shlex.quote(str(code.absolute()))
     setup = [
         *exports,

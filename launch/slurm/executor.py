@@ -52,7 +52,7 @@ class SlurmExecutor:
             )
         with ThreadPoolExecutor(1) as pool:  # ask SLURM while torch is imported
             asked = pool.submit(lambda: preflight(self.profile, runs, self._doomed()))
-            sizes = check_inputs(configs)
+            sizes = check_inputs(configs, self.profile.ranks)
             limits, self.runs_per_task, lines = asked.result()
         self.max_array_size = limits.max_array_size
         if warning := check_place(configs[0].result_dir.absolute()):
