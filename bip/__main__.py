@@ -1,4 +1,4 @@
-"""python -m bip train | evaluate | export | compare | data"""
+"""python -m bip train | evaluate | export | compare | archs | data"""
 
 import os
 import sys
@@ -44,6 +44,13 @@ def compare(*argv: str) -> int:
     return cli.call({"compare": compare}, ["compare", *argv], cli.program(*NAMES))
 
 
+def archs(*argv: str) -> int:
+    """the networks: parameters, prunable weights, input size, source"""
+    from bip.models.catalogue import archs
+
+    return cli.call({"archs": archs}, ["archs", *argv], cli.program(*NAMES))
+
+
 def data(*argv: str) -> int:
     """build and inspect image stores"""
     from bip.data.tools import build, check, prepare
@@ -59,7 +66,7 @@ def data(*argv: str) -> int:
 
 
 COMMANDS: dict[str, cli.Command] = {
-    command.__name__: command for command in (train, evaluate, export, compare, data)
+    command.__name__: command for command in (train, evaluate, export, compare, archs, data)
 }
 
 

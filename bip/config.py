@@ -7,6 +7,7 @@ group, whether it changes numbers, and where it acts.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -93,7 +94,7 @@ Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 def _networks() -> list[str]:
     from bip import models  # imports torch, so only --help lists them
 
-    return [*models.names(), "torchvision/NAME"]
+    return [*models.names(), *models.OTHERS]
 
 
 def _unless_global_groups(config: "RunConfig") -> str | None:
@@ -565,7 +566,7 @@ class RunConfig(BaseModel):
 
     @property
     def run_id(self) -> str:
-        parts = [self.arch.replace("/", "."), self.trainer, self.layer_type]
+        parts = [re.sub("[/:]", ".", self.arch), self.trainer, self.layer_type]
         return "-".join([*parts, f"k{self.k_text}", f"s{self.seed}", self.fingerprint()[:8]])
 
     @property

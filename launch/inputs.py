@@ -30,15 +30,12 @@ def check_inputs(configs: Sequence[RunConfig]) -> dict[str, int]:
 
 
 def _check_network(config: RunConfig, classes: int) -> int:
-    import torch
-
     from bip import models
     from bip.pruning.layout import find_prunable
 
     options = DataOptions.of(config)
     spec = options.spec
-    with torch.device("meta"):
-        network = models.build(config.arch, classes, spec.channels)
+    network = models.outline(config.arch, classes, spec.channels)
     if "torchvision" not in sys.modules:
         # A forward on the meta device would import for a second what torchvision imports too.
         # Weights that were never written take no memory when they are read.
