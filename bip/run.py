@@ -25,6 +25,7 @@ from bip.pruning.layout import find_followers, find_prunable
 from bip.pruning.scores import among_kept, initialise_scores
 from bip.pruning.state import PrunedParameters
 from bip.run_folder import Progress, RunFolder, read_result
+from bip.training import sources
 from bip.training.checkpoint import State, layer_masks, read_checkpoint, restore_model
 from bip.training.finish import finish
 from bip.training.forward import ForwardBackward
@@ -93,6 +94,9 @@ class Run:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
         self.control = Control(group)
+        if group.is_first:
+            for line in self._source_notes():
+                print(line)
 
     def _open_data(self) -> Data:
         group = self.group
@@ -106,6 +110,9 @@ class Run:
         if config.scale_rand_init and "scale_rand_init" not in config.idle():
             models.scale_initial_weights(network, float(config.k))
         if self.source is not None:
+            self.source = sources.fit(
+                self.source, network, str(config.source_net), config.reset_head
+            )
             restore_model(network, None, self.source, str(config.source_net))
         if config.sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -119,7 +126,8 @@ class Run:
         if not method.has_mask:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
-        layout = find_prunable(self.network, config.layer_type)
+        stem = self.source is not None and sources.prunes_stem(self.source, self.network)
+        layout = find_prunable(self.network, config.layer_type, stem)
         pruned = PrunedParameters(
             self.network, layout, config.k, config.ranking_scope, self.group,
             balanced=config.ranking == "balanced" and config.ranking_scope == "global",
@@ -148,6 +156,16 @@ class Run:
             restore_model(self.network, pruned, self.source, str(config.source_net))
             pruned.write_followers()
         return pruned
+
+    def _source_notes(self) -> list[str]:
+        """Lines on how a foreign source was read."""
+        source, path = self.source, self.config.source_net
+        if source is None or path is None or "foreign" not in source:
+            return []
+        notes = [*source["notes"]]
+        if self.pruned is not None and self.pruned.keeps_constants and "masks" not in source:
+            notes.append(sources.mask_note(source, self.config.k, self.pruned.scope, path))
+        return notes
 
     def _rewind(self, pruned: PrunedParameters) -> None:
         """Weights, biases and batch-norm become those of --rewind-net, under the mask as it is."""

@@ -106,8 +106,10 @@ def weights(source: str, arch: str) -> dict[str, Tensor]:
     The library downloads them, or finds them in its cache. "DEFAULT" is the library's choice.
     Raises UserError for unknown weights, and where the download fails.
     """
+    from bip.models.resnet_imagenet import TORCHVISION as capitals  # which imports this module
+
     library, _, tag = source.partition(":")
-    name = arch.rpartition("/")[2]
+    name = capitals.get(arch, arch.rpartition("/")[2])
     read = _of_torchvision if library == "torchvision" else _of_timm
     try:
         return read(name, tag)
@@ -121,6 +123,8 @@ def weights(source: str, arch: str) -> dict[str, Tensor]:
 def _of_torchvision(name: str, tag: str) -> dict[str, Tensor]:
     import torchvision
 
+    if name not in torchvision_names():
+        raise UserError(f"source_net: torchvision has no weights for {name}; is arch right?")
     known = torchvision.models.get_model_weights(name)
     if tag not in known.__members__:
         names = ", ".join(known.__members__) or "none"
