@@ -25,9 +25,9 @@ def train(*argv: str) -> None:
 def evaluate(*argv: str) -> None:
     """test accuracy of a checkpoint"""
     from bip import run
-    from bip.config import load_config
+    from bip.evaluation import evaluation_config
 
-    run.train(load_config(["--evaluate", *argv], f"{cli.program(*NAMES)} evaluate"))
+    run.train(evaluation_config([*argv], f"{cli.program(*NAMES)} evaluate"))
 
 
 def export(*argv: str) -> int:

@@ -164,7 +164,8 @@ class Run:
             return []
         notes = [*source["notes"]]
         if self.pruned is not None and self.pruned.keeps_constants and "masks" not in source:
-            notes.append(sources.mask_note(source, self.config.k, self.pruned.scope, path))
+            layer_type, scope = self.pruned.layout.layer_type, self.pruned.scope
+            notes.append(sources.mask_note(source, layer_type, self.config.k, scope, path))
         return notes
 
     def _rewind(self, pruned: PrunedParameters) -> None:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # importing it compiles kernels, which the launcher does not 
 
 FORMAT = 1
 SEAL = "sha256"  # key of a sealed state's own digest
+# Two of these keys mark a file of this project, also if a third is damaged.
+OWN = {"mask", "masked", "fingerprint", "progress", SEAL}
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -182,8 +184,10 @@ def decode(data: bytes, where: Path, key: str | None = None, skip_objects: bool 
     `key`, `skip_objects`: see `sources.recognise` and `sources.load`. Raises UserError.
     """
     state, metadata = sources.load(data, where, skip_objects)
-    if not (isinstance(state, dict) and {"state_dict", "mask"} <= state.keys()):
+    if not (isinstance(state, dict) and len(OWN & state.keys()) >= 2):
         return sources.recognise(state, metadata, where, key)
+    if "state_dict" not in state:
+        raise UserError(f"{where}: not a checkpoint: it has no state_dict")
     if key is not None:
         raise UserError(f"source_key: {where} is a checkpoint of this project; leave the key out")
     if (version := state.get("format", FORMAT)) != FORMAT:

@@ -224,6 +224,30 @@ def is_pruned(state: State) -> bool:
     )
 
 
+def has_masks(state: State) -> bool:
+    """Whether a foreign state has torch.nn.utils.prune's masks."""
+    return any(name.endswith("weight_mask") for name in state["state_dict"])
+
+
+def k_of_scores(state: State, layer_type: LayerType) -> Decimal | None:
+    """k, to 12 places, if scores are exactly 0 where pruned; None if none is, or all are."""
+    masks = _nonzero(all_scores(state), layer_type).values()
+    total, kept = sum(m.numel() for m in masks), sum(int(m.sum()) for m in masks)
+    return round(Decimal(kept) / total, 12).normalize() if 0 < kept < total else None
+
+
+def _nonzero(values: Mapping[str, Tensor], layer_type: LayerType) -> dict[str, Tensor]:
+    """The masks that prune what is exactly 0: single values, or whole filters or channels."""
+    masks = {}
+    for name, value in values.items():
+        kept = value != 0
+        if layer_type != "unstructured":
+            others = [d for d in range(kept.dim()) if d != (layer_type == "channel")]
+            kept = kept.any(dim=others, keepdim=True).expand_as(kept)
+        masks[name] = kept.to(torch.uint8)
+    return masks
+
+
 def all_scores(state: State) -> dict[str, Tensor]:
     """The scores by weight name, in the file's order, those of blocks left out included."""
     if "scores" in state:
@@ -243,17 +267,17 @@ def layer_types(state: State) -> tuple[LayerType, ...]:
 
 
 def published_masks(
-    state: State, layer_type: LayerType, k: Decimal | None, scope: Scope
+    state: State, layer_type: LayerType, k: Decimal, scope: Scope
 ) -> dict[str, Tensor]:
     """The masks by weight name that the published code makes of the scores.
 
     Its rule prunes the int((1 - k) · n) smallest, in floats, of the network's |scores| or, with
     `scope` "layer" (HYDRA's own code), of each layer's; of filters and channels it ranks L2 norms
-    in each convolution, the stem's colours too. Without k, scores of exactly 0 are pruned.
+    in each convolution, the stem's colours too. If exactly k are not 0, these are kept.
     """
     scores = {name: score.abs() for name, score in all_scores(state).items()}
-    if k is None:
-        return {name: (score != 0).to(torch.uint8) for name, score in scores.items()}
+    if k == k_of_scores(state, layer_type):
+        return _nonzero(scores, layer_type)
     if layer_type == "unstructured":
         if scope == "erk":
             raise UserError(
@@ -290,22 +314,21 @@ def prunes_stem(state: State, network: nn.Module) -> bool:
     return first in all_scores(state) and "channel" in layer_types(state)
 
 
-def mask_note(state: State, k: Decimal, scope: Scope, path: Path) -> str:
-    """Which rule gives a published file's mask, and a warning if nothing but a flag states k."""
-    scores = all_scores(state).values()
-    total, nonzero = (sum(int(n) for n in part) for part in (
-        [s.numel() for s in scores], [s.count_nonzero() for s in scores],
-    ))  # fmt: skip
-    where = "of each convolution"
-    if layer_types(state) == ("unstructured",):
-        where = "of each layer" if scope == "layer" else "of the network (of HYDRA's own code: "
-        where += "" if scope == "layer" else "--scope layer)"
-    rule = f"the mask is by the published rule: the largest |scores| {where}, k {k}"
+def mask_note(state: State, layer_type: LayerType, k: Decimal, scope: Scope, path: Path) -> str:
+    """Which rule gives a published file's mask, and a warning if only a flag states k."""
+    where = "each convolution"
+    if layer_type == "unstructured":
+        where = "each layer" if scope == "layer" else "the network (--scope layer: as HYDRA's code)"
+    rule = f"{path}: the mask keeps the largest |scores| of {where}, k {k}"
+    if k == k_of_scores(state, layer_type):
+        return f"{path}: the mask keeps the scores that are not 0, k {k}"
     if k_in_name(path) is not None:
-        return f"{path}: {rule}, as its name says"
-    if nonzero < total and nonzero == total - int((1 - float(k)) * total):
-        return f"{path}: {rule}, as many as are not 0"
-    return f"warning: {path}: {rule}; neither the file nor its name confirms this k"
+        return f"{rule}, as its name says"
+    masks = published_masks(state, layer_type, k, scope)
+    nonzero = _nonzero(all_scores(state), layer_type)
+    if k < 1 and all(torch.equal(masks[name], nonzero[name]) for name in masks):
+        return f"{rule}, those that are not 0"
+    return f"warning: {rule}; neither the file nor its name confirms this k"
 
 
 # Fitting a network
@@ -335,7 +358,7 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
             elif name in entries and entries[name].layout != torch.strided:
                 entries[name] = entries[name].to_dense().view_as(value)
     if reset_head:
-        pruned = is_pruned(state) if "foreign" in state else state["mask"] is not None
+        pruned = is_pruned(state) if "foreign" in state else state.get("mask") is not None
         if pruned:
             raise UserError(f"reset_head: {where} is pruned; only a dense network takes a new head")
         head = _head(network)
@@ -348,7 +371,9 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
     fitted |= {"state_dict": entries, "notes": notes}
     if "foreign" in state:
         if state["facts"].get("layer_type") is not None:
-            masks = _nonzero_masks(network, entries, layer_types(state)[0])
+            layer_type = layer_types(state)[0]
+            named = [tensor.name for tensor in find_prunable(network, layer_type).tensors]
+            masks = _nonzero({name: entries[name] for name in named}, layer_type)
         if masks:
             fitted["masks"] = masks
             for name in masks:  # no scores are recorded; any that agree with the mask do
@@ -364,20 +389,6 @@ def _split_torch_prune(entries: dict[str, Tensor]) -> dict[str, Tensor]:
         if f"{plain}_orig" in entries:
             masks[plain] = (entries.pop(name) != 0).to(torch.uint8)
             entries[plain] = entries.pop(f"{plain}_orig")
-    return masks
-
-
-def _nonzero_masks(
-    network: nn.Module, entries: Mapping[str, Tensor], layer_type: LayerType
-) -> dict[str, Tensor]:
-    """The masks of masked weights: what is exactly 0 is pruned."""
-    masks = {}
-    for tensor in find_prunable(network, layer_type).tensors:
-        kept = entries[tensor.name] != 0
-        if tensor.axis is not None:
-            others = [d for d in range(kept.dim()) if d != tensor.axis]
-            kept = kept.any(dim=others, keepdim=True).expand_as(kept)
-        masks[tensor.name] = kept.to(torch.uint8)
     return masks
 
 

@@ -107,6 +107,7 @@ INVALID: dict[str, list[Any]] = {
     "exp_name": ["", "a/b", "..", "."],
     "resume": ["nowhere.pth.tar"],
     "source_net": ["nowhere.pth.tar"],
+    "source_key": [""],
 }
 CASES = [(name, value) for name, values in INVALID.items() for value in values]
 
