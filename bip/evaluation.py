@@ -17,6 +17,8 @@ _OF_THE_RUN = {
     "max_steps", "budget", "reset_head", "pretrained",
 }  # fmt: skip
 
+_OF_THE_IMAGES = ("dataset", "data_dir", "image_dim", "num_classes", "normalize")
+
 
 def evaluation_config(argv: list[str], prog: str) -> RunConfig:
     """The configuration to evaluate what `argv` names: CHECKPOINT, or --source-net, or --resume.
@@ -55,7 +57,9 @@ def _recorded(state: State, path: Path, given: dict[str, Any]) -> dict[str, Any]
             del found["trainer"]  # it is of the recorded mode
         return found
     facts = state["facts"]
-    found = {name: facts[name] for name in ("arch", "dataset") if name in facts}
+    settings = facts.get("config", {})
+    found = {name: settings[name] for name in _OF_THE_IMAGES if name in settings}
+    found |= {name: facts[name] for name in ("arch", "dataset") if name in facts}
     if not sources.all_scores(state) and not sources.has_masks(state):
         return found | {"exp_mode": "pretrain"}  # masked weights evaluate as they are
     if given.get("exp_mode") == "pretrain":

@@ -10,6 +10,7 @@ the user). `fit` gives it the names of a network.
 """
 
 import collections
+import contextlib
 import io
 import json
 import pickle
@@ -52,6 +53,14 @@ FORMATS = {
     b"<": "a web page; download the file itself",
     b"\x08": "perhaps an ONNX file; give the checkpoint that it was made from",
     b"\x1f\x8b": "a gzip archive; unpack it first",
+}
+
+# Of torch's errors: a part, and what it means.
+REASONS = {
+    "TorchScript": "a TorchScript archive; save its module's state_dict() instead",
+    "EOFError": "the file is empty or cut short",
+    "central directory": "the file is damaged or cut short",
+    'hasRecord("version")': "an archive, but not of torch.save; unpack it first",
 }
 
 _BLOCKED = re.compile(r"GLOBAL ([\w.]+) was not an allowed global")
@@ -116,8 +125,7 @@ def unpickle(data: bytes, where: Path, skip_objects: bool = False) -> Any:
             raise UserError(f"{where}: not a readable checkpoint ({_reason(blocked)})") from None
         except Exception as error:  # an unpickler may raise anything on a file that is no pickle
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "TorchScript" in reason:
-                reason = "a TorchScript archive: save its module's state_dict() instead"
+            reason = next((plain for part, plain in REASONS.items() if part in reason), reason)
             raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
 
 
@@ -210,6 +218,8 @@ def _facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
             found[name] = metadata[name]
     if found.get("layer_type") in ("None", "dense"):
         del found["layer_type"]
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        found["config"] = dict(json.loads(metadata["config"]))  # of our exports
     return found
 
 
@@ -262,7 +272,8 @@ def layer_types(state: State) -> tuple[LayerType, ...]:
     recorded = state["facts"].get("layer_type")
     if recorded in ("unstructured", "filter", "channel"):
         return (recorded,)
-    linear = any(score.dim() == 2 for score in all_scores(state).values())
+    masks = [v for n, v in state["state_dict"].items() if n.endswith("weight_mask")]
+    linear = any(value.dim() == 2 for value in [*all_scores(state).values(), *masks])
     return ("unstructured",) if linear else ("filter", "channel")
 
 
@@ -354,7 +365,8 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
         notes += left
         for name, value in own.items():
             if name.endswith("num_batches_tracked"):
-                entries.setdefault(name, value)
+                if name.replace("num_batches_tracked", "running_mean") in entries:
+                    entries.setdefault(name, value)
             elif name in entries and entries[name].layout != torch.strided:
                 entries[name] = entries[name].to_dense().view_as(value)
     if reset_head:
