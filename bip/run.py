@@ -126,7 +126,9 @@ class Run:
         if not method.has_mask:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
-        stem = self.source is not None and sources.prunes_stem(self.source, self.network)
+        stem = False
+        if self.source is not None and config.layer_type == "channel":
+            stem = sources.prunes_stem(self.source, self.network)
         layout = find_prunable(self.network, config.layer_type, stem)
         pruned = PrunedParameters(
             self.network, layout, config.k, config.ranking_scope, self.group,

@@ -318,11 +318,11 @@ def _top(values: Tensor, k: Decimal) -> Tensor:
 
 
 def prunes_stem(state: State, network: nn.Module) -> bool:
-    """Whether the mask of a state prunes the colours of the first convolution, as published."""
+    """Whether a state's channel mask prunes the colours of the first convolution, as published."""
     first = find_prunable(network, "channel", stem=True).tensors[0].name
     if "foreign" not in state:
-        return state["config"]["layer_type"] == "channel" and first in state["masked"]
-    return first in all_scores(state) and "channel" in layer_types(state)
+        return first in state["masked"]
+    return first in all_scores(state)
 
 
 def mask_note(state: State, layer_type: LayerType, k: Decimal, scope: Scope, path: Path) -> str:
@@ -369,6 +369,9 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
                     entries.setdefault(name, value)
             elif name in entries and entries[name].layout != torch.strided:
                 entries[name] = entries[name].to_dense().view_as(value)
+    for name, value in entries.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise UserError(f"{where}: {name} holds NaN or infinite values; it cannot be used")
     if reset_head:
         pruned = is_pruned(state) if "foreign" in state else state.get("mask") is not None
         if pruned:
@@ -377,9 +380,6 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
         entries |= {name: value.clone() for name, value in own.items() if name.startswith(head)}
     weights = {n: v for n, v in entries.items() if not n.endswith(SCORES)}
     check(own, weights, where)
-    for name, value in entries.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise UserError(f"{where}: {name} holds NaN or infinite values; it cannot be used")
     fitted |= {"state_dict": entries, "notes": notes}
     if "foreign" in state:
         if state["facts"].get("layer_type") is not None:
