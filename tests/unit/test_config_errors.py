@@ -323,6 +323,17 @@ def test_a_null_in_the_file_means_the_default(tmp_path: Path) -> None:
     assert (config.max_steps, config.resume, config.label_smoothing) == (None, None, 0)
 
 
+def test_an_empty_path_in_the_file_means_none(tmp_path: Path) -> None:
+    """As in published files."""
+    config = load(tmp_path, "--configs", str(write(tmp_path, 'resume: ""', 'source_net: ""')))
+    assert (config.resume, config.source_net) == (None, None)
+
+
+def test_sparse_from_scratch_is_no_pretraining(refuse: Refuse, tmp_path: Path) -> None:
+    refuse(pretrain(tmp_path, layer_type="unstructured", k=0.1), "layer_type", "--trainer random")
+    refuse(pretrain(tmp_path, reset_head=True), "reset_head", "--source-net")
+
+
 @pytest.mark.parametrize("text", ["0.8", "0.8000", "8e-1"])
 def test_k_is_the_decimal_as_written(text: str, source: Path, tmp_path: Path) -> None:
     config = load_config(arguments("bip", tmp_path, source_net=source, k=text))
