@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from bip.checkpoint_path import k_in_name
+from bip.checkpoint_path import LIBRARIES, k_in_name
 from bip.cli import parse_flags
 from bip.config import RunConfig, build_config, check_inputs, merge, with_source_facts
 from bip.errors import UserError
@@ -11,13 +11,14 @@ from bip.training import sources
 from bip.training.checkpoint import read_checkpoint
 from bip.training.sources import State
 
-# Recorded settings that are of the run, not of the network and its images.
+# Recorded settings that are of the run, not of the network and its images. A file may come from
+# elsewhere, so it names no folder to write to.
 _OF_THE_RUN = {
     "configs", "source_net", "source_key", "resume", "rewind_net", "rewind_epoch", "stage_to",
-    "max_steps", "budget", "reset_head", "pretrained",
+    "max_steps", "budget", "reset_head", "pretrained", "result_dir", "exp_name",
 }  # fmt: skip
 
-_OF_THE_IMAGES = ("dataset", "data_dir", "image_dim", "num_classes", "normalize")
+_OF_THE_IMAGES = ("dataset", "image_dim", "num_classes", "normalize")
 
 
 def evaluation_config(argv: list[str], prog: str) -> RunConfig:
@@ -38,7 +39,11 @@ def evaluation_config(argv: list[str], prog: str) -> RunConfig:
     given = with_source_facts({"exp_name": "evaluate"} | given)
     source = given.get("source_net")
     recorded: dict[str, Any] = {}
-    if source and not given.get("resume") and source.is_file():
+    if str(source).startswith(LIBRARIES):
+        recorded = {"exp_mode": "pretrain"}
+    elif path is not None and not (source and source.is_file()):
+        raise UserError(f"{path}: no such file; give a checkpoint or a run folder")
+    elif source and not given.get("resume") and source.is_file():
         state = read_checkpoint(source, given.get("source_key"), bool(given.get("skip_objects")))
         recorded = _recorded(state, source, given)
     config = build_config(recorded | given, str(source or given.get("resume") or ""), flags)

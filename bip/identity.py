@@ -53,7 +53,11 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
         if config.evaluate and not config.method.has_mask:
             raise UserError(f"{key}: {made}; evaluate it with these and --exp-mode prune")
         if not pruned and not config.evaluate:
-            raise UserError(f"{key}: {made}; {config.exp_mode} starts from a dense one")
+            remedy = f"; fine-tune it with --layer-type {before['layer_type']} --k {before['k']}"
+            raise UserError(
+                f"{key}: {made}; {config.exp_mode} starts from a dense one"
+                + remedy * (config.exp_mode == "finetune")
+            )
     for name, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
         if before["exp_mode"] != "pretrain" and before[name] != mine:
             raise UserError(
@@ -87,7 +91,8 @@ def _check_foreign(config: RunConfig, state: State, key: str) -> None:
     for k, source in ((recorded, "it records"), (named, "its name says")):
         if k is not None and not agrees(config.k, Decimal(k)):
             raise UserError(
-                f"{key}: {path} was pruned with k {k}, as {source}, but k is {config.k_text}"
+                f"{key}: {path} was pruned with k {k}, as {source}, but k is {config.k_text}; give "
+                f"--k {k}" + (", or rename it" if source == "its name says" else "")
             )
     if config.layer_type not in (may := sources.layer_types(state)):
         raise UserError(

@@ -110,6 +110,7 @@ def unpickle(data: bytes, where: Path, skip_objects: bool = False) -> Any:
     allowed += [type(np.dtype(t)) for t in (np.float64, np.float32, np.int64, np.bool_)]
     # Files written under numpy 1 name the same function by its old module.
     allowed.append((scalar, "numpy.core.multiarray.scalar"))
+    left_out: set[str] = set()
     while True:
         try:
             with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
@@ -117,7 +118,8 @@ def unpickle(data: bytes, where: Path, skip_objects: bool = False) -> Any:
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:  # its own text recommends unsafe loading
             blocked = _BLOCKED.search(str(error))
-            if blocked and skip_objects:
+            if blocked and skip_objects and blocked[1] not in left_out:
+                left_out.add(blocked[1])
                 # One class for each name, as torch looks them up by name.
                 stand_in = type("Placeholder", (_Placeholder,), {})
                 allowed.append((stand_in, blocked[1]))
@@ -218,6 +220,8 @@ def _facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
             found[name] = metadata[name]
     if found.get("layer_type") in ("None", "dense"):
         del found["layer_type"]
+    if not re.fullmatch(r"\d*\.?\d+", found.get("k", "")):
+        found.pop("k", None)
     with contextlib.suppress(KeyError, TypeError, ValueError):
         found["config"] = dict(json.loads(metadata["config"]))  # of our exports
     return found
