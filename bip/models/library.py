@@ -141,6 +141,6 @@ def _of_timm(name: str, tag: str) -> dict[str, Tensor]:
     full = name if tag == "DEFAULT" else f"{name}.{tag}"
     try:
         state: dict[str, Tensor] = timm().create_model(full, pretrained=True).state_dict()
-    except RuntimeError as error:  # its hub hides network errors behind it, or there are none
-        raise OSError(str(error).splitlines()[0]) from None
+    except Exception as error:  # its hub raises errors of several packages
+        raise OSError((str(error) or type(error).__name__).splitlines()[0]) from None
     return state
