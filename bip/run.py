@@ -94,8 +94,8 @@ class Run:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
         self.control = Control(group)
-        if group.is_first:
-            for line in self._source_notes():
+        if group.is_first and self.source is not None:
+            for line in sources.notes(self.source, config, self.pruned):
                 print(line)
 
     def _open_data(self) -> Data:
@@ -127,7 +127,8 @@ class Run:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
         stem = False
-        if self.source is not None and config.layer_type == "channel":
+        takes_mask = method.starts_from == "pruned" or config.evaluate
+        if self.source is not None and config.layer_type == "channel" and takes_mask:
             stem = sources.prunes_stem(self.source, self.network)
         layout = find_prunable(self.network, config.layer_type, stem)
         pruned = PrunedParameters(
@@ -137,7 +138,7 @@ class Run:
         dim = self.data.image_dim
         sample = torch.zeros(2, self.data.channels, dim, dim, device=self.group.device)
         pruned.followers = find_followers(self.network, layout, sample)
-        if method.starts_from != "pruned" and not config.evaluate:
+        if not takes_mask:
             # Drawn on the CPU, so that the scores do not depend on the device.
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)
@@ -158,17 +159,6 @@ class Run:
             restore_model(self.network, pruned, self.source, str(config.source_net))
             pruned.write_followers()
         return pruned
-
-    def _source_notes(self) -> list[str]:
-        """Lines on how a foreign source was read."""
-        source, path = self.source, self.config.source_net
-        if source is None or path is None or "foreign" not in source:
-            return []
-        notes = [*source["notes"]]
-        if self.pruned is not None and self.pruned.keeps_constants and "masks" not in source:
-            layer_type, scope = self.pruned.layout.layer_type, self.pruned.scope
-            notes.append(sources.mask_note(source, layer_type, self.config.k, scope, path))
-        return notes
 
     def _rewind(self, pruned: PrunedParameters) -> None:
         """Weights, biases and batch-norm become those of --rewind-net, under the mask as it is."""

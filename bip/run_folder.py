@@ -247,9 +247,10 @@ class RunFolder:
         link = self.path.parents[1] / LATEST
         temporary = link.with_name(f".{LATEST}.{os.getpid()}")
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
             temporary.symlink_to(self.path.relative_to(link.parent))
             os.replace(temporary, link)
+        with suppress(OSError):  # left if `link` is a folder, as the published code makes it
+            temporary.unlink()
 
     # During training
 

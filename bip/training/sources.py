@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ from bip.checkpoint_path import k_in_name
 from bip.errors import UserError
 from bip.pruning.choices import LayerType, Scope
 from bip.pruning.layout import find_prunable
+
+if TYPE_CHECKING:
+    from bip.config import RunConfig
+    from bip.pruning.state import PrunedParameters
 
 SCORES = "popup_scores"
 State = dict[str, Any]
@@ -329,7 +333,17 @@ def prunes_stem(state: State, network: nn.Module) -> bool:
     return first in all_scores(state)
 
 
-def mask_note(state: State, layer_type: LayerType, k: Decimal, scope: Scope, path: Path) -> str:
+def notes(state: State, config: "RunConfig", pruned: "PrunedParameters | None") -> list[str]:
+    """Lines on how a run reads a foreign source; none for a state of this project."""
+    found: list[str] = [*state.get("notes", [])]
+    path, by_scores = config.source_net, "scores" in state and "masks" not in state
+    if path and by_scores and pruned is not None and pruned.keeps_constants:
+        layer_type, scope = pruned.layout.layer_type, pruned.scope
+        found.append(_mask_note(state, layer_type, config.k, scope, path))
+    return found
+
+
+def _mask_note(state: State, layer_type: LayerType, k: Decimal, scope: Scope, path: Path) -> str:
     """Which rule gives a published file's mask, and a warning if only a flag states k."""
     where = "each convolution"
     if layer_type == "unstructured":
