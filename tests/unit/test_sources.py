@@ -336,6 +336,12 @@ def test_published_masks_act_as_where_they_were_made(
         assert tuned.weights["bn1.bias"].all()
 
 
+def test_scores_of_a_network_pretrained_with_k_1_are_no_mask(tmp_path: Path) -> None:
+    path = write(tmp_path / "dense-k-1.0.pth.tar", publish(DigitsNet(10), "channel"))
+    finished = train("bip", tmp_path, source_net=path, layer_type="channel", k=0.5, max_steps=1)
+    assert set(finished.masks) == {f"layer1.{i}.conv{j}.weight" for i in (0, 1) for j in (1, 2)}
+
+
 def test_a_wrong_or_unconfirmed_k_is_reported(
     dense: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
