@@ -30,7 +30,8 @@ def evaluation_config(argv: list[str], prog: str) -> RunConfig:
     rest, path = argv, None
     if argv and not argv[0].startswith("-"):
         path, rest = Path(argv[0]), argv[1:]
-    flags = parse_flags([RunConfig], rest, prog, "Test accuracy of CHECKPOINT (file or folder).")
+    prog, about = f"{prog} [CHECKPOINT]", "Test accuracy of a checkpoint or run folder."
+    flags = parse_flags([RunConfig], rest, prog, about)
     if path is not None and "source_net" in flags:
         raise UserError("source_net: CHECKPOINT gives it too; keep one of the two")
     given = merge(flags) | {"evaluate": True}
