@@ -1,4 +1,4 @@
-"""python -m bip train | evaluate | export | compare | data"""
+"""python -m bip train | evaluate | export | compare | archs | data"""
 
 import os
 import sys
@@ -25,9 +25,9 @@ def train(*argv: str) -> None:
 def evaluate(*argv: str) -> None:
     """test accuracy of a checkpoint"""
     from bip import run
-    from bip.config import load_config
+    from bip.evaluation import evaluation_config
 
-    run.train(load_config(["--evaluate", *argv], f"{cli.program(*NAMES)} evaluate"))
+    run.train(evaluation_config([*argv], f"{cli.program(*NAMES)} evaluate"))
 
 
 def export(*argv: str) -> int:
@@ -42,6 +42,13 @@ def compare(*argv: str) -> int:
     from bip.export import compare
 
     return cli.call({"compare": compare}, ["compare", *argv], cli.program(*NAMES))
+
+
+def archs(*argv: str) -> int:
+    """the networks: parameters, prunable weights, input size, source"""
+    from bip.models.catalogue import archs
+
+    return cli.call({"archs": archs}, ["archs", *argv], cli.program(*NAMES))
 
 
 def data(*argv: str) -> int:
@@ -59,7 +66,7 @@ def data(*argv: str) -> int:
 
 
 COMMANDS: dict[str, cli.Command] = {
-    command.__name__: command for command in (train, evaluate, export, compare, data)
+    command.__name__: command for command in (train, evaluate, export, compare, archs, data)
 }
 
 

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from collections.abc import Container
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from bip.checkpoint_path import BEST, LIBRARIES, NEWEST, checkpoint_of, k_in_name
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
 from bip.errors import UserError
@@ -51,11 +53,14 @@ from bip.settings import (
 from bip.shipped import given_or_shipped
 from bip.yaml_file import read_yaml, refuse_leading_zeros
 
+# The published names that torchvision has weights for (`bip.models.resnet_imagenet`).
+_OF_TORCHVISION = ("ResNet18", "ResNet34", "ResNet50")
+
 
 def _networks() -> list[str]:
     from bip import models  # imports torch, so only --help lists them
 
-    return [*models.names(), "torchvision/NAME"]
+    return [*models.names(), *models.OTHERS]
 
 
 def _unless_global_groups(config: "RunConfig") -> str | None:
@@ -142,7 +147,26 @@ class RunConfig(BaseModel):
     seed: int = setting(RUN, 1234, "seed of all random numbers", ge=0, lt=2**63)
     resume: InputFile | None = setting(RUN, None, "checkpoint to resume from", numbers=False)
     source_net: InputFile | None = setting(
-        RUN, None, "checkpoint to prune or fine-tune", numbers=False
+        RUN, None,
+        "checkpoint or run folder to prune or fine-tune, or torchvision:WEIGHTS, timm:TAG",
+        numbers=False,
+    )  # fmt: skip
+    source_key: str | None = setting(
+        RUN, None, "where the source's state_dict is, such as model_ema, or its entries' prefix",
+        before=None, min_length=1,
+    )  # fmt: skip
+    skip_objects: bool = setting(
+        RUN, False,
+        "of a source that holds more than tensors and plain types (a Namespace, arrays): leave "
+        "these objects out; no code of the file runs",
+        numbers=False, before=False,
+    )  # fmt: skip
+    pretrained: bool = setting(
+        RUN, False, "start from the weights that torchvision or timm has for --arch",
+        numbers=False, before=False,
+    )  # fmt: skip
+    reset_head: bool = setting(
+        RUN, False, "the last layer starts with fresh weights, for other classes", before=False
     )
     evaluate: bool = setting(RUN, False, "only evaluate --source-net or --resume", numbers=False)
 
@@ -287,12 +311,34 @@ class RunConfig(BaseModel):
         REPORTS, "base", "accepted from published files", numbers=False
     )
 
+    @field_validator("source_net", "resume", "rewind_net", mode="before")
+    @classmethod
+    def _empty_is_none(cls, path: Any) -> Any:
+        return None if path == "" else path  # as published files have it
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pretrained_names_a_source(cls, values: Any) -> Any:
+        if not values.get("pretrained"):
+            return values
+        arch = str(values.get("arch"))
+        library = "timm" if arch.startswith("timm/") else "torchvision"
+        weights = f"{library}:DEFAULT"
+        if not (arch.startswith(("timm/", "torchvision/")) or arch in _OF_TORCHVISION):
+            raise ValueError(f"pretrained: no library has weights for {arch}; give --source-net")
+        if str(values.get("source_net") or weights) != weights:
+            raise ValueError("pretrained: --source-net gives the weights too; keep one of the two")
+        return values | {"source_net": weights}
+
     @model_validator(mode="before")
     @classmethod
     def _name_the_method(cls, values: Any) -> Any:
         """Replace `trainer` by the method's name in RUN_IDs."""
         refuse_leading_zeros(cls, values)
         trainer, mode = values.get("trainer", "base"), values.get("exp_mode")
+        dense = values.get("layer_type", "dense") == "dense"
+        if mode == "finetune" and dense and trainer in ("base", "finetune"):
+            trainer = "transfer"
         if mode not in get_args(Mode):
             return values  # the field exp_mode reports it
         try:
@@ -350,6 +396,14 @@ class RunConfig(BaseModel):
                 f"layer_type: dense cannot be used with exp_mode {self.exp_mode}; "
                 "give --layer-type unstructured, filter or channel"
             )
+        sparse = self.layer_type != "dense" and self.k < 1
+        if self.exp_mode == "pretrain" and sparse and not self.evaluate:
+            raise ValueError(
+                f"layer_type: pretrain trains all weights, but k is {self.k_text}; to train sparse "
+                "from scratch give --exp-mode prune --trainer random (or snip, grasp, synflow)"
+            )
+        if self.reset_head and self.source_net is None and self.resume is None:
+            raise ValueError("reset_head: there is no --source-net whose head to leave out")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size: {self.batch_size} does not divide by --accumulate "
@@ -441,7 +495,12 @@ class RunConfig(BaseModel):
 
     @staticmethod
     def run_of(path: Path | None) -> str | None:
-        """RUN_ID of the run that wrote a checkpoint; None if it does not lie in a run folder."""
+        """RUN_ID of the run that wrote a checkpoint, or the library's name of its weights.
+
+        None if it does not lie in a run folder.
+        """
+        if path is not None and str(path).startswith(LIBRARIES):
+            return str(path)
         if path is None or path.parent.name != "checkpoint":
             return None
         return path.absolute().parent.parent.name
@@ -453,7 +512,7 @@ class RunConfig(BaseModel):
 
     @property
     def run_id(self) -> str:
-        parts = [self.arch.replace("/", "."), self.trainer, self.layer_type]
+        parts = [re.sub("[/:]", ".", self.arch), self.trainer, self.layer_type]
         return "-".join([*parts, f"k{self.k_text}", f"s{self.seed}", self.fingerprint()[:8]])
 
     @property
@@ -543,11 +602,6 @@ def build_config(values: dict[str, Any], where: str = "", flags: Container[Any] 
 
     `where` is the file of the values that are not in `flags`.
     """
-    values = values | {
-        name: expanded(str(values[name]), name)
-        for name in paths()
-        if values.get(name) is not None and name != "stage_to"  # a folder of the run's node
-    }
     by_flag = "budget" in flags and values.get("budget") is not None
     if by_flag and "epochs" not in flags:  # the flag replaces what the file says
         values = {key: value for key, value in values.items() if key != "epochs"}
@@ -584,14 +638,20 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
         from_file["lr2"] = from_file.pop("inv_gamma")
     if unknown := [key for key in from_file if key not in RunConfig.model_fields]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], known_keys())}")
-    return {key: value for key, value in from_file.items() if value is not None} | flags
+    values = {key: value for key, value in from_file.items() if value is not None} | flags
+    for name in paths():
+        if name in values and name != "stage_to":  # that is a folder of the run's node
+            values[name] = expanded(str(values[name]), name)
+    return values
 
 
 def check_inputs(config: RunConfig) -> None:
     """The files that the run reads must be given and there. Raises UserError."""
     for name in input_files():
         path = getattr(config, name)
-        if path is not None and not path.is_file() and name not in config.idle():
+        if path is None or (name == "source_net" and str(path).startswith(LIBRARIES)):
+            continue
+        if not path.is_file() and name not in config.idle():
             raise UserError(f"{name}: no such file: {path}")
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
@@ -609,6 +669,27 @@ def load_config(argv: list[str], prog: str = "python -m bip train") -> RunConfig
     Raises UserError for an invalid, unknown or missing value or file. Creates nothing.
     """
     flags = parse_flags([RunConfig], argv, prog, "Train, prune or fine-tune one network.")
-    config = build_config(merge(flags), str(flags.get("configs") or ""), flags)
+    values = with_source_facts(merge(flags))
+    config = build_config(values, str(flags.get("configs") or ""), flags)
     check_inputs(config)
     return config
+
+
+def with_source_facts(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with files in place of run folders, and k of fine-tuning by its source's name.
+
+    Raises UserError for a folder in which it is not clear which checkpoint is meant.
+    """
+    values = dict(values)
+    for name, within in (("source_net", BEST), ("rewind_net", BEST), ("resume", NEWEST)):
+        path = values.get(name)
+        if path and not str(path).startswith(LIBRARIES):
+            try:
+                values[name] = checkpoint_of(Path(path), within)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from None
+    source = values.get("source_net")
+    named = k_in_name(Path(source)) if source else None
+    if values.get("exp_mode") == "finetune" and named is not None:
+        values.setdefault("k", named)
+    return values

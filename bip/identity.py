@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from bip.checkpoint_path import agrees, k_in_name
 from bip.config import RunConfig, build_config, paths
 from bip.distributed.group import Group
 from bip.errors import UserError
+from bip.training import sources
 from bip.training.checkpoint import State, read_checkpoint
 
 _SAME_START = "start all of them with one command, one installation and one copy of the data"
@@ -31,14 +33,15 @@ def with_source_of_resume(config: RunConfig) -> RunConfig:
 def check_source(config: RunConfig, state: State, key: str = "source_net") -> None:
     """Raise UserError unless the source's network fits the run; to fine-tune, its k and layer type.
 
-    A published checkpoint does not record these, so they are not compared.
+    Of a foreign file, whether it is pruned, and what it records or its name says of k.
     """
+    if "foreign" in state:
+        _check_foreign(config, state, key)
+        return
     arch = state.get("arch")
     if isinstance(arch, str) and arch != config.arch:
         raise UserError(f"{key}: holds the network {arch}, but arch is {config.arch}")
-    before = state.get("config")
-    if before is None:
-        return
+    before = state["config"]
     pruned = config.method.starts_from == "pruned"
     if pruned and before["exp_mode"] == "pretrain":
         raise UserError(f"{key}: holds a dense network; finetune starts from a pruned one")
@@ -50,13 +53,51 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
         if config.evaluate and not config.method.has_mask:
             raise UserError(f"{key}: {made}; evaluate it with these and --exp-mode prune")
         if not pruned and not config.evaluate:
-            raise UserError(f"{key}: {made}; {config.exp_mode} starts from a dense one")
+            remedy = f"; fine-tune it with --layer-type {before['layer_type']} --k {before['k']}"
+            raise UserError(
+                f"{key}: {made}; {config.exp_mode} starts from a dense one"
+                + remedy * (config.exp_mode == "finetune")
+            )
     for name, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
         if before["exp_mode"] != "pretrain" and before[name] != mine:
             raise UserError(
                 f"{key}: was pruned with {name} {before[name]}, but {name} is {mine}; "
                 "they must be the same"
             )
+
+
+def _check_foreign(config: RunConfig, state: State, key: str) -> None:
+    """Other programs name networks differently, so that only the weights show whether arch fits."""
+    pruned = sources.is_pruned(state)
+    path = getattr(config, key)
+    named = k_in_name(path)
+    if config.method.starts_from == "pruned":
+        if not pruned:
+            raise UserError(
+                f"{key}: {path} has no scores and no mask, so it is a dense network; finetune "
+                "starts from a pruned one, or trains a dense one on with --layer-type dense"
+            )
+    elif not config.evaluate:
+        if pruned and named != 1:
+            raise UserError(
+                f"{key}: {path} has scores or a mask, so it is a pruned network; "
+                f"{config.exp_mode} starts from a dense one (if it was pretrained with k = 1, put "
+                "k-1.0 in its file name)"
+            )
+        return
+    elif not (pruned and config.method.has_mask):
+        return
+    recorded = state["facts"].get("k")
+    for k, source in ((recorded, "it records"), (named, "its name says")):
+        if k is not None and not agrees(config.k, Decimal(k)):
+            raise UserError(
+                f"{key}: {path} was pruned with k {k}, as {source}, but k is {config.k_text}; give "
+                f"--k {k}" + (", or rename it" if source == "its name says" else "")
+            )
+    if config.layer_type not in (may := sources.layer_types(state)):
+        raise UserError(
+            f"layer_type: {path} was pruned with {' or '.join(may)}, not {config.layer_type}"
+        )
 
 
 def _check_round(config: RunConfig, before: dict[str, Any], key: str) -> None:

@@ -25,6 +25,7 @@ from bip.pruning.layout import find_followers, find_prunable
 from bip.pruning.scores import among_kept, initialise_scores
 from bip.pruning.state import PrunedParameters
 from bip.run_folder import Progress, RunFolder, read_result
+from bip.training import sources
 from bip.training.checkpoint import State, layer_masks, read_checkpoint, restore_model
 from bip.training.finish import finish
 from bip.training.forward import ForwardBackward
@@ -93,6 +94,9 @@ class Run:
             group.broadcast_(tensor.data)
         self.pruned = self._build_pruned()
         self.control = Control(group)
+        if group.is_first and self.source is not None:
+            for line in sources.notes(self.source, config, self.pruned):
+                print(line)
 
     def _open_data(self) -> Data:
         group = self.group
@@ -108,6 +112,9 @@ class Run:
         if config.scale_rand_init and "scale_rand_init" not in config.idle():
             models.scale_initial_weights(network, float(config.k))
         if self.source is not None:
+            self.source = sources.fit(
+                self.source, network, str(config.source_net), config.reset_head
+            )
             restore_model(network, None, self.source, str(config.source_net))
         if config.sync_bn:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -121,7 +128,11 @@ class Run:
         if not method.has_mask:
             return None
         assert config.layer_type != "dense", "RunConfig refuses it"
-        layout = find_prunable(self.network, config.layer_type)
+        stem = False
+        takes_mask = method.starts_from == "pruned" or config.evaluate
+        if self.source is not None and config.layer_type == "channel" and takes_mask:
+            stem = sources.prunes_stem(self.source, self.network)
+        layout = find_prunable(self.network, config.layer_type, stem)
         pruned = PrunedParameters(
             self.network, layout, config.k, config.ranking_scope, self.group,
             balanced=config.ranking == "balanced" and config.ranking_scope == "global",
@@ -129,7 +140,7 @@ class Run:
         dim = self.data.image_dim
         sample = torch.zeros(2, self.data.channels, dim, dim, device=self.group.device)
         pruned.followers = find_followers(self.network, layout, sample)
-        if method.starts_from != "pruned" and not config.evaluate:
+        if not takes_mask:
             # Drawn on the CPU, so that the scores do not depend on the device.
             scores = torch.empty(layout.size)
             torch.manual_seed(config.seed + 1)

@@ -5,6 +5,7 @@ Every rank calls these functions; rank 0 reads and writes, and its failure is ra
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bip.attempts import Attempts
+from bip.checkpoint_path import LATEST, LIBRARIES
 from bip.config import RunConfig
 from bip.distributed.group import Group
 from bip.distributed.heartbeat import Heartbeat
@@ -26,7 +28,16 @@ from bip.files import (
 )
 from bip.identity import check_same_source, check_source, difference
 from bip.lock import RunLock
-from bip.training.checkpoint import CheckpointFolder, State, read_checkpoint, seal, write_checkpoint
+from bip.models import library
+from bip.training import sources
+from bip.training.checkpoint import (
+    CheckpointFolder,
+    State,
+    hash_tensors,
+    read_checkpoint,
+    seal,
+    write_checkpoint,
+)
 from bip.training.metrics import RunLog
 
 DENSE = Path("checkpoint", "model_dense.pth.tar")  # in a run folder, with --save-dense
@@ -89,7 +100,10 @@ class RunFolder:
         # The checkpoint of --resume replaces the source. For --evaluate the source may be dense.
         if path is None or (resume is not None and (self.config.evaluate or not path.is_file())):
             return None, None
-        state = read_checkpoint(path)
+        if str(path).startswith(LIBRARIES):
+            weights = library.weights(str(path), self.config.arch)
+            return sources.recognise(weights, {}, path), hash_tensors(weights)
+        state = read_checkpoint(path, self.config.source_key, self.config.skip_objects)
         check_source(self.config, state)
         return state, sha256_file(path)
 
@@ -215,6 +229,7 @@ class RunFolder:
                 if not settings.exists():
                     atomic_write_bytes(settings, self.config.to_yaml().encode())
                 self.attempts.start(self.config, self.group, loader, step)
+                self._name_latest()
             except OSError as error:
                 raise result_dir_error(self.path, error) from None
             for line in self.config.warnings():
@@ -226,6 +241,16 @@ class RunFolder:
             print(f"{how}: {self.path} on {world} x {kind}, loader {loader}", flush=True)
 
         self.group.ask_first(write)
+
+    def _name_latest(self) -> None:
+        """Link latest_exp of the experiment to this run. A file system without links has none."""
+        link = self.path.parents[1] / LATEST
+        temporary = link.with_name(f".{LATEST}.{os.getpid()}")
+        with suppress(OSError):
+            temporary.symlink_to(self.path.relative_to(link.parent))
+            os.replace(temporary, link)
+        with suppress(OSError):  # left if `link` is a folder, as the published code makes it
+            temporary.unlink()
 
     # During training
 

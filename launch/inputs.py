@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from bip.checkpoint_path import LIBRARIES
 from bip.config import RunConfig
 from bip.data.options import DataOptions
 
@@ -32,15 +34,13 @@ def check_inputs(configs: Sequence[RunConfig], ranks: int) -> dict[str, int]:
 
 
 def _check_network(config: RunConfig, classes: int, ranks: int) -> int:
-    import torch
 
     from bip import models
     from bip.pruning.layout import find_prunable
 
     options = DataOptions.of(config)
     spec = options.spec
-    with torch.device("meta"):
-        network = models.build(config.arch, classes, spec.channels)
+    network = models.outline(config.arch, classes, spec.channels)
     if "torchvision" not in sys.modules:
         # A forward on the meta device would import for a second what torchvision imports too.
         # Weights that were never written take no memory when they are read.
@@ -75,7 +75,22 @@ def _check_sources(configs: Sequence[RunConfig]) -> None:
         path, sweep = config.source_net, config.result_dir / config.exp_name
         if path is None or sweep.absolute() in path.absolute().parents:
             continue
+        if str(path).startswith(LIBRARIES):
+            continue
         if path not in states:
-            state = read_checkpoint(path)
-            states[path] = {name: state[name] for name in ("arch", "config") if name in state}
+            state = read_checkpoint(path, config.source_key, config.skip_objects)
+            if "foreign" in state:
+                _check_fit(config, state)
+            else:
+                state = {name: state[name] for name in ("arch", "config")}
+            states[path] = state
         check_source(config, states[path])
+
+
+def _check_fit(config: RunConfig, state: dict[str, Any]) -> None:
+    from bip import models
+    from bip.training import sources
+
+    options = DataOptions.of(config)
+    network = models.outline(config.arch, options.classes, options.spec.channels)
+    sources.fit(state, network, str(config.source_net), config.reset_head)

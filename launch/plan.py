@@ -9,7 +9,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from bip.config import RunConfig, build_config, check_inputs, input_files, merge
+from bip.checkpoint_path import BEST, LIBRARIES
+from bip.config import (
+    RunConfig,
+    build_config,
+    check_inputs,
+    input_files,
+    merge,
+    with_source_facts,
+)
 from bip.errors import UserError
 from bip.methods import acts_in, find
 from bip.methods.base import Method, Mode
@@ -27,7 +35,6 @@ STRUCTURED = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
 NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
-BEST = Path("checkpoint", "model_best.pth.tar")  # in a run folder: what the next stage starts from
 
 # (flag with a list, flag with one value): the sweep multiplies over the list.
 _AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
@@ -376,10 +383,12 @@ class _Planner:
                     values[name] = self.main[name]
             values |= self._acting(stage, values)
             values["exp_mode"] = stage
+            values = with_source_facts(values)
             # Tasks may start in another folder than this command.
             for name in ("result_dir", "data_dir", *input_files()):
                 default = RunConfig.model_fields[name].default
-                if (folder := values.get(name, default)) is not None:
+                folder = values.get(name, default)
+                if folder not in (None, "") and not str(folder).startswith(LIBRARIES):
                     values[name] = Path(folder).absolute()
             self.files[key] = path, values
         return self.files[key]

@@ -30,7 +30,9 @@ def _unless_implicit(config: TwoLevels) -> str | None:
 
 class TwoLevels(MethodSettings):
     lr2: Rate = setting(
-        BILEVEL, 1e-4, "1/gamma, the weight of the implicit gradient term",
+        BILEVEL, 1e-4,
+        "1/gamma, the weight of the implicit gradient term (the published code's default is 0.1; "
+        "its files have 1e-4)",
         idle=_unless_implicit, validation_alias=AliasChoices("lr2", "inv_gamma"),
     )  # fmt: skip
     accelerate: bool = setting(

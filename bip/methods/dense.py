@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from bip.methods.base import Method, Parts
+from bip.methods.base import Method, Mode, Parts, Start
 
 if TYPE_CHECKING:
     from bip.training.forward import Report
@@ -14,8 +14,8 @@ class Dense(Method):
     name = "dense"
     trainer = "base"
     summary = "trains a dense network"
-    mode = "pretrain"
-    starts_from = "fresh"
+    mode: ClassVar[Mode] = "pretrain"
+    starts_from: ClassVar[Start] = "fresh"
     has_mask = False
     keys = frozenset({"k", "scale_rand_init", "rewind_epoch"})
 

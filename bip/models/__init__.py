@@ -1,83 +1,95 @@
-"""The networks by their published names. All are plain modules that know nothing of pruning.
+"""The networks by their names. All are plain modules that know nothing of pruning.
 
 A file of this folder is a family; its NETWORKS name their constructors, which take (num_classes,
-channels).
+channels), and its INPUT_SIZE is the side of the images that they are made for. `library` has the
+networks of other packages.
 """
 
 import copy
 import difflib
 import math
 import pkgutil
+import re
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import nn
 
 from bip.errors import UserError
+from bip.models import library
+from bip.models.library import TIMM, TORCHVISION
 
-_TORCHVISION = "torchvision/"
-
-# Capitals: the 7x7 stem and max-pool of ImageNet.
-_IMAGENET_STEM = {"ResNet18": "resnet18", "ResNet34": "resnet34", "ResNet50": "resnet50"}
-
-# In training mode these would return their auxiliary heads' logits in a tuple as well.
-_WITH_AUXILIARY_HEADS = ("googlenet", "inception_v3")
+OTHERS = ("torchvision/NAME", "timm/NAME", "package.module:function")
 
 
 @cache
-def _own() -> dict[str, Callable[[int, int], nn.Module]]:
-    found: dict[str, Callable[[int, int], nn.Module]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        found |= import_module(f"{__name__}.{module.name}").NETWORKS
-    return found
+def families() -> dict[str, ModuleType]:
+    """The module of each of our networks, by the network's name."""
+    modules = [import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+    return {name: module for module in modules for name in getattr(module, "NETWORKS", {})}
 
 
 def names() -> list[str]:
-    """The networks' own names; ``torchvision/NAME`` builds any torchvision classifier besides."""
-    return [*_own(), *_IMAGENET_STEM]
+    """The networks' own names; OTHERS are the further forms that `build` takes."""
+    return list(families())
 
 
 def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     """A freshly initialised network: images (N, channels, H, W) -> logits (N, num_classes).
 
-    Raises UserError, with the nearest right name, for an unknown ``arch``, and for a torchvision
-    network (the capital names too) with other than 3 channels.
+    Raises UserError for an unknown ``arch``, with the right spelling if it is close to one, and for
+    a torchvision network (the capital names too) with other than 3 channels.
     """
-    if arch in _own():
-        return _own()[arch](num_classes, channels)
-    import torchvision  # takes over a second, and most runs have no need of it
-
-    classifiers = torchvision.models.list_models(module=torchvision.models)
-    if arch in _IMAGENET_STEM:
-        name = _IMAGENET_STEM[arch]
-    elif arch.startswith(_TORCHVISION) and arch.removeprefix(_TORCHVISION) in classifiers:
-        name = arch.removeprefix(_TORCHVISION)
-    else:
-        raise UserError(
-            f"arch: unknown network '{arch}'; the nearest name is '{_nearest(arch, classifiers)}' "
-            f"(known: {', '.join(names())} and {_TORCHVISION}NAME)"
-        )
-    if channels != 3:
-        raise UserError(
-            f"arch: '{arch}' takes 3-channel images, not {channels}; "
-            f"use one of {', '.join(_own())} for these images"
-        )
-    options = {"aux_logits": False, "init_weights": True} if name in _WITH_AUXILIARY_HEADS else {}
-    network: nn.Module = torchvision.models.get_model(
-        name, weights=None, num_classes=num_classes, **options
-    )
-    return network
+    bare = arch.rpartition("/")[2]
+    if arch in families():
+        constructor: Callable[..., nn.Module] = families()[arch].NETWORKS[arch]
+        return constructor(num_classes=num_classes, channels=channels)
+    if arch.startswith(TORCHVISION) and bare in library.torchvision_names():
+        return library.from_torchvision(bare, num_classes, channels)
+    if arch.startswith(TIMM) and bare in library.timm_names():
+        return library.from_timm(bare, num_classes, channels)
+    if ":" in arch:
+        return library.from_function(arch, num_classes, channels)
+    raise UserError(f"arch: unknown network '{arch}'{_suggestion(arch)}")
 
 
-def _nearest(arch: str, classifiers: list[str]) -> str:
-    """The known name most like ``arch``; bare torchvision names (vgg16) are found as well."""
-    full_names = {name: _TORCHVISION + name for name in classifiers}
-    if not arch.startswith(_TORCHVISION):
-        full_names |= {name: name for name in names()}
-    bare = arch.removeprefix(_TORCHVISION)
-    return full_names[difflib.get_close_matches(bare, full_names, n=1, cutoff=0.0)[0]]
+def outline(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
+    """The network without memory for its weights, on the meta device.
+
+    A few constructors compute with tensors (torchvision's RegNets); these are built as usual.
+    """
+    try:
+        with torch.device("meta"):
+            return build(arch, num_classes, channels)
+    except (NotImplementedError, RuntimeError):
+        return build(arch, num_classes, channels)
+
+
+def _suggestion(arch: str) -> str:
+    """The remedy for an unknown name: its spelling among its equals, and where all names are.
+
+    Numbers in a name are sizes: names that differ in them are other networks, so none is suggested.
+    """
+    prefix = next((p for p in (TORCHVISION, TIMM) if arch.startswith(p)), "")
+    known = {
+        TORCHVISION: library.torchvision_names, TIMM: library.timm_names, "": names
+    }[prefix]()  # fmt: skip
+    bare = arch.removeprefix(prefix)
+    alike = [name for name in known if _numbers(name) == _numbers(bare)]
+    close = difflib.get_close_matches(bare, alike, n=1, cutoff=0.75)
+    meant = f" (perhaps you meant '{prefix}{close[0]}')" if close else ""
+    if prefix:
+        return f"{meant}; `bip archs '{prefix}*'` lists the names"
+    if not meant and arch in library.torchvision_names():
+        meant = f" (torchvision has one: '{TORCHVISION}{arch}')"
+    return f"{meant}; `bip archs` lists the names; besides {', '.join(OTHERS)}"
+
+
+def _numbers(name: str) -> list[str]:
+    return re.findall(r"\d+", name)
 
 
 @torch.no_grad()

@@ -33,3 +33,4 @@ class DigitsNet(nn.Module):
 
 
 NETWORKS = {"digits_net": DigitsNet}
+INPUT_SIZE = 8

@@ -5,6 +5,8 @@ He et al., "Deep Residual Learning for Image Recognition" (arXiv 1512.03385), wi
 ``conv1 bn1 layer1.0.conv1 ... layer2.0.shortcut.0/1 ... linear``. Initialisation: torch's defaults.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,7 +72,7 @@ class ResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         depths: tuple[int, int, int, int],
         num_classes: int,
-        channels: int,
+        channels: int = 3,
     ):
         super().__init__()
         expansion = 4 if block is Bottleneck else 1
@@ -97,16 +99,13 @@ class ResNet(nn.Module):
         return logits
 
 
-def resnet18(num_classes: int, channels: int = 3) -> ResNet:
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes, channels)
-
-
-def resnet34(num_classes: int, channels: int = 3) -> ResNet:
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes, channels)
-
-
-def resnet50(num_classes: int, channels: int = 3) -> ResNet:
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes, channels)
-
-
-NETWORKS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
+_Block = type[BasicBlock] | type[Bottleneck]
+_BUILT: dict[str, tuple[_Block, tuple[int, int, int, int]]] = {  # block, blocks of each stage
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+NETWORKS = {name: partial(ResNet, block, depths) for name, (block, depths) in _BUILT.items()}
+INPUT_SIZE = 32

@@ -5,6 +5,8 @@ with zeros. Parameter names are the published ones, with ``fc`` as the head. Ini
 Kaiming normal for convolution and linear weights, as in Y. Idelbayev's reimplementation.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,7 +28,7 @@ class PadShortcut(nn.Module):
 class CifarResNet(nn.Module):
     """Images (N, channels, H, W) -> logits (N, num_classes); 6 * depth + 2 layers."""
 
-    def __init__(self, depth: int, num_classes: int, channels: int):
+    def __init__(self, depth: int, num_classes: int, channels: int = 3):
         super().__init__()
         self.conv1 = conv3x3(channels, 16)
         self.bn1 = nn.BatchNorm2d(16)
@@ -55,25 +57,7 @@ def _stage(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     return nn.Sequential(first, *rest)
 
 
-def resnet20s(num_classes: int, channels: int = 3) -> CifarResNet:
-    return CifarResNet(3, num_classes, channels)
-
-
-def resnet32s(num_classes: int, channels: int = 3) -> CifarResNet:
-    return CifarResNet(5, num_classes, channels)
-
-
-def resnet44s(num_classes: int, channels: int = 3) -> CifarResNet:
-    return CifarResNet(7, num_classes, channels)
-
-
-def resnet56s(num_classes: int, channels: int = 3) -> CifarResNet:
-    return CifarResNet(9, num_classes, channels)
-
-
 NETWORKS = {
-    "resnet20s": resnet20s,
-    "resnet32s": resnet32s,
-    "resnet44s": resnet44s,
-    "resnet56s": resnet56s,
+    f"resnet{layers}s": partial(CifarResNet, (layers - 2) // 6) for layers in (20, 32, 44, 56)
 }
+INPUT_SIZE = 32

@@ -119,12 +119,13 @@ class Layout:
         )
 
 
-def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
+def find_prunable(network: nn.Module, layer_type: LayerType, stem: bool = False) -> Layout:
     """The weights of conv and linear modules, tied weights once.
 
-    Structured types prune convolutions only. `channel` leaves out the first convolution (its inputs
-    are the image's colours) and raises UserError for grouped convolutions. `filter` leaves out the
-    last convolution of a network without linear layers (its outputs are the classes).
+    Structured types prune convolutions only. `channel` leaves out the first convolution, whose
+    inputs are the image's colours (`stem`: not, as published), and raises UserError for grouped
+    convolutions. `filter` leaves out the last convolution of a network without linear layers (its
+    outputs are the classes).
     """
     tensors: list[PrunableTensor] = []
     seen: set[int] = set()
@@ -140,7 +141,9 @@ def find_prunable(network: nn.Module, layer_type: LayerType) -> Layout:
         weight = module.weight
         if layer_type == "filter" and module in last:
             continue
-        if id(weight) in seen or (layer_type == "channel" and is_conv and convolutions == 1):
+        if id(weight) in seen or (
+            layer_type == "channel" and is_conv and convolutions == 1 and not stem
+        ):
             continue
         seen.add(id(weight))
         name = f"{module_name}.weight" if module_name else "weight"

@@ -47,8 +47,9 @@ class PrunedParameters:
         each layer keeps one at least: one ranking of groups of unequal sizes needs both.
         """
         named = dict(network.named_parameters(remove_duplicate=False))
-        self.layout, self.scope = layout, scope
+        self.layout, self.k, self.scope = layout, k, scope
         self.followers: tuple[Followers, ...] = ()
+        self.keeps_constants = False  # the mask was made where pruned filters keep their bias
         self.z = [named[tensor.name] for tensor in layout.tensors]
         device = self.z[0].device
         dtype = self.z[0].dtype

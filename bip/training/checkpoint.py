@@ -7,13 +7,10 @@ A save writes a step-named file, then replaces `manifest.json` (the commit point
 import contextlib
 import errno
 import hashlib
-import io
 import itertools
 import json
 import os
-import pickle
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bip.checkpoint_path import checkpoint_of
 from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import (
@@ -32,14 +30,17 @@ from bip.files import (
     may_pass,
     read_json,
 )
+from bip.training import sources
+from bip.training.sources import SCORES as SCORES
+from bip.training.sources import State as State
 
 if TYPE_CHECKING:  # importing it compiles kernels, which the launcher does not need
     from bip.pruning.state import PrunedParameters
 
 FORMAT = 1
-SCORES = "popup_scores"
 SEAL = "sha256"  # key of a sealed state's own digest
-State = dict[str, Any]
+# Two of these keys mark a file of this project, also if a third is damaged.
+OWN = {"mask", "masked", "fingerprint", "progress", SEAL}
 
 
 def pack_mask(mask: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ def network_state(network: nn.Module, pruned: "PrunedParameters | None") -> dict
 
 def model_state(config: RunConfig, network: nn.Module, pruned: "PrunedParameters | None") -> State:
     """The content of every checkpoint: the network, its mask, and the run's settings."""
-    return {
+    state = {
         "format": FORMAT,
         "arch": config.arch,
         "state_dict": network_state(network, pruned),
@@ -78,6 +79,8 @@ def model_state(config: RunConfig, network: nn.Module, pruned: "PrunedParameters
         "config": config.to_plain(),
         "fingerprint": config.fingerprint(),
     }
+    # As where its mask was made: pruned filters keep their biases and batch-norm pairs.
+    return state | ({"constants": "kept"} if pruned and pruned.keeps_constants else {})
 
 
 def split_state(state: State) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -109,14 +112,22 @@ def restore_model(
 ) -> None:
     """Load a checkpoint into the network (in place) and, where given, into θ, scores and mask.
 
-    A published checkpoint has scores but no mask; then the top-k of the scores is the mask. Raises
-    UserError naming `where` and the first tensor that does not fit.
+    A published checkpoint has scores but no mask: its own rule gives the mask, and pruned filters
+    keep their biases and batch-norm pairs, as there. Raises UserError naming `where` and what does
+    not fit.
     """
-    weights, bits = split_state(state)
-    _check_fit(network, weights, where)
+    foreign = "foreign" in state
+    if foreign:
+        state = sources.fit(state, network, where)
+    weights, _ = split_state(state)
+    sources.check(network.state_dict(), weights, where)
     network.load_state_dict(weights)
     if pruned is None:
         return
+    masks = state.get("masks") or layer_masks(state)
+    if foreign and not masks:
+        layer_type = pruned.layout.layer_type
+        masks = sources.published_masks(state, layer_type, pruned.k, pruned.scope)
     scores = {
         name.removeprefix("module."): value
         for name, value in state["state_dict"].items()
@@ -124,29 +135,17 @@ def restore_model(
     }
     for tensor in pruned.layout.tensors:
         name = tensor.name.removesuffix("weight") + SCORES
-        if name not in scores or scores[name].shape != tensor.shape:
-            raise UserError(f"{where}: has no fitting {name}; it is not a pruned network")
+        if tensor.name not in masks or name not in scores or scores[name].shape != tensor.shape:
+            raise UserError(
+                f"{where}: has no fitting {name}; it is not a network pruned with layer_type "
+                f"{pruned.layout.layer_type}"
+            )
         pruned.view(pruned.weights, tensor).copy_(weights[tensor.name])
         pruned.view(pruned.scores, tensor).copy_(scores[name])
-    if bits is None:
-        pruned.update_mask()
-    else:
-        pruned.mask.copy_(unpack_mask(bits, pruned.layout.size))
+        pruned.view(pruned.mask, tensor).copy_(masks[tensor.name])
+    if foreign or state.get("constants") == "kept":
+        pruned.followers, pruned.keeps_constants = (), True
     pruned.write_z()
-
-
-def _check_fit(network: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    own = network.state_dict()
-    for name in [*own, *weights]:
-        if name not in weights:
-            raise UserError(f"{where}: has no {name}, which the network needs; is arch right?")
-        if name not in own:
-            raise UserError(f"{where}: has {name}, which the network lacks; is arch right?")
-        if own[name].shape != weights[name].shape:
-            raise UserError(
-                f"{where}: {name} is {tuple(weights[name].shape)}, the network's is "
-                f"{tuple(own[name].shape)}; are arch and num_classes right?"
-            )
 
 
 def hash_tensors(state: dict[str, Tensor]) -> str:
@@ -187,27 +186,18 @@ def write_checkpoint(path: Path, state: State) -> str:
     return writer.hexdigest()
 
 
-def decode(data: bytes, where: Path) -> State:
-    """Tensors and plain types from a checkpoint's bytes, without running code from it.
+def decode(data: bytes, where: Path, key: str | None = None, skip_objects: bool = False) -> State:
+    """The state in a file's bytes, of this project or foreign (`sources`). Runs no code from it.
 
-    Published checkpoints hold a numpy float, which is allowed. Raises UserError.
+    `key`, `skip_objects`: see `sources.recognise` and `sources.load`. Raises UserError.
     """
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    numpy_floats = [scalar, np.dtype, np.float64, np.dtypes.Float64DType]
-    # Files written under numpy 1 name the same function by its old module.
-    allowed = [*numpy_floats, (scalar, "numpy.core.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below is enough
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its own text recommends unsafe loading
-        reason = "no checkpoint, or it holds more than tensors and plain types"
-        raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
-    except Exception as error:  # an unpickler may raise anything on a file that is no pickle
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: not a readable checkpoint ({reason})") from None
-    if not isinstance(state, dict) or "state_dict" not in state:
+    state, metadata = sources.load(data, where, skip_objects)
+    if not (isinstance(state, dict) and len(OWN & state.keys()) >= 2):
+        return sources.recognise(state, metadata, where, key)
+    if "state_dict" not in state:
         raise UserError(f"{where}: not a checkpoint: it has no state_dict")
+    if key is not None:
+        raise UserError(f"source_key: {where} is a checkpoint of this project; leave the key out")
     if (version := state.get("format", FORMAT)) != FORMAT:
         raise UserError(
             f"{where}: checkpoint format {version}, not {FORMAT}; it was written by another "
@@ -221,11 +211,12 @@ def decode(data: bytes, where: Path) -> State:
     return state
 
 
-def read_checkpoint(path: Path) -> State:
-    """Read one checkpoint file. Raises UserError naming it.
+def read_checkpoint(path: Path, key: str | None = None, skip_objects: bool = False) -> State:
+    """Read one checkpoint file, or that of a run's folder. Raises UserError naming it.
 
     Damage is detected if the checkpoint is sealed or still in its run's folder.
     """
+    path = checkpoint_of(path)
     try:
         data, real = path.read_bytes(), path.resolve()
     except OSError as error:
@@ -237,7 +228,7 @@ def read_checkpoint(path: Path) -> State:
         raise UserError(
             f"{path}: damaged: its SHA-256 is not that in the manifest; give another one"
         )
-    return decode(data, path)
+    return decode(data, path, key, skip_objects)
 
 
 @contextlib.contextmanager

@@ -107,7 +107,7 @@ class Setup:
     """A network under one method, ready for its steps."""
 
     config: RunConfig
-    network: SmallNet
+    network: Any
     pruned: PrunedParameters | None
     run: ForwardBackward
     method: Method
@@ -117,10 +117,11 @@ def make_setup(
     method: str,
     layer_type: LayerType = "unstructured",
     clock: Clock = Clock(100, 10),  # noqa: B008
+    network: nn.Module | None = None,
     **settings: Any,
 ) -> Setup:
     """`method` is a key of METHODS, the name of a method, or "pretrain"."""
-    network = small_net()
+    network = small_net() if network is None else network
     if method == "pretrain":
         config = make_config(exp_mode="pretrain", layer_type="dense", **settings)
         pruned = None

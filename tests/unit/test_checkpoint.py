@@ -306,11 +306,17 @@ def published(source: Path, folder: Path, pruned: bool) -> Path:
 def test_a_published_checkpoint_can_be_pruned_and_fine_tuned(source: Path, tmp_path: Path) -> None:
     """With scores or without. It holds no mask; the mask to fine-tune is the scores' top k."""
     ours = train("bip", tmp_path / "ours", source_net=source, max_steps=2)
-    for pruned in (False, True):
-        path = published(source, tmp_path, pruned)
-        theirs = train("bip", tmp_path / str(pruned), source_net=path, max_steps=2)
-        for key in ("weights_sha256", "mask_sha256", "top1"):
-            assert theirs.result[key] == ours.result[key]
+    path = published(source, tmp_path, pruned=False)
+    theirs = train("bip", tmp_path / "theirs", source_net=path, max_steps=2)
+    for key in ("weights_sha256", "mask_sha256", "top1"):
+        assert theirs.result[key] == ours.result[key]
+    path = published(source, tmp_path, pruned=True)
+    with pytest.raises(UserError, match=r"source_net: .*pruned.*k-1\.0"):
+        train("bip", tmp_path / "twice", source_net=path, max_steps=2)
+    pretrained = path.rename(path.with_name("pretrained-k-1.0.pth.tar"))
+    theirs = train("bip", tmp_path / "scored", source_net=pretrained, max_steps=2)
+    assert theirs.result["mask_sha256"] == ours.result["mask_sha256"]
+    path = pretrained.rename(path)
     tuned = train("finetune", tmp_path, source_net=path, max_steps=2, k=0.25)
     weights = torch.load(path, weights_only=False)["state_dict"]
     scores = [weights[f"module.{name.replace('weight', 'popup_scores')}"] for name in tuned.masks]

@@ -100,6 +100,7 @@ INVALID: dict[str, list[Any]] = {
     "exp_name": ["", "a/b", "..", "."],
     "resume": ["nowhere.pth.tar"],
     "source_net": ["nowhere.pth.tar"],
+    "source_key": [""],
 }
 OF_METHODS = {name for m in methods().values() for name in m.settings.model_fields}
 FREE = {*paths(), *of_type(bool)}  # paths are in tests of their own
@@ -320,6 +321,17 @@ def test_a_null_in_the_file_means_the_default(tmp_path: Path) -> None:
     path = write(tmp_path, "max_steps: null", "resume: ~", "label_smoothing:")
     config = load_config(["--configs", str(path)])
     assert (config.max_steps, config.resume, config.label_smoothing) == (None, None, 0)
+
+
+def test_an_empty_path_in_the_file_means_none(tmp_path: Path) -> None:
+    """As in published files."""
+    config = load(tmp_path, "--configs", str(write(tmp_path, 'resume: ""', 'source_net: ""')))
+    assert (config.resume, config.source_net) == (None, None)
+
+
+def test_sparse_from_scratch_is_no_pretraining(refuse: Refuse, tmp_path: Path) -> None:
+    refuse(pretrain(tmp_path, layer_type="unstructured", k=0.1), "layer_type", "--trainer random")
+    refuse(pretrain(tmp_path, reset_head=True), "reset_head", "--source-net")
 
 
 @pytest.mark.parametrize("text", ["0.8", "0.8000", "8e-1"])

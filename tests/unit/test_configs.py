@@ -22,7 +22,8 @@ DATASETS = {  # name: (network, classes, image side in pixels, batch)
     "Digits": ("digits_net", 10, 8, 64),
 }
 KINDS = ("pretrain", "bip", "hydra", "finetune")  # the published ones
-SHIPPED = ("pretrain", *(name for name in methods() if name != "dense"))
+# pretrain.yml is of dense; transfer is finetune.yml with --layer-type dense.
+SHIPPED = ("pretrain", *(name for name in methods() if name not in ("dense", "transfer")))
 MODES = dict.fromkeys(SHIPPED, "prune") | {"pretrain": "pretrain", "finetune": "finetune"}
 PUBLISHED = [*itertools.product(("CIFAR10", "CIFAR100", "TinyImageNet", "ImageNet"), KINDS)]
 

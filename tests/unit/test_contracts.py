@@ -57,7 +57,7 @@ def test_torch_process_group(tmp_path: Path) -> None:
 
 
 def test_numpy_scalar() -> None:
-    """bip/training/checkpoint.py admits this function, which a pickled numpy float names."""
+    """bip/training/sources.py admits this function, which a pickled numpy float names."""
     core: Any = np
     scalar = core._core.multiarray.scalar
     assert np.float64(1.5).__reduce__()[0] is scalar

@@ -268,7 +268,7 @@ def test_a_best_model_that_cannot_be_read_costs_no_finished_run(
     """Damaged, or on a bad place of the disk; an unreachable file system comes back."""
     original = run_folder.read_checkpoint
 
-    def read(path: Path) -> Any:
+    def read(path: Path, *_: Any) -> Any:
         if path.name != "model_best.pth.tar":
             return original(path)
         if number is None:

@@ -1,0 +1,81 @@
+"""The configuration of `bip evaluate CHECKPOINT`: what the file records, overridden by flags."""
+
+from pathlib import Path
+from typing import Any
+
+from bip.checkpoint_path import LIBRARIES, k_in_name
+from bip.cli import parse_flags
+from bip.config import RunConfig, build_config, check_inputs, merge, with_source_facts
+from bip.errors import UserError
+from bip.training import sources
+from bip.training.checkpoint import read_checkpoint
+from bip.training.sources import State
+
+# Recorded settings that are of the run, not of the network and its images. A file may come from
+# elsewhere, so it names no folder to write to.
+_OF_THE_RUN = {
+    "configs", "source_net", "source_key", "resume", "rewind_net", "rewind_epoch", "stage_to",
+    "max_steps", "budget", "reset_head", "pretrained", "result_dir", "exp_name",
+}  # fmt: skip
+
+_OF_THE_IMAGES = ("dataset", "image_dim", "num_classes", "normalize")
+
+
+def evaluation_config(argv: list[str], prog: str) -> RunConfig:
+    """The configuration to evaluate what `argv` names: CHECKPOINT, or --source-net, or --resume.
+
+    Flags override the YAML file of --configs, which overrides the checkpoint. Raises UserError for
+    what neither states.
+    """
+    rest, path = argv, None
+    if argv and not argv[0].startswith("-"):
+        path, rest = Path(argv[0]), argv[1:]
+    prog, about = f"{prog} [CHECKPOINT]", "Test accuracy of a checkpoint or run folder."
+    flags = parse_flags([RunConfig], rest, prog, about)
+    if path is not None and "source_net" in flags:
+        raise UserError("source_net: CHECKPOINT gives it too; keep one of the two")
+    given = merge(flags) | {"evaluate": True}
+    if path is not None:
+        given["source_net"] = path
+    given = with_source_facts({"exp_name": "evaluate"} | given)
+    source = given.get("source_net")
+    recorded: dict[str, Any] = {}
+    if str(source).startswith(LIBRARIES):
+        recorded = {"exp_mode": "pretrain"}
+    elif path is not None and not (source and source.is_file()):
+        raise UserError(f"{path}: no such file; give a checkpoint or a run folder")
+    elif source and not given.get("resume") and source.is_file():
+        state = read_checkpoint(source, given.get("source_key"), bool(given.get("skip_objects")))
+        recorded = _recorded(state, source, given)
+    config = build_config(recorded | given, str(source or given.get("resume") or ""), flags)
+    check_inputs(config)
+    if recorded and "arch" not in given and ":" in config.arch:
+        raise UserError(f"arch: {source} names your function; to run it give --arch {config.arch}")
+    return config
+
+
+def _recorded(state: State, path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a checkpoint records. Raises UserError for a mask of an unknown kind."""
+    if "foreign" not in state:
+        known = RunConfig.model_fields.keys() - _OF_THE_RUN - given.keys()
+        found = {n: v for n, v in state["config"].items() if n in known}
+        if "trainer" in found and "exp_mode" in given:
+            del found["trainer"]  # it is of the recorded mode
+        return found
+    facts = state["facts"]
+    settings = facts.get("config", {})
+    found = {name: settings[name] for name in _OF_THE_IMAGES if name in settings}
+    found |= {name: facts[name] for name in ("arch", "dataset") if name in facts}
+    if not sources.all_scores(state) and not sources.has_masks(state):
+        return found | {"exp_mode": "pretrain"}  # masked weights evaluate as they are
+    if given.get("exp_mode") == "pretrain":
+        return found
+    found["exp_mode"] = "prune"
+    kinds = sources.layer_types(state)
+    if len(kinds) > 1 and "layer_type" not in given:
+        raise UserError(f"layer_type: {path} does not record it; give one of {', '.join(kinds)}")
+    found["layer_type"] = given.get("layer_type", kinds[0])
+    k = facts.get("k") or k_in_name(path) or sources.k_of_scores(state, found["layer_type"])
+    if k is None and "k" not in given:
+        raise UserError(f"k: neither {path} nor its name states it; give --k")
+    return found | ({"k": str(k)} if k is not None else {})
