@@ -311,7 +311,7 @@ class RunConfig(BaseModel):
         REPORTS, "base", "accepted from published files", numbers=False
     )
 
-    @field_validator("source_net", "resume", "rewind_net", mode="before")
+    @field_validator("source_net", "resume", "rewind_net", mode="before", check_fields=False)
     @classmethod
     def _empty_is_none(cls, path: Any) -> Any:
         return None if path == "" else path  # as published files have it
