@@ -12,14 +12,15 @@ from bip import cli
 from bip.config import RunConfig, build_config, read_yaml
 from bip.errors import ExitCode, UserError
 from launch import logs as run_logs
+from launch import watch as watching
 from launch.executor import Executor, executor_for, executors_of
 from launch.local.worker import TRAIN
 from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
-from launch.status import Row, as_json, table
+from launch.status import Row, as_json
 from launch.status import status as read_status
 from launch.sweep import Run, Sweep
-from launch.watch import wait as watch
+from launch.table import table
 
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
@@ -88,7 +89,7 @@ def resume(
         snapshot: queued tasks run a copy of the code as it is now.
     """
     sweep = Sweep(folder)
-    rows = [row for row in read_status(folder) if row.state not in ("done", "running")]
+    rows = [row for row in read_status(folder) if row.kind not in ("done", "running")]
     missing = [row.run_id for row in rows if not row.reason.startswith("in the queue")]
     configs = _check_unchanged(sweep, missing)
     if not missing:
@@ -103,19 +104,32 @@ def resume(
     return _submit(sweep, missing, executor, wait, snapshot)
 
 
-def status(folder: Path, json: bool = False) -> int:
+def status(folder: Path, json: bool = False, watch: bool = False) -> int:
     """Print the state of the sweep in FOLDER.
+
+    `best %` is the accuracy of a finished run's model, else of its best evaluation so far.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
         json: print a JSON list, for programs.
+        watch: stay and show every change, until all runs have ended or Ctrl-C.
     """
-    rows = read_status(folder)
+    sweep = Sweep(folder)
+    if watch:
+        if json:
+            raise UserError("watch: shows a table; leave --watch or --json out")
+        sweep.runs()
+        try:
+            rows = watching.show(sweep, _console(), executors_of(sweep))
+        except KeyboardInterrupt:
+            return ExitCode.INTERRUPTED
+    else:
+        rows = read_status(folder)
     if json:
         print(as_json(rows))
         return ExitCode.DONE
-    _show(rows, folder)
-    if any(row.state in ("failed", "cancelled", "blocked") for row in rows):
+    _show(rows, sweep)
+    if any(row.kind in ("failed", "cancelled", "blocked") for row in rows):
         print(f"to run what is missing: python -m launch resume {folder}")
     return ExitCode.DONE
 
@@ -192,12 +206,12 @@ def _submit(
             print(f"{len(run_ids)} runs in {sweep.folder}; to see their state: {look_again}")
             return ExitCode.DONE
         print(f"{len(run_ids)} runs, {executor.limit}, in {sweep.folder}", flush=True)
-        rows = watch(sweep, run_ids, _console(), executor)
+        rows = watching.wait(sweep, run_ids, _console(), executor)
     except KeyboardInterrupt:
         print(f"\nThe runs continue. To see their state: {look_again}")
         return ExitCode.INTERRUPTED
-    _show(rows, sweep.folder)
-    if all(row.state == "done" for row in rows):
+    _show(rows, sweep)
+    if all(row.kind == "done" for row in rows):
         return ExitCode.DONE
     print(f"to run what is missing: python -m launch resume {sweep.folder}")
     return ExitCode.FAILED
@@ -223,9 +237,10 @@ def _check_unchanged(sweep: Sweep, run_ids: list[str]) -> list[RunConfig]:
     return configs
 
 
-def _show(rows: list[Row], folder: Path) -> None:
+def _show(rows: list[Row], sweep: Sweep) -> None:
     console = _console()
-    console.print(table(rows, folder, console.width), soft_wrap=False)
+    shown = table(rows, sweep.folder, console.width, sweep.parallelism())
+    console.print(shown, crop=False)
 
 
 def _console() -> Console:

@@ -74,6 +74,7 @@ class PlannedRun:
     trainer: str  # of the pruning method, in finetune runs too
     config: RunConfig
     needs: tuple[str, ...]  # run IDs
+    swept: dict[str, str] = field(default_factory=dict)  # settings beside the axes that vary
 
     @property
     def run_id(self) -> str:

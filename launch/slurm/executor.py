@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bip.config import RunConfig
 from bip.errors import UserError
+from bip.files import read_jsonl
 from launch.inputs import check_inputs
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
@@ -21,6 +22,8 @@ from launch.slurm.arrays import (
 )
 from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
 from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
+
+_HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
 class SlurmExecutor:
@@ -77,7 +80,8 @@ class SlurmExecutor:
             queue = in_queue(sweep)  # before results are read: a task may end in between
         except slurm.SlurmError as error:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
-            return {run_id: Place(None, task) for run_id, task in tasks.items()}
+            known = [run for run in sweep.runs() if run.run_id in tasks]
+            return {run.run_id: Place(self._by_files(run), tasks[run.run_id]) for run in known}
         places = {
             run_id: Place(_state(queue[run_id]), task, queue[run_id].seconds)
             for run_id, task in tasks.items()
@@ -93,6 +97,12 @@ class SlurmExecutor:
             for run_ids in doomed_tasks(sweep, *ended(sweep, sweep.runs()), queue).values():
                 places |= {name: replace(places[name], state=blocked) for name in run_ids}
         return places
+
+    def _by_files(self, run: Run) -> State | None:
+        """While the controller is unreachable: running, if the newest attempt has not ended."""
+        records = [*read_jsonl(self.sweep.folder / run.folder / "attempts.jsonl")]
+        runs = bool(records) and records[-1].get("event") == "start"
+        return State("running", "by its files; SLURM does not answer") if runs else None
 
     def _lost(self, task: str) -> State:
         err = f"jobs/slurm/{task}_0_log.err"
@@ -137,6 +147,11 @@ class SlurmExecutor:
 
 
 def _state(queued: slurm.Queued) -> State:
+    if "held" in queued.reason.lower() or queued.state in _HELD:
+        release = f"in the queue ({queued.reason}); scontrol release {queued.task}"
+        return State("waiting", release, "held")
     if queued.state == "PENDING":
         return State("waiting", f"in the queue ({queued.reason})")
+    if queued.state in ("SUSPENDED", "STOPPED"):
+        return State("running", f"SLURM has suspended task {queued.task}", "suspended")
     return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
