@@ -155,7 +155,7 @@ def json_object(text: bytes | str) -> dict[str, Any] | None:
     """The JSON object that `text` is, or None."""
     try:
         value = json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

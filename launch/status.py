@@ -1,6 +1,7 @@
 """The state of every run of a sweep, from the ledger, the run folders and the queue."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Collection
@@ -17,8 +18,8 @@ from launch.sweep import Place, Run, State, StateName, Sweep
 
 # What people see. `preempted`, `timed out` and `requeued` wait in the queue to go on.
 Word = Literal[
-    "done", "running", "stalled", "suspended", "waiting", "preempted", "timed out", "requeued",
-    "held", "blocked", "cancelled", "failed",
+    "waiting", "preempted", "timed out", "requeued", "held", "running", "stalled", "suspended",
+    "done", "failed", "cancelled", "blocked",
 ]  # fmt: skip
 _CAUSES: dict[str, Word] = {"preempted": "preempted", "timed_out": "timed out"}
 STALLED_SECONDS = 180.0  # without a heartbeat, which a run gives every few seconds
@@ -208,9 +209,11 @@ def _newest(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _number(record: dict[str, Any], name: str) -> Any:
-    """A number of a record; None if it is missing or no number."""
+    """A number of a record; None if it is missing or no finite number."""
     value = record.get(name)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _silent(folder: Path) -> float:
