@@ -1,4 +1,4 @@
-"""python -m launch series | status | logs | resume | cancel | doctor"""
+"""python -m launch series | status | list | logs | resume | cancel | doctor"""
 
 import sys
 from functools import partial
@@ -14,10 +14,12 @@ from bip.errors import ExitCode, UserError
 from launch import logs as run_logs
 from launch import watch as watching
 from launch.executor import Executor, executor_for, executors_of
+from launch.grid import split_lists
+from launch.listing import lines_of_sweeps
 from launch.local.worker import TRAIN
 from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
-from launch.status import Row, as_json
+from launch.status import Row, as_json, planned_rows
 from launch.status import status as read_status
 from launch.sweep import Run, Sweep
 from launch.table import table
@@ -34,6 +36,7 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     commands: dict[str, cli.Command] = {
         "series": partial(series, command=command),
         "status": status,
+        "list": list_sweeps,
         "logs": logs,
         "resume": partial(resume, command=command),
         "cancel": cancel,
@@ -49,14 +52,18 @@ def console() -> None:
 
 def series(*argv: str, command: list[str]) -> int:
     """Prune a whole series of k: plan, submit, wait, print the table."""
+    words, lists = split_lists([*argv])
     flags = cli.parse_flags(
         [SeriesOptions, RunConfig],
-        [*argv],
+        words,
         f"{cli.program(*NAMES)} series",
-        "Prune a series of keep ratios k. Flags of bip train apply to every stage.",
+        "Prune a series of keep ratios k. Flags of bip train apply to every stage; a comma list, "
+        "as in --lr 0.1,0.01, multiplies the series.",
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
-    plan = make_plan(flags, profile.ranks)
+    if flags.get("fail_fast") and not flags.get("wait", True):
+        raise UserError("fail_fast: needs the launcher to stay; leave --no-wait or it out")
+    plan = make_plan(flags, profile.ranks, lists)
     for note in plan.notes:
         print(note)
     for warning in plan.warnings:
@@ -65,9 +72,15 @@ def series(*argv: str, command: list[str]) -> int:
     executor = executor_for(sweep, profile, command)
     missing = [run for run in map(Run.of, plan.runs) if not sweep.is_done(run)]
     _prepare(executor, [planned.config for planned in plan.runs], missing)
+    keep_code, fail_fast = flags.get("snapshot", True), flags.get("fail_fast", False)
+    if flags.get("dry_run"):
+        _show(planned_rows(sweep, [*map(Run.of, plan.runs)]), sweep)
+        for text in executor.preview(missing):
+            print(text)
+        print("dry_run: nothing was submitted or written")
+        return ExitCode.DONE
     sweep.add(plan.runs)
-    keep_code = flags.get("snapshot", True)
-    return _submit(sweep, run_ids, executor, flags.get("wait", True), keep_code)
+    return _submit(sweep, run_ids, executor, flags.get("wait", True), keep_code, fail_fast)
 
 
 def resume(
@@ -134,6 +147,17 @@ def status(folder: Path, json: bool = False, watch: bool = False) -> int:
     return ExitCode.DONE
 
 
+def list_sweeps(folder: Path = Path("trained_models")) -> int:
+    """Print all sweeps below a folder, each with the states of its runs.
+
+    Args:
+        folder: RESULT_DIR, or a folder above.
+    """
+    for line in lines_of_sweeps(folder):
+        print(line)
+    return ExitCode.DONE
+
+
 def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
     """Print a run's log; without RUN, the failed runs of FOLDER and the last error of each.
 
@@ -196,8 +220,9 @@ def _prepare(executor: Executor, configs: list[RunConfig], runs: list[Run]) -> N
 
 
 def _submit(
-    sweep: Sweep, run_ids: list[str], executor: Executor, stay: bool, keep_code: bool
-) -> int:
+    sweep: Sweep, run_ids: list[str], executor: Executor, stay: bool, keep_code: bool,
+    fail_fast: bool = False,
+) -> int:  # fmt: skip
     """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
     look_again = f"python -m launch status {sweep.folder}"
     try:
@@ -206,7 +231,7 @@ def _submit(
             print(f"{len(run_ids)} runs in {sweep.folder}; to see their state: {look_again}")
             return ExitCode.DONE
         print(f"{len(run_ids)} runs, {executor.limit}, in {sweep.folder}", flush=True)
-        rows = watching.wait(sweep, run_ids, _console(), executor)
+        rows = watching.wait(sweep, run_ids, _console(), executor, fail_fast)
     except KeyboardInterrupt:
         print(f"\nThe runs continue. To see their state: {look_again}")
         return ExitCode.INTERRUPTED

@@ -81,6 +81,12 @@ def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
         return list(pool.map(lambda facts: _row(*facts), found))
 
 
+def planned_rows(sweep: Sweep, runs: Collection[Run]) -> list[Row]:
+    """Rows of runs that were not submitted yet, and perhaps done before."""
+    states = {True: State("done"), False: State("waiting")}
+    return [_row(sweep, run, states[sweep.is_done(run)], None) for run in runs]
+
+
 def _row(sweep: Sweep, run: Run, state: State, place: Place | None) -> Row:
     folder = sweep.folder / run.folder
     values = {name: getattr(run, name) for name in run.__annotations__ if name in _FIELDS}

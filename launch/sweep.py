@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -257,7 +257,10 @@ class Sweep:
             with ThreadPoolExecutor(16) as pool:  # many fsyncs in parallel wait less
                 list(pool.map(atomic_write_bytes, changed, changed.values()))
             old = self.runs() if self.ledger.exists() else []
-            merged = {run.run_id: run for run in [*old, *runs]}
+            merged = {run.run_id: run for run in old}
+            for run in runs:
+                swept = merged[run.run_id].swept if run.run_id in merged else {}
+                merged[run.run_id] = replace(run, swept=swept | run.swept)
             ordered = sorted(merged.values(), key=lambda run: STAGES.index(run.stage))
             if ordered != old:
                 content = {"version": VERSION, "points": [run.plain() for run in ordered]}

@@ -22,14 +22,18 @@ DEAD_SECONDS = 30.0
 # A task may be missing from the queue for a moment (SLURM restarts, a result is being written).
 LEFT_SECONDS = 60.0
 UNREACHABLE_SECONDS = 3600.0  # for which the sweep's file system may be unreachable
+FAIL_FAST_SECONDS = 120.0  # for the other runs to save
 # Workers check the queue every quarter of a second.
 LEAVING_SECONDS = 5.0
 
 
-def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor) -> list[Row]:
+def wait(
+    sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor,
+    fail_fast: bool = False,
+) -> list[Row]:  # fmt: skip
     """Watch until every run is final, or no more runs can start.
 
-    Returns the final rows.
+    With `fail_fast` the first failure cancels the others. Returns the final rows.
     """
     rows = _look(sweep, run_ids, executor.poll_seconds)
     reported = {row.run_id for row in rows if row.kind == "done"}  # by an earlier command
@@ -41,6 +45,11 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Exe
     overall = progress.add_task(sweep.folder.name, total=len(rows))
     with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
         for rows in polls(sweep, run_ids, executor):
+            failed = [row for row in rows if row.kind == "failed"]
+            if fail_fast and failed:
+                fail_fast = False
+                console.print(f"fail_fast: {_name(failed[0])} failed: {failed[0].reason}")
+                console.print(f"cancelled {executor.cancel(FAIL_FAST_SECONDS)}")
             for row in rows:
                 if row.kind in FINAL and row.run_id not in reported:
                     reported.add(row.run_id)
@@ -158,7 +167,8 @@ def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterato
 
 def _name(row: Row) -> str:
     ratio = "" if row.stage == "pretrain" else f" k {row.k}"
-    return f"{row.stage}{ratio} {row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
+    swept = "".join(f" {key} {value}" for key, value in row.swept.items())
+    return f"{row.stage}{ratio} {row.arch} {row.method} {row.layer_type} seed {row.seed}{swept}"
 
 
 def _finished(row: Row, count: int, total: int) -> Text:
@@ -171,11 +181,9 @@ def _finished(row: Row, count: int, total: int) -> Text:
 
 def _running(row: Row) -> Text:
     """What changes is first, as a narrow terminal cuts off the end."""
-    ratio = "" if row.stage == "pretrain" else f" k {row.k}"
     epoch = f"epoch {epochs(row)}" if row.epoch is not None else "starting"
     loss = "" if row.loss is None else f"  loss {row.loss:.4f}"
     seconds = "" if row.seconds is None else f"  {row.seconds:.0f} s"
     eta = "" if row.eta is None else f"  ETA {duration(row.eta)}"
-    which = f"{row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
-    line = f"  {row.stage}{ratio}  {epoch}{loss}{seconds}{eta}  {which}"
+    line = f"  {epoch}{loss}{seconds}{eta}  {_name(row)}"
     return Text(line, style="cyan", no_wrap=True, overflow="ellipsis")

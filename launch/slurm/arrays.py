@@ -313,6 +313,21 @@ def _withdraw(array: Array, problem: str) -> str:
     return f"{problem}; array {job} could not be recorded and is cancelled"
 
 
+def scripts(sweep: Sweep, profile: SlurmProfile, arrays: Sequence[Array]) -> Iterator[str]:
+    """The sbatch script of each array, with ARRAY1 and so on for their IDs; submits nothing."""
+    folder = sweep.jobs.absolute() / "slurm"
+    for number, array in enumerate(arrays, 1):
+        array.job = f"ARRAY{number}"
+        task_list = folder / f"points-{array.job}.txt"
+        executor = _executor(folder, profile, sweep.folder.absolute(), task_list, lambda job: None)
+        now, facts = datetime.now(UTC).isoformat(timespec="milliseconds"), folder / "profile.json"
+        parameters = sbatch_parameters(sweep, profile, array, sweep.folder / "code", now, facts)
+        executor.update_parameters(**parameters)
+        command = executor._submitit_command_str
+        yield f"# {array.job}: {array.stage}, {len(array.tasks)} tasks"
+        yield executor._make_submission_file_text(command, array.job)
+
+
 def sbatch_parameters(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:

@@ -17,9 +17,11 @@ from launch.slurm.arrays import (
     doomed_tasks,
     ended,
     in_queue,
+    scripts,
     submit_arrays,
     submitted_tasks,
 )
+from launch.slurm.chain import plan_arrays
 from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
 from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
 
@@ -68,6 +70,23 @@ class SlurmExecutor:
             return 0
         queue = in_queue(self.sweep)
         return len(doomed_tasks(self.sweep, *ended(self.sweep, self.sweep.runs()), queue))
+
+    def preview(self, runs: Sequence[Run]) -> Iterator[str]:
+        """Every sbatch script, and the most node-hours that one attempt of each task can take."""
+        queued = {run_id: q.task for run_id, q in in_queue(self.sweep).items()}
+        planned = [run for run in runs if run.run_id not in queued]
+        names = {run.run_id for run in planned}
+        alone = [replace(run, needs=[n for n in run.needs if n in names]) for run in planned]
+        arrays = plan_arrays(
+            alone, names, (), {}, self.profile.parallelism, self.runs_per_task, self.max_array_size
+        )
+        yield from scripts(self.sweep, self.profile, arrays)
+        tasks = sum(len(array.tasks) for array in arrays)
+        nodes, hours = self.profile.nodes, self.profile.time / 60
+        yield (
+            f"at most {tasks * nodes * hours:,.1f} node-hours: {tasks} tasks x {nodes} nodes x "
+            f"{hours:,.1f} h, the time limit of one attempt"
+        )
 
     def submit(self, run_ids: list[str], keep_code: bool) -> None:
         size, per_task = self.max_array_size, self.runs_per_task
