@@ -24,6 +24,7 @@ from launch.status import status as read_status
 from launch.sweep import Run, Sweep
 from launch.table import table
 
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
 
@@ -147,7 +148,7 @@ def status(folder: Path, json: bool = False, watch: bool = False) -> int:
     return ExitCode.DONE
 
 
-def list_sweeps(folder: Path = Path("trained_models")) -> int:
+def list_sweeps(folder: Folder = Path("trained_models")) -> int:
     """Print all sweeps below a folder, each with the states of its runs.
 
     Args:

@@ -53,11 +53,17 @@ def split_lists(argv: list[str]) -> tuple[list[str], dict[str, list[str]]]:
         if key is None or "," not in value or value.startswith("--"):
             continue
         if key in AXES:
+            if {f"--{AXES[key]}", f"--{AXES[key].replace('_', '-')}"} & {*map(_flag, argv)}:
+                raise UserError(f"{key}: --{AXES[key].replace('_', '-')} gives it too")
             words[at] = f"--{AXES[key].replace('_', '-')}" + (f"={value}" if is_one_word else "")
             continue
         lists[key] = [part.strip() for part in value.split(",")]
         words[at if is_one_word else at + 1] = (f"{flag}=" if is_one_word else "") + lists[key][0]
     return words, lists
+
+
+def _flag(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def _key(flag: str) -> str | None:

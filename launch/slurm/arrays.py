@@ -323,6 +323,7 @@ def scripts(sweep: Sweep, profile: SlurmProfile, arrays: Sequence[Array]) -> Ite
         now, facts = datetime.now(UTC).isoformat(timespec="milliseconds"), folder / "profile.json"
         parameters = sbatch_parameters(sweep, profile, array, sweep.folder / "code", now, facts)
         executor.update_parameters(**parameters)
+        executor.name_logs()
         command = executor._submitit_command_str
         yield f"# {array.job}: {array.stage}, {len(array.tasks)} tasks"
         yield executor._make_submission_file_text(command, array.job)
@@ -409,11 +410,7 @@ def _executor(
         def submit_tasks(self, sweep_folder: str, count: int) -> None:
             """Submit an array of `count` tasks by sbatch's own option. (submitit would use its own
             executor class, and make a plain job of a single task.)"""
-            logs = JobPaths(folder)
-            names = {"output": logs.stdout, "error": logs.stderr}
-            for name, path in names.items():
-                text = str(path).replace("%j", "%A_%a").replace("%t", "0")
-                self.parameters["additional_parameters"][name] = text
+            self.name_logs()
             job = self.submit(run_point, sweep_folder)
             pickle = job.paths.submitted_pickle
             for index in range(count):
@@ -422,5 +419,12 @@ def _executor(
                     os.link(pickle, own)
                 except OSError:  # ext4 allows at most 65,000 links to a file, some systems none
                     shutil.copyfile(pickle, own)
+
+        def name_logs(self) -> None:
+            logs = JobPaths(folder)
+            names = {"output": logs.stdout, "error": logs.stderr}
+            for name, path in names.items():
+                text = str(path).replace("%j", "%A_%a").replace("%t", "0")
+                self.parameters["additional_parameters"][name] = text
 
     return ArrayExecutor(folder)
