@@ -26,6 +26,7 @@ from pydantic import (
     model_validator,
 )
 
+from bip import trackers
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
 from bip.errors import UserError
@@ -94,6 +95,10 @@ def _networks() -> list[str]:
     from bip import models  # imports torch, so only --help lists them
 
     return [*models.names(), "torchvision/NAME"]
+
+
+def _trackers() -> list[str]:
+    return [name for name in trackers.names() if name != "tensorboard"]  # that one is always on
 
 
 def _unless_global_groups(config: "RunConfig") -> str | None:
@@ -381,6 +386,10 @@ class RunConfig(BaseModel):
     checkpoint_minutes: float = setting(
         REPORTS, 10.0, "minutes between checkpoints", numbers=False, gt=0, allow_inf_nan=False
     )
+    tracker: str | None = setting(
+        REPORTS, None, "also send metrics to these: a comma list", numbers=False,
+        choices=_trackers,
+    )  # fmt: skip
     save_dense: bool = setting(
         REPORTS, False, "also save the masked weights as a plain network", numbers=False
     )
@@ -399,6 +408,12 @@ class RunConfig(BaseModel):
             return values | {"trainer": find(str(trainer), mode).trainer}
         except ValueError as error:
             raise ValueError(f"trainer: {error}") from None
+
+    @field_validator("tracker")
+    @classmethod
+    def _trackers_are_known(cls, text: str | None) -> str | None:
+        trackers.parse(text)
+        return text
 
     @field_validator("dataset", "loader")
     @classmethod
@@ -717,6 +732,8 @@ def check_inputs(config: RunConfig) -> None:
             "rewind_net: missing; --rewind weights needs --rewind-net PATH, which a dense run "
             "with --rewind-epoch writes"
         )
+    if config.tracker and not config.evaluate:
+        trackers.check_installed(config.tracker)
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:

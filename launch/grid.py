@@ -74,6 +74,7 @@ def _key(flag: str) -> str | None:
         return None
     kind = RunConfig.model_fields[name].annotation
     is_free_text = kind in (str, Path, Path | None) and about(name).choices is None
+    is_free_text |= name == "tracker"  # which is a list itself
     return None if is_free_text else name
 
 

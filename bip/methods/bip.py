@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from bip.methods.base import MASK, SCORES, Method, Parts
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from bip.config import RunConfig
@@ -82,6 +83,9 @@ class Bip(Method):
         pruned.update_mask()
         pruned.write_z()
         return [report]
+
+    def term_norms(self) -> Tensor | None:
+        return self.upper.term_norms
 
     def facts(self) -> dict[str, float]:
         return self.upper.facts()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import RunConfig
+from bip.training.stopwatch import Stopwatch
 
 Batch = tuple[Tensor, Tensor]
 LEVELS = {"lower": 0, "upper": 1}
@@ -33,8 +34,9 @@ class ForwardBackward:
 
     def __init__(
         self, config: RunConfig, network: nn.Module, ddp: DistributedDataParallel | None,
-        rank: int, device: torch.device,
+        rank: int, device: torch.device, stopwatch: Stopwatch | None = None,
     ) -> None:  # fmt: skip
+        self.timed = (stopwatch or Stopwatch(device)).part
         self.config, self.network, self.ddp, self.rank, self.device = (
             config, network, ddp, rank, device,
         )  # fmt: skip
@@ -52,12 +54,16 @@ class ForwardBackward:
         for part, (x, y) in enumerate(zip(images, labels, strict=True)):
             with self._sync_only(last=part == parts - 1):
                 # A context per forward: autocast caches the bf16 cast of z, and z changes.
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+                with (
+                    self.timed("forward"),
+                    torch.autocast(
+                        self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+                    ),
                 ):
                     output = self.forward(x)
                     loss = F.cross_entropy(output, y, label_smoothing=self.config.label_smoothing)
-                (loss / parts).backward()
+                with self.timed("backward"):
+                    (loss / parts).backward()
             loss_sum += loss.detach() * len(y)
             correct += (output.detach().argmax(1) == y).sum()
         return Report(loss_sum, correct, len(batch[1]))

@@ -1,0 +1,56 @@
+"""MLflow. MLFLOW_TRACKING_URI names the server; without it all is below RESULT_DIR/mlruns.
+
+`mlflow ui --backend-store-uri RESULT_DIR/mlruns` shows these files.
+
+A run folder has one MLflow run.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from bip.trackers import base
+
+_BATCH = 1000  # metrics and 100 parameters are the most that a server takes at once
+
+
+class Tracker(base.Tracker):
+    def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
+        super().__init__(folder, config, step)
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param, RunStatus
+
+        self.metric, self.status = Metric, RunStatus
+        files = (Path(config["result_dir"]).absolute() / "mlruns").as_uri()
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", files))
+        if (known := self.remembered()) is not None:
+            self.run_id = known
+            self.client.update_run(known, "RUNNING")
+            return
+        found = self.client.get_experiment_by_name(config["exp_name"])
+        experiment = found.experiment_id if found else None
+        if experiment is None:
+            experiment = self.client.create_experiment(config["exp_name"])
+        self.run_id = self.client.create_run(experiment, run_name=folder.name).info.run_id
+        self.remember(self.run_id)
+        values = [Param(name, str(value)) for name, value in config.items()]
+        for at in range(0, len(values), 100):
+            self.client.log_batch(self.run_id, params=values[at : at + 100])
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        now = int(1000 * time.time())
+        metrics = [self.metric(name, value, now, step) for name, value in values.items()]
+        for at in range(0, len(metrics), _BATCH):
+            self.client.log_batch(self.run_id, metrics=metrics[at : at + _BATCH])
+
+    def close(self, result: dict[str, Any] | None) -> None:
+        if result is not None:
+            numbers = {f"result/{k}": float(v) for k, v in result.items() if _is_number(v)}
+            self.log(0, numbers)
+        self.client.set_terminated(self.run_id, "FINISHED" if result is not None else "KILLED")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
