@@ -97,10 +97,6 @@ def _networks() -> list[str]:
     return [*models.names(), "torchvision/NAME"]
 
 
-def _trackers() -> list[str]:
-    return [name for name in trackers.names() if name != "tensorboard"]  # that one is always on
-
-
 def _unless_global_groups(config: "RunConfig") -> str | None:
     groups = config.layer_type != "unstructured" and config.ranking_scope == "global"
     return None if groups else "it is for --scope global on filters or channels"
@@ -388,7 +384,7 @@ class RunConfig(BaseModel):
     )
     tracker: str | None = setting(
         REPORTS, None, "also send metrics to these: a comma list", numbers=False,
-        choices=_trackers,
+        choices=trackers.names,
     )  # fmt: skip
     save_dense: bool = setting(
         REPORTS, False, "also save the masked weights as a plain network", numbers=False

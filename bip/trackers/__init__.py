@@ -1,22 +1,22 @@
 """Where a run's metrics go beside metrics.jsonl: one file for each tracker, found by its name.
 
-A tracker's file has a class `Tracker` (`base.Tracker`) and imports its package when it is made. A
+A tracker's file has a class `Tracker` (`base.Tracker`) and is imported only where it is used. A
 tracker runs on rank 0, in a thread of its own, and may fail or hang: training goes on.
 """
 
-import importlib
 import importlib.util
 import pkgutil
 
 from bip.cli import nearest
 from bip.errors import UserError
-from bip.trackers.base import Tracker
 
-_OWN = ("base", "background")
+ALWAYS = "tensorboard"  # needs no --tracker
+_OTHERS = (ALWAYS, "base", "background")
 
 
 def names() -> list[str]:
-    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _OWN]
+    """What --tracker takes."""
+    return [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _OTHERS]
 
 
 def parse(text: str | None) -> list[str]:
@@ -35,8 +35,3 @@ def check_installed(text: str | None) -> None:
     for name in parse(text):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"tracker: {name} is not installed; pip install 'bip-hpc[{name}]'")
-
-
-def tracker_class(name: str) -> type[Tracker]:
-    found: type[Tracker] = importlib.import_module(f"{__name__}.{name}").Tracker
-    return found

@@ -1,14 +1,32 @@
 """A tracker in a thread: training never waits for it, and goes on when it fails."""
 
+import importlib
 import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bip.trackers.base import Tracker
 
 _MOST = 100_000  # calls that may wait; what comes then is dropped, metrics.jsonl has it
+
+
+def start(name: str, folder: Path, config: dict[str, Any], step: int) -> "Background | None":
+    """A tracker of a run folder, from `step` on; None, with a warning, if it cannot be imported."""
+    try:
+        # Here and not in the thread, as a data worker may be forked during an import.
+        module = importlib.import_module(f"{__package__}.{name}")
+    except Exception as error:
+        print(_warning(f"{name} failed ({type(error).__name__}: {error})"), flush=True)
+        return None
+    return Background(name, lambda: module.Tracker(folder, config, step))
+
+
+def _warning(what: str) -> str:
+    text = " ".join(f"warning: tracker: {what}".split())[:400]
+    return f"{text}; training goes on, metrics.jsonl has everything"
 
 
 class Background:
@@ -53,5 +71,4 @@ class Background:
     def _warn(self, what: str) -> None:
         if not self.failed:
             self.failed = True
-            text = " ".join(f"warning: tracker: {self.name} {what}".split())[:400]
-            print(f"{text}; training goes on, metrics.jsonl has everything", flush=True)
+            print(_warning(f"{self.name} {what}"), flush=True)

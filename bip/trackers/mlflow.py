@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
 from bip.trackers import base
 
 _BATCH = 1000  # metrics and 100 parameters are the most that a server takes at once
@@ -19,10 +22,6 @@ class Tracker(base.Tracker):
     def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         super().__init__(folder, config, step)
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-        from mlflow import MlflowClient
-        from mlflow.entities import Metric, Param, RunStatus
-
-        self.metric, self.status = Metric, RunStatus
         files = (Path(config["result_dir"]).absolute() / "mlruns").as_uri()
         self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", files))
         if (known := self.remembered()) is not None:
@@ -41,7 +40,7 @@ class Tracker(base.Tracker):
 
     def log(self, step: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
-        metrics = [self.metric(name, value, now, step) for name, value in values.items()]
+        metrics = [Metric(name, value, now, step) for name, value in values.items()]
         for at in range(0, len(metrics), _BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[at : at + _BATCH])
 

@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
 from bip.trackers import base
 
 
 class Tracker(base.Tracker):
     def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         super().__init__(folder, config, step)
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-        from torch.utils.tensorboard.summary import hparams
-
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         plain = {k: v if isinstance(v, bool | int | float) else str(v) for k, v in config.items()}
         # (SummaryWriter.add_hparams would make a second run of it.)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import wandb
+
 from bip.trackers import base
 
 
 class Tracker(base.Tracker):
     def __init__(self, folder: Path, config: dict[str, Any], step: int) -> None:
         super().__init__(folder, config, step)
-        import wandb
-
         known = self.remembered() or uuid.uuid4().hex[:16]
         self.remember(known)
         self.run = wandb.init(

@@ -36,6 +36,7 @@ class ForwardBackward:
         self, config: RunConfig, network: nn.Module, ddp: DistributedDataParallel | None,
         rank: int, device: torch.device, stopwatch: Stopwatch | None = None,
     ) -> None:  # fmt: skip
+        self.calls = 0
         self.timed = (stopwatch or Stopwatch(device)).part
         self.config, self.network, self.ddp, self.rank, self.device = (
             config, network, ddp, rank, device,
@@ -45,6 +46,7 @@ class ForwardBackward:
 
     def __call__(self, batch: Batch, level: str, step: int) -> Report:
         """Run on `batch` = (images (b, C, H, W), labels (b,)), in `accumulate` micro-batches."""
+        self.calls += 1
         parts = self.config.accumulate
         reseed(self.config.order_seed, step, level, self.rank)
         self.network.zero_grad(set_to_none=True)
@@ -67,6 +69,19 @@ class ForwardBackward:
             loss_sum += loss.detach() * len(y)
             correct += (output.detach().argmax(1) == y).sum()
         return Report(loss_sum, correct, len(batch[1]))
+
+    def exchange_seconds(self) -> dict[str, float]:
+        """How long the ranks' exchange of gradients took since the last call, by torch's sampling.
+
+        `gradients_hidden`: of that, beside the backward pass. {} for one rank.
+        """
+        calls, self.calls = self.calls, 0
+        if self.ddp is None:
+            return {}
+        facts = self.ddp._get_ddp_logging_data()
+        total = facts.get("avg_backward_comm_time", 0) * calls / 1e9
+        hidden = facts.get("avg_backward_compute_comm_overlap_time", 0) * calls / 1e9
+        return {"gradients": total, "gradients_hidden": hidden}
 
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()

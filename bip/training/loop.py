@@ -140,7 +140,8 @@ class Loop:
 
     def _report_cost(self, done: int, images_per_second: float) -> None:
         """Where the epoch's time went, on rank 0."""
-        seconds = {f"{part}_seconds": took for part, took in self.stopwatch.take().items()}
+        parts = self.stopwatch.take() | self.parts.forward_backward.exchange_seconds()
+        seconds = {f"{part}_seconds": took for part, took in parts.items()}
         self.log.record(
             "cost", done, "", epoch=self._epoch_of(done), images_per_second=images_per_second,
             **seconds, peak_memory_bytes=peak_memory(self.group.device), **self._rates(),

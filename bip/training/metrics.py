@@ -6,7 +6,6 @@ import math
 import resource
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 from bip.config import RunConfig
 from bip.distributed.group import Group
 from bip.files import append_jsonl, atomic_write_bytes, read_jsonl
-from bip.trackers import parse, tracker_class
-from bip.trackers.background import Background
+from bip.trackers import ALWAYS, parse
+from bip.trackers.background import Background, start
 from bip.training.forward import Report
 
 FINISHED_SECONDS, STOPPED_SECONDS = 60.0, 3.0  # that the end of an attempt waits for trackers
@@ -119,10 +118,11 @@ class RunLog:
         tested = [r["top1"] for r in kept if r.get("event") == "epoch" and "top1" in r]
         self.best = max(tested, default=0.0)
         if config is not None:
-            self.trackers = [
-                Background(name, partial(tracker_class(name), folder, config.to_plain(), step))
-                for name in ["tensorboard", *parse(config.tracker)]
+            started = [
+                start(name, folder, config.to_plain(), step)
+                for name in [ALWAYS, *parse(config.tracker)]
             ]
+            self.trackers = [tracker for tracker in started if tracker is not None]
 
     def record(self, event: str, step: int, text: str, /, **values: Any) -> None:
         """One record in metrics.jsonl, its numbers in the trackers, one line on the terminal."""

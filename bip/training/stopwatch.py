@@ -72,8 +72,8 @@ class Stopwatch:
     def take(self) -> dict[str, float]:
         """Seconds of all steps since the last call, by part; waits for the device.
 
-        `communication` lies within the other parts: exchanges of ranks, but for the gradients,
-        which overlap with the backward pass.
+        `communication` lies within the other parts: the ranks' exchanges, but for those of
+        gradients (`ForwardBackward.exchange_seconds`).
         """
         if self._events:
             torch.cuda.synchronize()
