@@ -1,6 +1,7 @@
 """The commit of the code that runs."""
 
 import contextlib
+import os
 import subprocess
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def git_commit(root: Path = Path(__file__).parents[1]) -> str | None:
     if not (root / ".git").exists():  # a wheel, perhaps inside of another repository
         return None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        found = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+        )
         return found.stdout.strip() or None
     return None

@@ -81,7 +81,10 @@ def show(sweep: Sweep, console: Console, executors: Sequence[Executor]) -> list[
                 height = max(5, console.height - 12)
                 shown = table(rows, sweep.folder, console.width, sweep.parallelism(), height)
                 live.update(shown, refresh=True)
-            elif before != (before := [(row.run_id, row.state) for row in rows]):
+            elif before != (before := [(row.run_id, row.state) for row in rows]) and any(
+                row.kind not in FINAL
+                for row in rows  # the caller shows the final rows
+            ):
                 console.print(table(rows, sweep.folder, console.width, sweep.parallelism()))
         live.update(Text(""))
     return rows

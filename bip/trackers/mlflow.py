@@ -5,6 +5,7 @@
 A run folder has one MLflow run.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 from bip.trackers import base
 
@@ -28,15 +30,20 @@ class Tracker(base.Tracker):
             self.run_id = known
             self.client.update_run(known, "RUNNING")
             return
-        found = self.client.get_experiment_by_name(config["exp_name"])
-        experiment = found.experiment_id if found else None
-        if experiment is None:
-            experiment = self.client.create_experiment(config["exp_name"])
+        experiment = self._experiment(config["exp_name"])
         self.run_id = self.client.create_run(experiment, run_name=folder.name).info.run_id
         self.remember(self.run_id)
         values = [Param(name, str(value)) for name, value in config.items()]
         for at in range(0, len(values), 100):
             self.client.log_batch(self.run_id, params=values[at : at + 100])
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            with contextlib.suppress(MlflowException):  # another run was faster
+                return str(self.client.create_experiment(name))
+            found = self.client.get_experiment_by_name(name)
+        return str(found.experiment_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         now = int(1000 * time.time())
