@@ -17,14 +17,10 @@ def git_commit(root: Path = Path(__file__).parents[1]) -> str | None:
                "--exclude=*"]  # fmt: skip
     if not (root / ".git").exists():  # a wheel, perhaps inside of another repository
         return None
+    quiet = os.environ | {"GIT_OPTIONAL_LOCKS": "0"}  # many runs ask at once
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         found = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            command, capture_output=True, text=True, timeout=30, check=True, env=quiet
         )
         return found.stdout.strip() or None
     return None

@@ -43,6 +43,7 @@ class Tracker(base.Tracker):
             with contextlib.suppress(MlflowException):  # another run was faster
                 return str(self.client.create_experiment(name))
             found = self.client.get_experiment_by_name(name)
+        assert found is not None
         return str(found.experiment_id)
 
     def log(self, step: int, values: dict[str, float]) -> None:
