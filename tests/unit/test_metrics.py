@@ -270,7 +270,10 @@ def test_a_tracker_gets_everything_in_order() -> None:
 def two_attempts(dense: Finished, folder: Path, tracker: str) -> Finished:
     """A run that is killed after an epoch, and goes on to its end."""
     settings = SHORT | {"source_net": dense.newest, "tracker": tracker}
-    train_until(4, "bip", folder, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        # Both attempts are in this process, so the first one must have ended.
+        patch.setattr(metrics, "STOPPED_SECONDS", 60.0)
+        train_until(4, "bip", folder, **settings)
     return train("bip", folder, **settings)
 
 
