@@ -209,7 +209,7 @@ def _newest(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 found.setdefault(str(record.get("event")), record)
             if found.keys() >= {"step", "epoch"}:
                 break
-        if "step" in found or block >= size:
+        if found.keys() >= {"step", "epoch"} or block >= size:
             break
     return found.get("step", {}), found.get("epoch", {})
 

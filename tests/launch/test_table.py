@@ -218,6 +218,7 @@ def test_progress_is_the_newest_records(task: Task) -> None:
     metrics = task.folder / "metrics.jsonl"
     step = {"event": "step", "epochs": 4, "steps": 40, "images_per_second": 99.5}
     append_jsonl(metrics, {"event": "epoch", "step": 10, "top1": 50.0, "best_so_far": 60.0})
+    append_jsonl(metrics, {"event": "layers", "step": 10, "names": ["x" * 100] * 400})
     for at in range(11, 21):
         append_jsonl(metrics, step | {"step": at, "epoch": 2, "loss": 0.5, "seconds": 10.0 * at})
     append_jsonl(metrics, {"event": "layers", "step": 20, "names": ["x" * 100] * 400})
