@@ -25,6 +25,7 @@ from pydantic import (
     model_validator,
 )
 
+from bip import trackers
 from bip.checkpoint_path import BEST, LIBRARIES, NEWEST, checkpoint_of, k_in_name
 from bip.cli import nearest, one_line, parse_flags
 from bip.data import loaders, sets
@@ -304,6 +305,10 @@ class RunConfig(BaseModel):
     checkpoint_minutes: float = setting(
         REPORTS, 10.0, "minutes between checkpoints", numbers=False, gt=0, allow_inf_nan=False
     )
+    tracker: str | None = setting(
+        REPORTS, None, "also send metrics to these: a comma list", numbers=False,
+        choices=trackers.names,
+    )  # fmt: skip
     save_dense: bool = setting(
         REPORTS, False, "also save the masked weights as a plain network", numbers=False
     )
@@ -345,6 +350,12 @@ class RunConfig(BaseModel):
             return values | {"trainer": find(str(trainer), mode).trainer}
         except ValueError as error:
             raise ValueError(f"trainer: {error}") from None
+
+    @field_validator("tracker")
+    @classmethod
+    def _trackers_are_known(cls, text: str | None) -> str | None:
+        trackers.parse(text)
+        return text
 
     @field_validator("dataset", "loader")
     @classmethod
@@ -653,6 +664,8 @@ def check_inputs(config: RunConfig) -> None:
             continue
         if not path.is_file() and name not in config.idle():
             raise UserError(f"{name}: no such file: {path}")
+    if config.tracker and not config.evaluate:
+        trackers.check_installed(config.tracker)
     needs_source = config.method.starts_from != "fresh" or config.evaluate
     if needs_source and config.source_net is None and config.resume is None:
         if config.evaluate:

@@ -148,17 +148,24 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; none if it does not exist. Skips lines cut short."""
+    """The records of a JSON-lines file; none if it does not exist. Skips damaged lines."""
     try:
         stream = open(path, "rb")  # noqa: SIM115
     except (FileNotFoundError, NotADirectoryError):
         return
     with stream:
         for line in stream:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue
+            if (record := json_object(line)) is not None:
+                yield record
+
+
+def json_object(text: bytes | str) -> dict[str, Any] | None:
+    """The JSON object that `text` is, or None."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def sha256_file(path: Path) -> str:

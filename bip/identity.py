@@ -1,13 +1,17 @@
 """What must agree between a run and its source, its earlier attempts and its ranks."""
 
 import hashlib
+import platform
 from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from bip.checkpoint_path import agrees, k_in_name
+from bip.commit import git_commit
 from bip.config import RunConfig, build_config, paths
 from bip.distributed.group import Group
 from bip.errors import UserError
@@ -140,6 +144,29 @@ def code_version() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _version() -> str | None:
+    try:
+        return version("bip-hpc")
+    except PackageNotFoundError:  # run from a folder that is not installed
+        return None
+
+
+def machine_facts(device: torch.device) -> dict[str, Any]:
+    """Where a run was finished, and by what."""
+    return {
+        "git_commit": git_commit(),
+        "host": platform.node(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": {
+            "bip": _version(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if device.type == "cuda" else None,
+            "numpy": numpy.__version__,
+        },
+    }
 
 
 def start_facts(config: RunConfig, group: Group) -> dict[str, str]:

@@ -32,6 +32,7 @@ from bip.training.forward import ForwardBackward
 from bip.training.loop import Loop
 from bip.training.metrics import RunLog
 from bip.training.optim import Clock
+from bip.training.stopwatch import Stopwatch
 
 STAGING = timedelta(hours=12)  # that nodes wait for a node that copies its data
 
@@ -213,7 +214,8 @@ class Run:
                     loop.load_optimizers(state)
                 del state
                 loop.run()
-                return finish(loop)
+                log.result = finish(loop)
+                return log.result
 
     def _resume(self, state: State | None) -> Progress:
         if state is None:
@@ -242,16 +244,20 @@ class Run:
         if config.budget is not None:
             iterations = method.iterations_of(config, config.budget)
         ddp = wrap(self.network, group.device) if group.world > 1 else None
+        watch = Stopwatch(group.device)
+        group.timed = watch.part
+        if self.pruned is not None:
+            self.pruned.timed = watch.part
         parts = Parts(
             config, self.network, self.pruned,
-            ForwardBackward(config, self.network, ddp, group.rank, group.device),
-            lambda level, start: group.counted(self.data.train(level, start)),
+            ForwardBackward(config, self.network, ddp, group.rank, group.device, watch),
+            lambda level, start: watch.timed("data", group.counted(self.data.train(level, start))),
             Clock(iterations, per_epoch), progress.iteration,
             lambda values: group.sum_(values).div_(group.world),
         )  # fmt: skip
         return Loop(
             parts, method(parts), self.data, group, self.control, self.stop, self.heartbeat,
-            self.folder, progress, log, spent_before=self._spent_before(),
+            self.folder, progress, log, watch, spent_before=self._spent_before(),
         )  # fmt: skip
 
 

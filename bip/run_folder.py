@@ -257,7 +257,8 @@ class RunFolder:
     def log(self, progress: Progress) -> RunLog:
         """The run's log from `progress` on. Raises on every rank if one cannot open it."""
         with self.group.together():
-            return RunLog(self.path, self.group.is_first, progress.iteration, progress.evaluated)
+            first = self.group.is_first
+            return RunLog(self.path, first, progress.iteration, progress.evaluated, self.config)
 
     def write(self, call: Callable[[], None]) -> None:
         """Rank 0 writes, if it still has the lock; all ranks wait for it.

@@ -1,4 +1,4 @@
-"""python -m launch series | status | logs | resume | cancel | doctor"""
+"""python -m launch series | status | list | logs | resume | cancel | doctor"""
 
 import sys
 from functools import partial
@@ -13,15 +13,19 @@ from bip.config import RunConfig, build_config
 from bip.errors import ExitCode, UserError
 from bip.yaml_file import read_yaml
 from launch import logs as run_logs
+from launch import watch as watching
 from launch.executor import Executor, executor_for, executors_of
+from launch.grid import split_lists
+from launch.listing import lines_of_sweeps
 from launch.local.worker import TRAIN
 from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
-from launch.status import Row, as_json, table
+from launch.status import Row, as_json, planned_rows
 from launch.status import status as read_status
 from launch.sweep import Run, Sweep
-from launch.watch import wait as watch
+from launch.table import table
 
+Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
 
@@ -34,6 +38,7 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     commands: dict[str, cli.Command] = {
         "series": partial(series, command=command),
         "status": status,
+        "list": list_sweeps,
         "logs": logs,
         "resume": partial(resume, command=command),
         "cancel": cancel,
@@ -49,14 +54,18 @@ def console() -> None:
 
 def series(*argv: str, command: list[str]) -> int:
     """Prune a whole series of k: plan, submit, wait, print the table."""
+    words, lists = split_lists([*argv])
     flags = cli.parse_flags(
         [SeriesOptions, RunConfig],
-        [*argv],
+        words,
         f"{cli.program(*NAMES)} series",
-        "Prune a series of keep ratios k. Flags of bip train apply to every stage.",
+        "Prune a series of keep ratios k. Flags of bip train apply to every stage; a comma list, "
+        "as in --lr 0.1,0.01, multiplies the series.",
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
-    plan = make_plan(flags, profile.ranks)
+    if flags.get("fail_fast") and not flags.get("wait", True):
+        raise UserError("fail_fast: needs the launcher to stay; leave --no-wait or it out")
+    plan = make_plan(flags, profile.ranks, lists)
     for note in plan.notes:
         print(note)
     for warning in plan.warnings:
@@ -65,9 +74,15 @@ def series(*argv: str, command: list[str]) -> int:
     executor = executor_for(sweep, profile, command)
     missing = [run for run in map(Run.of, plan.runs) if not sweep.is_done(run)]
     _prepare(executor, [planned.config for planned in plan.runs], missing)
+    keep_code, fail_fast = flags.get("snapshot", True), flags.get("fail_fast", False)
+    if flags.get("dry_run"):
+        _show(planned_rows(sweep, [*map(Run.of, plan.runs)]), sweep)
+        for text in executor.preview(missing):
+            print(text)
+        print("dry_run: nothing was submitted or written")
+        return ExitCode.DONE
     sweep.add(plan.runs)
-    keep_code = flags.get("snapshot", True)
-    return _submit(sweep, run_ids, executor, flags.get("wait", True), keep_code)
+    return _submit(sweep, run_ids, executor, flags.get("wait", True), keep_code, fail_fast)
 
 
 def resume(
@@ -89,8 +104,8 @@ def resume(
         snapshot: queued tasks run a copy of the code as it is now.
     """
     sweep = Sweep(folder)
-    rows = [row for row in read_status(folder) if row.state not in ("done", "running")]
-    missing = [row.run_id for row in rows if not (row.state == "waiting" and row.queued)]
+    rows = [row for row in read_status(folder) if row.kind not in ("done", "running")]
+    missing = [row.run_id for row in rows if not (row.kind == "waiting" and row.queued)]
     configs = _check_unchanged(sweep, missing)
     if not missing:
         print(f"nothing to resume: all runs of {folder} are done, queued or running")
@@ -104,20 +119,44 @@ def resume(
     return _submit(sweep, missing, executor, wait, snapshot)
 
 
-def status(folder: Path, json: bool = False) -> int:
+def status(folder: Path, json: bool = False, watch: bool = False) -> int:
     """Print the state of the sweep in FOLDER.
+
+    `best %` is the accuracy of a finished run's model, else of its best evaluation so far.
 
     Args:
         folder: RESULT_DIR/EXP_NAME of a series.
         json: print a JSON list, for programs.
+        watch: stay and show every change, until all runs have ended or Ctrl-C.
     """
-    rows = read_status(folder)
+    sweep = Sweep(folder)
+    if watch:
+        if json:
+            raise UserError("watch: shows a table; leave --watch or --json out")
+        sweep.runs()
+        try:
+            rows = watching.show(sweep, _console(), executors_of(sweep))
+        except KeyboardInterrupt:
+            return ExitCode.INTERRUPTED
+    else:
+        rows = read_status(folder)
     if json:
         print(as_json(rows))
         return ExitCode.DONE
-    _show(rows, folder)
-    if any(row.state in ("failed", "cancelled", "blocked") for row in rows):
+    _show(rows, sweep)
+    if any(row.kind in ("failed", "cancelled", "blocked") for row in rows):
         print(f"to run what is missing: python -m launch resume {folder}")
+    return ExitCode.DONE
+
+
+def list_sweeps(folder: Folder = Path("trained_models")) -> int:
+    """Print all sweeps below a folder, each with the states of its runs.
+
+    Args:
+        folder: RESULT_DIR, or a folder above.
+    """
+    for line in lines_of_sweeps(folder):
+        print(line)
     return ExitCode.DONE
 
 
@@ -183,8 +222,9 @@ def _prepare(executor: Executor, configs: list[RunConfig], runs: list[Run]) -> N
 
 
 def _submit(
-    sweep: Sweep, run_ids: list[str], executor: Executor, stay: bool, keep_code: bool
-) -> int:
+    sweep: Sweep, run_ids: list[str], executor: Executor, stay: bool, keep_code: bool,
+    fail_fast: bool = False,
+) -> int:  # fmt: skip
     """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
     look_again = f"python -m launch status {sweep.folder}"
     try:
@@ -193,12 +233,12 @@ def _submit(
             print(f"{len(run_ids)} runs in {sweep.folder}; to see their state: {look_again}")
             return ExitCode.DONE
         print(f"{len(run_ids)} runs, {executor.limit}, in {sweep.folder}", flush=True)
-        rows = watch(sweep, run_ids, _console(), executor)
+        rows = watching.wait(sweep, run_ids, _console(), executor, fail_fast)
     except KeyboardInterrupt:
         print(f"\nThe runs continue. To see their state: {look_again}")
         return ExitCode.INTERRUPTED
-    _show(rows, sweep.folder)
-    if all(row.state == "done" for row in rows):
+    _show(rows, sweep)
+    if all(row.kind == "done" for row in rows):
         return ExitCode.DONE
     print(f"to run what is missing: python -m launch resume {sweep.folder}")
     return ExitCode.FAILED
@@ -224,9 +264,10 @@ def _check_unchanged(sweep: Sweep, run_ids: list[str]) -> list[RunConfig]:
     return configs
 
 
-def _show(rows: list[Row], folder: Path) -> None:
+def _show(rows: list[Row], sweep: Sweep) -> None:
     console = _console()
-    console.print(table(rows, folder, console.width), soft_wrap=False)
+    shown = table(rows, sweep.folder, console.width, sweep.parallelism())
+    console.print(shown, crop=False)
 
 
 def _console() -> Console:

@@ -29,6 +29,9 @@ class Executor(Protocol):
         Creates nothing. `configs` are those of the runs, and perhaps of finished runs.
         """
 
+    def preview(self, runs: Sequence[Run]) -> Iterator[str]:
+        """After `prepare`: what submitting `runs` would start, and its cost, as text."""
+
     def submit(self, run_ids: list[str], keep_code: bool) -> None:
         """Queue those of the runs that are not done, and remove their failure records.
 

@@ -14,7 +14,7 @@ from launch.watch import polls
 
 def show_failures(sweep: Sweep) -> None:
     """Print the failed runs, each with its last error line and its log's path."""
-    failed = [row for row in status(sweep.folder) if row.state == "failed"]
+    failed = [row for row in status(sweep.folder) if row.kind == "failed"]
     for row in failed:
         print(f"{row.run_id}: {row.reason}")
         path = _log(executors_of(sweep), row.run_id)

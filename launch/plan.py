@@ -1,7 +1,8 @@
 """The k series, and the plan of a sweep: series x seeds x networks x layer types x trainers."""
 
 import itertools
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -22,6 +23,7 @@ from bip.errors import UserError
 from bip.methods import acts_in, find
 from bip.methods.base import Method, Mode
 from bip.shipped import given_or_shipped
+from launch.grid import AXES, Grid, check, read_series
 
 # The published sparsity ladder (BiP, figures 4-6), as written there.
 # fmt: off
@@ -36,16 +38,15 @@ NAMED_SERIES = {"unstructured": UNSTRUCTURED, "structured": STRUCTURED}
 
 STAGES: tuple[Mode, ...] = ("pretrain", "prune", "finetune")
 
-# (flag with a list, flag with one value): the sweep multiplies over the list.
-_AXES = {"series": "k", "seeds": "seed", "archs": "arch"}
-_AXES |= {"layer_types": "layer_type", "trainers": "trainer"}
-
 
 class SeriesOptions(BaseModel):
     """The flags of `python -m launch series` in addition to those of `bip train`."""
 
-    series: str | None = Field(None, description="unstructured, structured or a comma list of k")
-    seeds: str | None = Field(None, description="comma list; multiplies the series")
+    series: str | None = Field(
+        None,
+        description="unstructured, structured, a comma list of k, or a file of configs/series/",
+    )
+    seeds: str | None = Field(None, description="comma list or 1-5; multiplies the series")
     archs: str | None = Field(None, description="comma list of networks; multiplies the series")
     layer_types: str | None = Field(None, description="comma list; multiplies the series")
     trainers: str | None = Field(
@@ -68,6 +69,10 @@ class SeriesOptions(BaseModel):
         None, description="runs at once, under SLURM of each stage (default: the profile's)"
     )
     wait: bool = Field(True, description="stay and show the progress")
+    dry_run: bool = Field(
+        False, description="check all, show the runs, scripts and cost, and submit nothing"
+    )
+    fail_fast: bool = Field(False, description="cancel all runs when one has failed")
     snapshot: bool = Field(
         True, description="SLURM: queued tasks run a copy of the code as it is now"
     )
@@ -81,6 +86,7 @@ class PlannedRun:
     trainer: str  # of the pruning method, in finetune runs too
     config: RunConfig
     needs: tuple[str, ...]  # run IDs
+    swept: dict[str, str] = field(default_factory=dict)  # settings beside the axes that vary
 
     @property
     def run_id(self) -> str:
@@ -133,6 +139,16 @@ def _parts(name: str, text: str) -> list[str]:
     return parts
 
 
+def _range(part: Any) -> list[Any]:
+    """`1-5` as its numbers; anything else as it is."""
+    if not isinstance(part, str) or not (match := re.fullmatch(r"(\d+)-(\d+)", part)):
+        return [part]
+    first, last = map(int, match.groups())
+    if not first <= last < first + 10_000:
+        raise UserError(f"seeds: {part} is no range; give the smaller seed first, such as 1-5")
+    return [*range(first, last + 1)]
+
+
 def _parse_stages(text: str) -> list[Mode]:
     stages = _parts("stages", text)
     if unknown := [stage for stage in stages if stage not in STAGES]:
@@ -169,20 +185,47 @@ def check_same_source(run_id: str, one: Path | None, other: Path | None) -> None
         )
 
 
-def make_plan(flags: dict[str, Any], ranks: int = 1) -> Plan:
+def make_plan(
+    flags: dict[str, Any], ranks: int = 1, lists: Mapping[str, list[Any]] | None = None
+) -> Plan:
     """Every run of the sweep that `flags` describe, validated; nothing is created.
 
     `flags` are those given on the command line (`SeriesOptions` and `RunConfig` by field name),
-    `ranks` the processes of one run. Raises UserError for any value that cannot work.
+    `ranks` the processes of one run, `lists` the values of settings that vary beside the axes.
+    Raises UserError for any value that cannot work.
     """
     options = SeriesOptions(**{k: v for k, v in flags.items() if k in SeriesOptions.model_fields})
     run_flags = {k: v for k, v in flags.items() if k in RunConfig.model_fields}
-    return _Planner(options, run_flags, ranks).plan()
+    run_flags = {key: value for key, value in run_flags.items() if key not in (lists or {})}
+    options, grid = _merge(options, Grid({**(lists or {})}))
+    return _Planner(options, run_flags, ranks, grid).plan()
+
+
+def _merge(options: SeriesOptions, grid: Grid) -> tuple[SeriesOptions, Grid]:
+    """The options with the axes that a file of --series gives, and all other lists."""
+    found = read_series(options.series) if options.series is not None else None
+    if found is None:
+        check(grid)
+        return options, grid
+    axes: dict[str, Any] = {"series": None}
+    for key, values in found.lists.items():
+        if key in AXES:
+            if getattr(options, AXES[key]) is not None and key != "k":
+                raise UserError(f"{key}: --{AXES[key].replace('_', '-')} gives it too")
+            axes[AXES[key]] = ",".join(map(str, values))
+        elif key in grid.lists:
+            raise UserError(f"{key}: {options.series} gives it too; keep one of the two")
+    lists = grid.lists | {k: v for k, v in found.lists.items() if k not in AXES}
+    grid = Grid(lists, found.pairs)
+    check(grid)
+    return options.model_copy(update=axes), grid
 
 
 class _Planner:
-    def __init__(self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int) -> None:
-        self.options = options
+    def __init__(
+        self, options: SeriesOptions, run_flags: dict[str, Any], ranks: int, grid: Grid
+    ) -> None:
+        self.options, self.grid = options, grid
         self.ranks = ranks
         main_file = run_flags.pop("configs", None)
         self.main_file = given_or_shipped(main_file) if main_file else None
@@ -193,11 +236,13 @@ class _Planner:
         for name in ("resume", "evaluate"):
             if name in run_flags:
                 raise UserError(f"{name}: a series starts and resumes its own runs; leave it out")
-        for plural, single in _AXES.items():
-            if getattr(options, plural) is not None and single in run_flags:
+        for single, plural in AXES.items():
+            if getattr(options, plural) is not None and single in {*run_flags, *grid.keys}:
                 raise UserError(
                     f"{single}: --{plural.replace('_', '-')} gives it too; keep one of the two"
                 )
+        if twice := [key for key in grid.keys if key in run_flags]:
+            raise UserError(f"{twice[0]}: --series gives it too; keep one of the two")
         self.main = merge({"configs": self.main_file} if self.main_file else {}) | run_flags
         self.stages = self._stages()
         self.budget: int | None = self.main.get("budget")
@@ -221,31 +266,36 @@ class _Planner:
             )
         return stages
 
-    def _axes(self) -> list[tuple[Any, ...]]:
-        """(seed, arch, layer_type, trainer, k) of every run: k varies fastest."""
-        given = self.options
-        if given.series is None and self.stages != ["pretrain"]:
+    def _axes(self) -> list[dict[str, Any]]:
+        """The settings that vary, of every run: k varies fastest."""
+        given, grid = self.options, self.grid
+        gives_k = given.series is not None or "k" in grid.keys
+        if not gives_k and not grid.keys and self.stages != ["pretrain"]:
             raise UserError("series: missing; give --series unstructured, structured or 0.5,0.1")
-        series: tuple[Any, ...] = (self.main.get("k"),)
-        if given.series is not None:
-            series = parse_series(given.series)
         if given.trainers is not None and "prune" not in self.stages:
             raise UserError("trainers: only the prune stage has a choice of trainers")
 
-        def axis(name: str) -> list[Any]:
-            listed = getattr(given, name)
-            return [self.main.get(_AXES[name])] if listed is None else _parts(name, listed)
+        def axis(key: str) -> list[Any]:
+            listed = getattr(given, AXES[key])
+            return [self.main.get(key)] if listed is None else _parts(AXES[key], listed)
 
-        seeds = [self._seed(seed) for seed in axis("seeds")]
+        seeds = [self._seed(seed) for part in axis("seed") for seed in _range(part)]
         if len(set(seeds)) < len(seeds):
             raise UserError(f"seeds: a value is given twice in {given.seeds!r}")
-        archs, layer_types = axis("archs"), axis("layer_types")
-        trainers = axis("trainers")
+        trainers = axis("trainer")
         if given.trainers is not None:
             trainers = [_method(name, "prune").trainer for name in trainers]
             if len(set(trainers)) < len(trainers):
                 raise UserError(f"trainers: a method is given twice in {given.trainers!r}")
-        return list(itertools.product(seeds, archs, layer_types, trainers, series))
+        values = {"seed": seeds, "arch": axis("arch"), "layer_type": axis("layer_type")}
+        values |= {"trainer": trainers} | grid.lists
+        series = [self.main.get("k")] if given.series is None else parse_series(given.series)
+        return [
+            dict(zip(values, combination, strict=True)) | {"k": k} | pair
+            for *combination, pair, k in itertools.product(
+                *values.values(), grid.pairs or [{}], series
+            )
+        ]
 
     @staticmethod
     def _seed(value: Any) -> Any:
@@ -263,7 +313,9 @@ class _Planner:
         if self.stages[0] == "pretrain":
             reason = "has no effect" if len(self.stages) == 1 else "comes from the pretrain stage"
             raise UserError(f"source_net: {reason}; leave it out or leave out the stage")
-        _, archs, layer_types, _, series = (set(axis) for axis in zip(*self.axes, strict=True))
+        archs, layer_types, series = (
+            {str(axes[key]) for axes in self.axes} for key in ("arch", "layer_type", "k")
+        )
         if len(archs) > 1:
             raise UserError("source_net: one checkpoint is of one network; give one --archs value")
         if self.stages[0] == "finetune" and len(layer_types) * len(series) > 1:
@@ -273,18 +325,20 @@ class _Planner:
             )
 
     def plan(self) -> Plan:
-        for (seed, arch, layer_type, trainer), runs_of_series in itertools.groupby(
-            self.axes, key=lambda axes: axes[:-1]
+        settings = [key for key in self.grid.keys if key not in AXES]
+        for fixed, runs_of_series in itertools.groupby(
+            self.axes, key=lambda axes: {key: axes[key] for key in axes if key != "k"}
         ):
-            series = [k for *_, k in runs_of_series]
+            series = [axes["k"] for axes in runs_of_series]
+            trainer = fixed["trainer"]
             method = _method(trainer or "base", "prune") if "prune" in self.stages else None
             if in_rounds := method is not None and method.in_rounds:
                 series.sort(reverse=True)
             before: PlannedRun | None = None  # the round before
             for number, k in enumerate(series):
-                axes = {"seed": seed, "arch": arch}
+                axes = {key: fixed[key] for key in ("seed", "arch", *settings)}
                 source = dense = self._add("pretrain", trainer, axes) if self.makes_dense else None
-                axes |= {"layer_type": layer_type, "k": k}
+                axes |= {"layer_type": fixed["layer_type"], "k": k}
                 for stage in self.stages:
                     if stage == "pretrain" or (stage == "finetune" and not self._tunes(method)):
                         continue
@@ -293,6 +347,9 @@ class _Planner:
                     if stage == "prune" and in_rounds:
                         before = source
         runs = sorted(self.runs.values(), key=lambda run: STAGES.index(run.stage))
+        for key in settings:
+            if not any(key in run.swept for run in runs):
+                raise UserError(f"{key}: no effect in any run of this sweep; leave it out")
         return Plan(runs, self.notes, list(self._warnings(runs)))
 
     @property
@@ -333,8 +390,13 @@ class _Planner:
         rounds: int = 1,
     ) -> PlannedRun:
         path, values = self._file(stage, trainer or "base")
-        values = values | {name: value for name, value in axes.items() if value is not None}
         method = _method(values.get("trainer", "base"), stage)
+        settings = {*self.grid.keys} - {*AXES}
+        axes = {
+            name: value for name, value in axes.items()
+            if value is not None and (name not in settings or acts_in(method, name))
+        }  # fmt: skip
+        values = values | axes
         if (budget := self._budget(stage, method, number, rounds)) is not None:
             values["budget"] = budget
         starts_fresh = method.starts_from == "fresh"
@@ -362,7 +424,10 @@ class _Planner:
         config.batch_per_rank(self.ranks)
         pruned_by = config.trainer if source is None or stage != "finetune" else source.trainer
         needs = (source.run_id,) if source else ()
-        run = PlannedRun(stage, pruned_by, config, needs)
+        plain = config.to_plain()
+        acting = [key for key in self.grid.keys if key in settings & {*axes} - {*config.idle()}]
+        swept = {key: str(plain.get(key)) for key in acting}
+        run = PlannedRun(stage, pruned_by, config, needs, swept)
         known = self.runs.setdefault(run.run_id, run)
         check_same_source(run.run_id, known.config.source_net, config.source_net)
         return known

@@ -1,36 +1,38 @@
-"""The state of a sweep as a table, read from the ledger and the run folders alone."""
+"""The state of every run of a sweep, from the ledger, the run folders and the queue."""
 
 import json
+import math
 import os
 import time
-from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
-
+from bip.files import json_object, read_jsonl
+from bip.methods import find
 from launch.executor import executors_of
-from launch.sweep import FINAL, Place, Run, State, StateName, Sweep
+from launch.sweep import Place, Run, State, StateName, Sweep
 
-_STYLES: dict[StateName, str] = {
-    "waiting": "dim",
-    "running": "cyan",
-    "done": "green",
-    "failed": "bold red",
-    "cancelled": "magenta",
-    "blocked": "yellow",
-}
-_AXES = {"arch": "arch", "trainer": "trainer", "layer_type": "layer type", "seed": "seed"}
+# What people see. `preempted`, `timed out` and `requeued` wait in the queue to go on.
+Word = Literal[
+    "waiting", "preempted", "timed out", "requeued", "held", "running", "stalled", "suspended",
+    "done", "failed", "cancelled", "blocked",
+]  # fmt: skip
+_CAUSES: dict[str, Word] = {"preempted": "preempted", "timed_out": "timed out"}
+STALLED_SECONDS = 180.0  # without a heartbeat, which a run gives every few seconds
+_BLOCKS = (1 << 14, 1 << 18, 1 << 22)  # bytes of a log's end that are searched for a record
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run's state. `top1` is in percent, `sparsity` a fraction, `seconds` wall time."""
+    """One run's state. `state` is the exact word, `kind` the group that commands act by.
+
+    `best` and `top1` are in percent: of a finished run its model's accuracy, else the best
+    evaluation so far and the last. `sparsity` is a fraction, `seconds` wall time, `eta` seconds.
+    """
 
     run_id: str
     stage: str
@@ -38,19 +40,29 @@ class Row:
     arch: str
     layer_type: str
     trainer: str
+    method: str
     seed: int
-    state: StateName
+    state: Word
+    kind: StateName
     reason: str = ""
     kept: int | None = None
     sparsity: float | None = None
     top1: float | None = None
+    best: float | None = None
     epoch: int | None = None
     epochs: int | None = None
+    step: int | None = None
+    steps: int | None = None
     loss: float | None = None
+    images_per_second: float | None = None
     seconds: float | None = None
-    folder: str = ""
+    eta: float | None = None
+    attempt: int | None = None  # executions so far, this one included
+    node: str = ""
     task: str = ""  # the newest SLURM array task
     queued: bool = False  # that task is pending
+    folder: str = ""
+    swept: dict[str, str] = field(default_factory=dict)
 
 
 def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
@@ -65,122 +77,193 @@ def status(folder: Path, run_ids: Collection[str] | None = None) -> list[Row]:
         places |= executor.queue()
     states = sweep.states(runs, places)
     wanted = [run for run in runs if run_ids is None or run.run_id in run_ids]
-    return [_row(sweep, run, states[run.run_id], places.get(run.run_id)) for run in wanted]
+    with ThreadPoolExecutor(8) as pool:  # on a network file system each read waits
+        found = [(sweep, run, states[run.run_id], places.get(run.run_id)) for run in wanted]
+        return list(pool.map(lambda facts: _row(*facts), found))
+
+
+def planned_rows(sweep: Sweep, runs: Collection[Run]) -> list[Row]:
+    """Rows of runs that were not submitted yet, and perhaps done before."""
+    states = {True: State("done"), False: State("waiting")}
+    return [_row(sweep, run, states[sweep.is_done(run)], None) for run in runs]
 
 
 def _row(sweep: Sweep, run: Run, state: State, place: Place | None) -> Row:
     folder = sweep.folder / run.folder
-    values = {name: value for name, value in asdict(run).items() if name in Row.__annotations__}
-    values |= {"state": state.name, "reason": state.reason, "folder": str(folder)}
+    values = {name: getattr(run, name) for name in run.__annotations__ if name in _FIELDS}
+    values |= {"method": _method(run), "folder": str(folder), "task": place.task if place else ""}
+    values["queued"] = place is not None and place.queued
+    values |= {"state": state.word or state.name, "kind": state.name, "reason": state.reason}
     if state.name == "done":
-        result = _read_json(folder / "result.json")
-        if result is None:
-            values["reason"] = "result.json is not readable"
-        for name in ("kept", "sparsity", "top1", "epochs", "seconds"):
-            values[name] = (result or {}).get(name)
-        values["epoch"] = values["epochs"]
+        return Row(**values | _result(folder / "result.json"))
+    attempts = _Attempts(folder / "attempts.jsonl")
+    values |= _progress(folder / "metrics.jsonl")
+    values |= {"attempt": len(attempts.starts) or None, "node": attempts.node}
+    if state.name == "running":
+        values["seconds"] = place and place.seconds
+        claim = sweep.claim(run) if values["seconds"] is None else {}
+        if isinstance(started := claim.get("started"), int | float):
+            values["seconds"] = max(0.0, time.time() - started)
+        values["node"] = attempts.node or str(claim.get("host", ""))
+        silent = 0.0 if state.word else _silent(folder)
+        if attempts.is_open and silent > STALLED_SECONDS:
+            values |= {"state": "stalled", "eta": None, "images_per_second": None}
+            values["reason"] = (
+                f"no heartbeat for {silent / 60:.0f} min; its node may have failed or cannot reach "
+                "the file system"
+            )
     else:
-        last = _last_record(folder / "metrics.jsonl")
-        values |= {name: last.get(name) for name in ("epoch", "epochs", "loss")}
-        if state.name == "running":
-            values["seconds"] = place and place.seconds
-            if values["seconds"] is None and (started := sweep.claim(run).get("started")):
-                values["seconds"] = max(0.0, time.time() - started)
-    if place is not None:
-        values |= {"task": place.task, "queued": place.queued}
+        values |= {"eta": None, "images_per_second": None}
+        times = attempts.of_task(values["task"])
+        if state.name == "waiting" and not state.word and times:
+            values["state"] = attempts.cause
+            often = f"interrupted {times} time{'s' * (times > 1)}"
+            values["reason"] = "; ".join(filter(None, [state.reason, often]))
     return Row(**values)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+_FIELDS = {*Row.__annotations__}
 
 
-def _last_record(path: Path) -> dict[str, Any]:
-    """The newest complete record of a step in metrics.jsonl; reads only its end."""
+def _method(run: Run) -> str:
+    """The name of its method, where the ledger has the published one."""
+    if run.stage == "pretrain":
+        return "dense"
     try:
-        with open(path, "rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - 8192))
-            lines = stream.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
+        return find(run.trainer, "prune").name
+    except ValueError:  # of another version
+        return run.trainer
+
+
+class _Attempts:
+    """What attempts.jsonl records, whatever is damaged in it."""
+
+    def __init__(self, path: Path) -> None:
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut above, or still being written
-        if isinstance(record, dict) and record.get("event") == "step":
-            return record
-    return {}
+            self.records = [*read_jsonl(path)]
+        except OSError:
+            self.records = []
+        self.starts = [record for record in self.records if record.get("event") == "start"]
+
+    @cached_property
+    def node(self) -> str:
+        return str(self.starts[-1].get("host", "")).split(".")[0] if self.starts else ""
+
+    @property
+    def is_open(self) -> bool:
+        return bool(self.records) and self.records[-1].get("event") == "start"
+
+    def of_task(self, task: str) -> int:
+        """How many attempts ran in the SLURM task that has the run now."""
+        ids = ("slurm_array_job_id", "slurm_array_task_id")
+        return sum("_".join(str(start.get(name)) for name in ids) == task for start in self.starts)
+
+    @property
+    def cause(self) -> Word:
+        """Why the last attempt waits to go on."""
+        last = self.records[-1] if self.records else {}
+        return _CAUSES.get(str(last.get("cause")), "requeued")
 
 
-def summary(rows: Iterable[Row]) -> str:
-    """'3 done, 1 running'."""
-    states = [row.state for row in rows]
-    return ", ".join(f"{states.count(name)} {name}" for name in _STYLES if name in states)
+def _result(path: Path) -> dict[str, Any]:
+    try:
+        result = json_object(path.read_bytes())
+    except OSError:
+        result = None
+    if result is None:
+        return {"reason": "result.json is not readable"}
+    names = ("kept", "sparsity", "top1", "epochs", "seconds")
+    found: dict[str, Any] = {name: _number(result, name) for name in names}
+    found["best"] = _number(result, "best_top1")
+    if found["best"] is None:
+        found["best"] = found["top1"]
+    return found | {"epoch": found["epochs"], "attempt": _number(result, "attempts")}
 
 
-def table(rows: list[Row], folder: Path, width: int) -> Group:
-    """The rows as a rich table for `width` columns, the reasons of failed runs, and the folder.
+def _progress(path: Path) -> dict[str, Any]:
+    """The newest records of a step and of an evaluation, and the time left by them."""
+    step, epoch = _newest(path)
+    names = ("epoch", "epochs", "loss", "step", "steps", "images_per_second")
+    found: dict[str, Any] = {name: _number(step, name) for name in names}
+    top1, best = _number(epoch, "top1"), _number(epoch, "best_so_far")
+    found |= {"top1": top1, "best": top1 if best is None else best}
+    seconds = _number(step, "seconds")
+    if seconds is not None and found["step"] and found["steps"]:
+        since = time.time() - path.stat().st_mtime
+        left = (found["steps"] - found["step"]) * seconds / found["step"]
+        found["eta"] = max(0.0, left - max(0.0, since))
+    return found
 
-    Values that all pruned networks share are in the title. Run folders have a column if it fits.
+
+def _newest(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest records of a step and of an epoch in metrics.jsonl; reads only its end."""
+    found: dict[str, dict[str, Any]] = {}
+    for block in _BLOCKS:
+        try:
+            with open(path, "rb") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - block))
+                lines = stream.read().splitlines()
+        except OSError:
+            break
+        for line in reversed(lines):  # one may be cut above, or still be being written
+            if (record := json_object(line)) is not None:
+                found.setdefault(str(record.get("event")), record)
+            if found.keys() >= {"step", "epoch"}:
+                break
+        if found.keys() >= {"step", "epoch"} or block >= size:
+            break
+    return found.get("step", {}), found.get("epoch", {})
+
+
+def _number(record: dict[str, Any], name: str) -> Any:
+    """A number of a record; None if it is missing or no finite number."""
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _silent(folder: Path) -> float:
+    """Seconds since the run touched its lock (`bip.lock`); 0 if there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            beats = [e.stat().st_mtime for e in entries if e.name.startswith(".lock.")]
+    except OSError:
+        return 0.0
+    return time.time() - max(beats) if beats else 0.0
+
+
+def sweep_eta(rows: Collection[Row], at_once: int) -> float | None:
+    """Seconds of work left of a sweep with `at_once` runs at once; None if nothing is known.
+
+    A waiting run is taken to need the mean time of those of its stage. Waiting for the cluster
+    does not count.
     """
-    pruned = [row for row in rows if row.stage != "pretrain"] or rows
-    shared = [name for name in _AXES if len({getattr(row, name) for row in pruned}) == 1]
-    axes = [name for name in _AXES if name not in shared]
-    titles = [
-        *(("stage", "left"), ("k", "right")),
-        *((_AXES[name], "left") for name in axes),
-        *(("state", "left"), ("kept", "right"), ("sparsity %", "right"), ("top-1 %", "right")),
-        *(("epochs", "right"), ("seconds", "right"), ("folder", "left")),
-    ]
-    cells = [_cells(row, axes, folder) for row in rows]
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    widths = [max(map(len, column)) for column in zip([t for t, _ in titles], *cells, strict=True)]
-    if sum(widths) + 2 * len(widths) > width:
-        titles.pop()
-    for title, side in titles:
-        found.add_column(title, justify="right" if side == "right" else "left", no_wrap=True)
-    for row, line in zip(rows, cells, strict=True):
-        styled = [Text(cell, _STYLES[row.state] if cell == row.state else "") for cell in line]
-        found.add_row(*styled[: len(titles)])
-    known = ", ".join(f"{_AXES[name]} {getattr(pruned[0], name)}" for name in shared if pruned)
-    lines = [Text(f"{folder.name}: {summary(rows)}" + (f" ({known})" if known else ""))]
-    shown = [row for row in rows if row.reason and row.state != "running"]
-    reasons = Counter((row.stage, row.state, row.reason) for row in shown)
-    trouble = [
-        Text(f"{state} ({stage}{f', {count} runs' if count > 1 else ''}): {reason}", _STYLES[state])
-        for (stage, state, reason), count in reasons.items()
-    ]
-    where = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
-    if any(row.state in FINAL[1:] for row in rows):
-        where.append(Text(f"what they printed: python -m launch logs {folder}"))
-    return Group(*lines, found, *trouble, *where)
+    total = 0.0
+    for stage in {row.stage for row in rows}:
+        own = [row for row in rows if row.stage == stage]
+        left = [row for row in own if row.kind in ("waiting", "running")]
+        known = [row.seconds for row in own if row.kind == "done" and row.seconds is not None]
+        known += [length for row in own if (length := _length(row)) is not None]
+        if left and not known:
+            return None
+        mean = sum(known) / len(known) if known else 0.0
+        needs = [mean * _rest(row) if row.eta is None else row.eta for row in left]
+        if needs:
+            total += max(max(needs), sum(needs) / max(1, at_once))
+    return total
 
 
-def _cells(row: Row, axes: list[str], folder: Path) -> list[str]:
-    return [
-        row.stage,
-        "dense" if row.stage == "pretrain" else row.k,
-        *(str(getattr(row, name)) for name in axes),
-        row.state,
-        "" if row.kept is None else f"{row.kept:,}",
-        "" if row.sparsity is None else f"{100 * row.sparsity:.2f}",
-        "" if row.top1 is None else f"{row.top1:.2f}",
-        epochs(row),
-        "" if row.seconds is None else f"{row.seconds:.1f}",
-        os.path.relpath(row.folder, folder),
-    ]
+def _length(row: Row) -> float | None:
+    """The seconds that a running run will have taken."""
+    if row.eta is None or not row.step or not row.steps or row.step >= row.steps:
+        return None
+    return row.eta / (1 - row.step / row.steps)
 
 
-def epochs(row: Row) -> str:
-    if row.epoch is None:
-        return ""
-    return f"{row.epoch}" if row.state == "done" else f"{row.epoch}/{row.epochs or '?'}"
+def _rest(row: Row) -> float:
+    return 1 - row.step / row.steps if row.step and row.steps else 1.0
 
 
 def as_json(rows: list[Row]) -> str:

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +47,8 @@ StateName = Literal["waiting", "running", "done", "failed", "cancelled", "blocke
 FINAL: tuple[StateName, ...] = ("done", "failed", "cancelled", "blocked")
 LEFT_QUEUE = "its task left SLURM's queue"
 CANCELLED = "cancelled"  # how the reason of a cancelled run starts
+# How the reasons of cancelled runs start: by the user, and by a preemption that cancels.
+_CANCELS = (CANCELLED, f"preempted and {CANCELLED}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Run:
     folder: str
     config: str
     needs: list[str]
+    swept: dict[str, str] = field(default_factory=dict)  # further settings that the sweep varies
 
     @classmethod
     def of(cls, planned: PlannedRun) -> "Run":
@@ -78,13 +81,32 @@ class Run:
             folder=f"{planned.stage}/{planned.run_id}",
             config=f"points/{planned.run_id}.yml",
             needs=list(planned.needs),
+            swept=planned.swept,
         )
+
+    @classmethod
+    def read(cls, values: dict[str, Any]) -> "Run":
+        """A run as the ledger has it. Raises TypeError for a missing or damaged value."""
+        run = cls(**values)
+        texts = [run.run_id, run.k, run.arch, run.layer_type, run.trainer, run.folder, run.config]
+        texts += [*run.needs, *run.swept.values()]
+        if run.stage not in STAGES or not all(isinstance(text, str) for text in texts):
+            raise TypeError(f"a damaged record: {values}")
+        return run
+
+    def plain(self) -> dict[str, Any]:
+        """As the ledger has it; earlier versions know no `swept`."""
+        values = asdict(self)
+        return values if self.swept else {k: v for k, v in values.items() if k != "swept"}
 
 
 @dataclass(frozen=True)
 class State:
+    """`word` is for people, where it is more exact than `name`: held, suspended."""
+
     name: StateName
     reason: str = ""
+    word: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,13 +244,13 @@ class Sweep:
                     f"{self.ledger}: format version {content['version']}, not {VERSION}; "
                     "it was made by another version of this program"
                 )
-            return [Run(**values) for values in content["points"]]
+            return [Run.read(values) for values in content["points"]]
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.folder}: not a sweep folder (no series.json); give RESULT_DIR/EXP_NAME "
                 "of a series"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise_passing(error, self.ledger)
             raise UserError(
                 f"{self.ledger}: not a readable ledger ({type(error).__name__}: {error})"
@@ -263,10 +285,13 @@ class Sweep:
             with ThreadPoolExecutor(16) as pool:  # many fsyncs in parallel wait less
                 list(pool.map(atomic_write_bytes, changed, changed.values()))
             old = self.runs() if self.ledger.exists() else []
-            merged = {run.run_id: run for run in [*old, *runs]}
+            merged = {run.run_id: run for run in old}
+            for run in runs:
+                swept = merged[run.run_id].swept if run.run_id in merged else {}
+                merged[run.run_id] = replace(run, swept=swept | run.swept)
             ordered = sorted(merged.values(), key=lambda run: STAGES.index(run.stage))
             if ordered != old:
-                content = {"version": VERSION, "points": [asdict(run) for run in ordered]}
+                content = {"version": VERSION, "points": [run.plain() for run in ordered]}
                 atomic_write_json(self.ledger, content)
 
     def queue(self) -> Queue:
@@ -295,6 +320,13 @@ class Sweep:
 
     def live_workers(self) -> int:
         return sum(map(Lock.is_held, self.jobs.glob("worker-*.lock")))
+
+    def parallelism(self) -> int:
+        """Runs at once, by the profile of the last submission; 1 if that is not readable."""
+        try:
+            return max(1, int(json.loads((self.jobs / "profile.json").read_text())["parallelism"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return 1
 
     def is_done(self, run: Run) -> bool:
         return (self.folder / run.folder / "result.json").exists()
@@ -341,7 +373,7 @@ class Sweep:
             elif self.is_running(run):
                 state = State("running")
             elif (reason := self.failure(run)) is not None:
-                state = State("cancelled" if reason.startswith(CANCELLED) else "failed", reason)
+                state = State("cancelled" if reason.startswith(_CANCELS) else "failed", reason)
             elif place and place.state and (place.state.name != "failed" or not stuck):
                 state = place.state
             elif stuck:

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 from rich.console import Console, Group
@@ -13,25 +13,30 @@ from rich.text import Text
 
 from bip.files import may_pass
 from launch.executor import Executor
-from launch.status import Row, epochs, status, summary
+from launch.status import Row, status
 from launch.sweep import FINAL, LEFT_QUEUE, Sweep
+from launch.table import duration, epochs, summary, table
 
 # Workers need a moment to start; after this time without one, no run will start.
 DEAD_SECONDS = 30.0
 # A task may be missing from the queue for a moment (SLURM restarts, a result is being written).
 LEFT_SECONDS = 60.0
 UNREACHABLE_SECONDS = 3600.0  # for which the sweep's file system may be unreachable
+FAIL_FAST_SECONDS = 120.0  # for the other runs to save
 # Workers check the queue every quarter of a second.
 LEAVING_SECONDS = 5.0
 
 
-def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor) -> list[Row]:
+def wait(
+    sweep: Sweep, run_ids: Collection[str], console: Console, executor: Executor,
+    fail_fast: bool = False,
+) -> list[Row]:  # fmt: skip
     """Watch until every run is final, or no more runs can start.
 
-    Returns the final rows.
+    With `fail_fast` the first failure cancels the others. Returns the final rows.
     """
-    rows = _look(sweep, run_ids, executor)
-    reported = {row.run_id for row in rows if row.state == "done"}  # by an earlier command
+    rows = _look(sweep, run_ids, executor.poll_seconds)
+    reported = {row.run_id for row in rows if row.kind == "done"}  # by an earlier command
     if reported:
         console.print(f"{len(reported)} of {len(rows)} runs were finished before")
     progress = Progress(
@@ -40,20 +45,52 @@ def wait(sweep: Sweep, run_ids: Collection[str], console: Console, executor: Exe
     overall = progress.add_task(sweep.folder.name, total=len(rows))
     with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
         for rows in polls(sweep, run_ids, executor):
+            failed = [row for row in rows if row.kind == "failed"]
+            if fail_fast and failed:
+                fail_fast = False
+                console.print(f"fail_fast: {_name(failed[0])} failed: {failed[0].reason}")
+                console.print(f"cancelled {executor.cancel(FAIL_FAST_SECONDS)}")
             for row in rows:
-                if row.state in FINAL and row.run_id not in reported:
+                if row.kind in FINAL and row.run_id not in reported:
                     reported.add(row.run_id)
                     console.print(_finished(row, len(reported), len(rows)), soft_wrap=True)
             if console.is_terminal:
                 progress.update(overall, completed=len(reported), description=summary(rows))
-                running = [_running(row) for row in rows if row.state == "running"]
+                running = [_running(row) for row in rows if row.kind == "running"]
                 live.update(Group(progress, *running), refresh=True)
         live.update(Text(""))
     _let_workers_leave(sweep)
     return rows
 
 
-def _look(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> list[Row]:
+def show(sweep: Sweep, console: Console, executors: Sequence[Executor]) -> list[Row]:
+    """Show the table of `launch status` until every run is final; returns the final rows.
+
+    On a terminal in place; elsewhere it is printed whenever a state changes.
+    """
+    run_ids = [run.run_id for run in sweep.runs()]
+    pause = max([2.0, *(executor.poll_seconds for executor in executors)])
+    before: list[tuple[str, str]] = []
+    rows: list[Row] = []
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        while not rows or any(row.kind not in FINAL for row in rows):
+            if rows:
+                time.sleep(pause)
+            rows = _look(sweep, run_ids, pause)
+            if console.is_terminal:
+                height = max(5, console.height - 12)
+                shown = table(rows, sweep.folder, console.width, sweep.parallelism(), height)
+                live.update(shown, refresh=True)
+            elif before != (before := [(row.run_id, row.state) for row in rows]) and any(
+                row.kind not in FINAL
+                for row in rows  # the caller shows the final rows
+            ):
+                console.print(table(rows, sweep.folder, console.width, sweep.parallelism()))
+        live.update(Text(""))
+    return rows
+
+
+def _look(sweep: Sweep, run_ids: Collection[str], pause: float) -> list[Row]:
     """`status`, retried for an hour while the sweep's file system is unreachable."""
     began, warned = time.monotonic(), False
     while True:
@@ -68,7 +105,7 @@ def _look(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> list[Ro
                     file=sys.stderr,
                 )
             warned = True
-            time.sleep(executor.poll_seconds)
+            time.sleep(pause)
 
 
 def _is_alive(executor: Executor) -> bool:
@@ -103,8 +140,8 @@ def _without_hasty(rows: list[Row], since: dict[str, float]) -> list[Row]:
         del since[run_id]
     hasty = {run_id for run_id in left if now - since.setdefault(run_id, now) < LEFT_SECONDS}
     return [
-        replace(row, state="waiting", reason="")
-        if row.run_id in hasty or (hasty and row.state == "blocked")
+        replace(row, state="waiting", kind="waiting", reason="")
+        if row.run_id in hasty or (hasty and row.kind == "blocked")
         else row
         for row in rows
     ]
@@ -115,9 +152,9 @@ def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterato
     alive = time.monotonic()
     since: dict[str, float] = {}
     while True:
-        rows = _without_hasty(_look(sweep, run_ids, executor), since)
+        rows = _without_hasty(_look(sweep, run_ids, executor.poll_seconds), since)
         yield rows
-        if all(row.state in FINAL for row in rows):
+        if all(row.kind in FINAL for row in rows):
             return
         if _is_alive(executor):
             alive = time.monotonic()
@@ -133,11 +170,12 @@ def polls(sweep: Sweep, run_ids: Collection[str], executor: Executor) -> Iterato
 
 def _name(row: Row) -> str:
     ratio = "" if row.stage == "pretrain" else f" k {row.k}"
-    return f"{row.stage}{ratio} {row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
+    swept = "".join(f" {key} {value}" for key, value in row.swept.items())
+    return f"{row.stage}{ratio} {row.arch} {row.method} {row.layer_type} seed {row.seed}{swept}"
 
 
 def _finished(row: Row, count: int, total: int) -> Text:
-    if row.state == "done":
+    if row.kind == "done":
         end = f"{row.seconds:.1f} s" if row.seconds is not None else row.reason
         top1 = f", top-1 {row.top1:.2f}%" if row.top1 is not None else ""
         return Text(f"[{count}/{total}] done     {_name(row)}{top1}, {end}")
@@ -146,10 +184,9 @@ def _finished(row: Row, count: int, total: int) -> Text:
 
 def _running(row: Row) -> Text:
     """What changes is first, as a narrow terminal cuts off the end."""
-    ratio = "" if row.stage == "pretrain" else f" k {row.k}"
     epoch = f"epoch {epochs(row)}" if row.epoch is not None else "starting"
     loss = "" if row.loss is None else f"  loss {row.loss:.4f}"
     seconds = "" if row.seconds is None else f"  {row.seconds:.0f} s"
-    which = f"{row.arch} {row.trainer} {row.layer_type} seed {row.seed}"
-    line = f"  {row.stage}{ratio}  {epoch}{loss}{seconds}  {which}"
+    eta = "" if row.eta is None else f"  ETA {duration(row.eta)}"
+    line = f"  {epoch}{loss}{seconds}{eta}  {_name(row)}"
     return Text(line, style="cyan", no_wrap=True, overflow="ellipsis")

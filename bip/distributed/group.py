@@ -42,6 +42,7 @@ class Group:
         # Collectives entered, in the same order on every rank. The lowest count is the rank that
         # the others wait for.
         self.passed = 0
+        self.timed: Callable[[str], contextlib.AbstractContextManager[None]] = _untimed
 
     @property
     def is_first(self) -> bool:
@@ -61,7 +62,8 @@ class Group:
         """Sum over ranks, in place."""
         self.passed += 1
         if self.world > 1:
-            dist.all_reduce(values)
+            with self.timed("communication"):
+                dist.all_reduce(values)
         return values
 
     def broadcast_(self, values: Tensor) -> Tensor:
@@ -77,7 +79,8 @@ class Group:
         if self.world == 1:
             return values[None]
         gathered = values.new_empty(self.world * len(values))
-        all_gather_flat(gathered, values)
+        with self.timed("communication"):
+            all_gather_flat(gathered, values)
         return gathered.view(self.world, -1)
 
     def from_first(self, value: Any) -> Any:
@@ -144,6 +147,10 @@ class Group:
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _untimed(_part: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
 
 
 def _describe(problem: Exception | None) -> tuple[bool, str | None]:

@@ -157,6 +157,10 @@ class Method(ABC):
         """Numbers of the last iteration for the log. Called every `print_freq` iterations."""
         return {}
 
+    def term_norms(self) -> Tensor | None:
+        """(2, layers): norms of the implicit and the direct gradient term of the scores, if any."""
+        return None
+
     def lower_level(self, **options: Any) -> LowerLevel:
         from bip.training.levels import LowerLevel
 

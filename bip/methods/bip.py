@@ -19,6 +19,8 @@ from bip.methods.base import MASK, SCORES, Method, Parts
 from bip.settings import BILEVEL, MethodSettings, Positive, Rate, Schedule, setting
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bip.config import RunConfig
     from bip.training.forward import Report
     from bip.training.optim import Clock
@@ -122,6 +124,9 @@ class Bip(Method):
         pruned.update_mask()
         pruned.write_z()
         return [report]
+
+    def term_norms(self) -> Tensor | None:
+        return self.upper.term_norms
 
     def facts(self) -> dict[str, float]:
         return self.upper.facts()

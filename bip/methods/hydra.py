@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from bip.methods.base import MASK, SCORES, Method, Parts
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bip.training.forward import Report
 
 
@@ -28,3 +30,6 @@ class Hydra(Method):
 
     def step(self, iteration: int) -> list[Report]:
         return self.upper.step(iteration)
+
+    def term_norms(self) -> Tensor | None:
+        return self.upper.term_norms

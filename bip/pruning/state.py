@@ -9,7 +9,7 @@ own autocast context; g is complete (accumulated, unscaled, all-reduced) before 
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
 from fractions import Fraction
 
@@ -22,6 +22,7 @@ from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
 from bip.pruning.passes import mask_out, upper_gradient, write_products
 from bip.pruning.select import Alone, Exchange, NanError, make_selector
 
+Timed = Callable[[str], contextlib.AbstractContextManager[None]]  # times a part of the step
 BATCH_NORM_EPS = 1e-5  # torch's default
 TINY = 1e-18  # in size next to zero; its square is still a normal float32
 
@@ -62,6 +63,7 @@ class PrunedParameters:
         self.proof = torch.zeros(2, dtype=torch.int64, device=device)
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         self.balanced = balanced
+        self.timed: Timed = lambda _part: contextlib.nullcontext()
         if layout.layer_type != "unstructured":
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
@@ -186,20 +188,20 @@ class PrunedParameters:
 
     @torch.no_grad()
     def term_norms(self, inv_gamma: float) -> Tensor:
-        """(2,): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term.
+        """(2, layers): ‖(1/γ) m ⊙ g ⊙ g‖ and ‖θ ⊙ g‖, the implicit and the direct term.
 
         Of filters that are not pruned whole: the others' gradient is batch-norm's doing.
         """
-        squares = torch.zeros(2, dtype=torch.float64, device=self.gradient.device)
-        for z, weights, mask in zip(
-            self.z, self.views(self.weights), self.views(self.mask), strict=True
-        ):
+        shape = 2, len(self.z)
+        squares = torch.zeros(shape, dtype=torch.float64, device=self.gradient.device)
+        parts = zip(self.z, self.views(self.weights), self.views(self.mask), strict=True)
+        for layer, (z, weights, mask) in enumerate(parts):
             g = _grad(z)
             lives = mask.flatten(1).amax(1).view(-1, *[1] * (mask.dim() - 1))
             direct = g * weights * lives
             implicit = (g * g).mul_(mask).mul_(inv_gamma)
             for i, term in enumerate((implicit, direct)):
-                squares[i] += term.square_().sum(dtype=torch.float64)
+                squares[i, layer] = term.square_().sum(dtype=torch.float64)
         return squares.sqrt()
 
     @torch.no_grad()
@@ -225,14 +227,14 @@ class PrunedParameters:
             self.selector.check()
 
     def _update(self, z: Sequence[Tensor]) -> None:
-        with self._naming_nan():
+        with self.timed("threshold"), self._naming_nan():
             if self.layout.layer_type == "unstructured":
                 scores = self.scores.detach().float()
                 self.proof = self.selector.update(scores, self.mask, self.weights.detach(), z)
                 return
             self.proof = self.selector.update(self._group_norms(), self._group_mask)
-        self._spread(self._group_mask, self.mask)
-        write_products(self.weights, self.mask, z)
+            self._spread(self._group_mask, self.mask)
+            write_products(self.weights, self.mask, z)
 
     def _spread(self, groups: Tensor, flat: Tensor) -> None:
         """Write each structured group's value (groups,) to its weights in the `flat` buffer."""

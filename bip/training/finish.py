@@ -3,10 +3,12 @@
 import copy
 from typing import Any
 
+from bip.identity import machine_facts
 from bip.pruning.layout import find_prunable
 from bip.training.checkpoint import hash_tensors, restore_model, split_state
 from bip.training.evaluate import Accuracy
 from bip.training.loop import Loop
+from bip.training.macs import costs
 
 
 def finish(loop: Loop) -> dict[str, Any]:
@@ -73,6 +75,8 @@ def _result(loop: Loop, final: Accuracy, best: Accuracy | None) -> dict[str, Any
         "mask_sha256": hash_tensors({"mask": mask}) if mask is not None else None,
         "weights_sha256": hash_tensors(weights),
         "seconds": progress.seconds,
+        **costs(loop.network, pruned, (loop.data.channels, *2 * (loop.data.image_dim,))),
+        **machine_facts(loop.group.device),
     }
     if pruned is not None:
         result["empty_layers"] = pruned.empty_layers()

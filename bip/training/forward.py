@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bip.config import RunConfig
+from bip.training.stopwatch import Stopwatch
 
 Batch = tuple[Tensor, Tensor]
 LEVELS = {"lower": 0, "upper": 1}
@@ -33,8 +34,10 @@ class ForwardBackward:
 
     def __init__(
         self, config: RunConfig, network: nn.Module, ddp: DistributedDataParallel | None,
-        rank: int, device: torch.device,
+        rank: int, device: torch.device, stopwatch: Stopwatch | None = None,
     ) -> None:  # fmt: skip
+        self.calls = 0
+        self.timed = (stopwatch or Stopwatch(device)).part
         self.config, self.network, self.ddp, self.rank, self.device = (
             config, network, ddp, rank, device,
         )  # fmt: skip
@@ -43,6 +46,7 @@ class ForwardBackward:
 
     def __call__(self, batch: Batch, level: str, step: int) -> Report:
         """Run on `batch` = (images (b, C, H, W), labels (b,)), in `accumulate` micro-batches."""
+        self.calls += 1
         parts = self.config.accumulate
         reseed(self.config.order_seed, step, level, self.rank)
         self.network.zero_grad(set_to_none=True)
@@ -52,15 +56,32 @@ class ForwardBackward:
         for part, (x, y) in enumerate(zip(images, labels, strict=True)):
             with self._sync_only(last=part == parts - 1):
                 # A context per forward: autocast caches the bf16 cast of z, and z changes.
-                with torch.autocast(
-                    self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+                with (
+                    self.timed("forward"),
+                    torch.autocast(
+                        self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+                    ),
                 ):
                     output = self.forward(x)
                     loss = F.cross_entropy(output, y, label_smoothing=self.config.label_smoothing)
-                (loss / parts).backward()
+                with self.timed("backward"):
+                    (loss / parts).backward()
             loss_sum += loss.detach() * len(y)
             correct += (output.detach().argmax(1) == y).sum()
         return Report(loss_sum, correct, len(batch[1]))
+
+    def exchange_seconds(self) -> dict[str, float]:
+        """How long the ranks' exchange of gradients took since the last call, by torch's sampling.
+
+        `gradients_hidden`: of that, beside the backward pass. {} for one rank.
+        """
+        calls, self.calls = self.calls, 0
+        if self.ddp is None:
+            return {}
+        facts = self.ddp._get_ddp_logging_data()
+        total = facts.get("avg_backward_comm_time", 0) * calls / 1e9
+        hidden = facts.get("avg_backward_compute_comm_overlap_time", 0) * calls / 1e9
+        return {"gradients": total, "gradients_hidden": hidden}
 
     def _sync_only(self, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()

@@ -69,7 +69,7 @@ class UpperLevel:
 
     `inv_gamma` is 1/γ; 0 leaves out the implicit term. `rate` gives the learning rate.
     `owns_norm`: batch-norm affine moves with the scores. `measures_terms`: the norms of both
-    gradient terms are computed whenever a line is logged.
+    gradient terms are computed whenever a line is logged, not at the end of an epoch alone.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class UpperLevel:
         assert parts.pruned is not None
         self.parts, self.pruned, self.inv_gamma = parts, parts.pruned, inv_gamma
         self.rate, self.measures_terms = rate, measures_terms
-        self.term_norms: Tensor | None = None
+        self.term_norms: Tensor | None = None  # (2, layers), of the last step that measured them
         norm, _ = split_parameters(parts.network, parts.pruned.z)
         trained_norm = norm if owns_norm and not parts.config.freeze_bn else []
         scores = [parts.pruned.scores]
@@ -101,7 +101,8 @@ class UpperLevel:
         """The optimizer's step, by the gradient that the last backward pass left; not yet m."""
         parts = self.parts
         set_rate(self.optimizer, self.rate(parts.config, iteration, parts.clock))
-        if self.measures_terms and parts.clock.is_due(iteration + 1, parts.config.print_freq):
+        every = parts.config.print_freq if self.measures_terms else parts.clock.per_epoch
+        if any(parts.clock.is_due(iteration + 1, due) for due in (every, parts.clock.per_epoch)):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
         self.pruned.set_upper_gradient(self.inv_gamma)
         if parts.config.dead_filters == "scaled":
@@ -112,5 +113,5 @@ class UpperLevel:
         """The norm of the last step's implicit term, over that of its direct term."""
         if self.term_norms is None:
             return {}
-        implicit, direct = self.term_norms.tolist()
+        implicit, direct = self.term_norms.norm(dim=1).tolist()
         return {"implicit_over_direct": implicit / direct} if direct else {}

@@ -18,11 +18,13 @@ from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.signals import StopRequest, signal_name
 from bip.errors import Stopped, UserError
 from bip.methods.base import Method, Parts
+from bip.pruning.facts import layer_facts
 from bip.run_folder import Progress, RunFolder
 from bip.training.checkpoint import State, model_state
 from bip.training.evaluate import Accuracy, average_statistics, evaluate, share_statistics
 from bip.training.forward import reseed
-from bip.training.metrics import RunLog, RunningMean
+from bip.training.metrics import RunLog, RunningMean, Throughput, peak_memory
+from bip.training.stopwatch import Stopwatch
 
 
 @dataclass
@@ -39,12 +41,14 @@ class Loop:
     folder: RunFolder
     progress: Progress
     log: RunLog
+    stopwatch: Stopwatch
     saved_at: int = 0
     spent_before: int = 0  # forward-backwards of the pruning that the run goes on from
 
     def __post_init__(self) -> None:
         self.config, self.clock = self.parts.config, self.parts.clock
         self.network, self.pruned = self.parts.network, self.parts.pruned
+        self.mask_before: Tensor | None = None  # at the last epoch's end; None: not known
         self.empty: list[str] = []  # layers of which nothing is kept
         epoch = None if "rewind_epoch" in self.config.idle() else self.config.rewind_epoch
         self.rewind_at = None if epoch is None else epoch * self.clock.per_epoch
@@ -67,12 +71,18 @@ class Loop:
         self._end_epoch_if_due()
         started, before = time.monotonic(), self.progress.seconds
         saved = started
-        means = RunningMean()
+        means, speed = RunningMean(), Throughput(self.group.world)
+        self.stopwatch.sample(self.clock.per_epoch)
         if self.progress.iteration == 0:
             self.method.prepare()
             self._keep_to_rewind_if_due()
+        if self.progress.iteration % self.clock.per_epoch == 0:
+            self._note_mask()
         for iteration in range(self.progress.iteration, self.clock.iterations):
-            means.add(self.method.step(iteration))
+            with self.stopwatch.step(iteration):
+                reports = self.method.step(iteration)
+            means.add(reports)
+            speed.add(reports)
             done = self.progress.iteration = iteration + 1
             self.progress.seconds = before + time.monotonic() - started
             self.heartbeat.note_step(done)
@@ -87,7 +97,9 @@ class Loop:
                 self._compare_ranks(buffers=self.config.freeze_bn)
             self._keep_to_rewind_if_due()
             if posted.save or self.clock.is_due(done, self.clock.per_epoch):
-                with means.paused():
+                with means.paused(), speed.paused():
+                    if self.clock.is_due(done, self.clock.per_epoch):
+                        self._report_cost(done, speed.take())
                     if posted.save or done == self.clock.iterations:
                         self._checkpoint()
                         saved = time.monotonic()
@@ -114,16 +126,42 @@ class Loop:
             )
         if self.pruned is not None:
             self.pruned.check()
-        values: dict[str, float] = {"epoch": (done - 1) // self.clock.per_epoch + 1, **means}
-        for name, optimizer in self.method.optimizers.items():
-            values[f"{name}_lr"] = optimizer.param_groups[0]["lr"]
-        values |= self.method.facts()
+        values: dict[str, float] = {"epoch": self._epoch_of(done), **means}
+        values |= self._rates() | self.method.facts()
         text = (
             f"epoch {values['epoch']}/{self.epochs} step {done}/{self.clock.iterations} "
             f"loss {means['loss']:.4f} top1 {means['top1']:.2f}% "
             f"{means['images_per_second']:.0f} images/s"
         )
-        self.log.record("step", done, text, epochs=self.epochs, **values)
+        length = {"epochs": self.epochs, "steps": self.clock.iterations}
+        self.log.record("step", done, text, **length, seconds=self.progress.seconds, **values)
+
+    def _epoch_of(self, done: int) -> int:
+        return (done - 1) // self.clock.per_epoch + 1
+
+    def _rates(self) -> dict[str, float]:
+        rates = {name: o.param_groups[0]["lr"] for name, o in self.method.optimizers.items()}
+        return {f"{name}_lr": rate for name, rate in rates.items()}
+
+    def _report_cost(self, done: int, images_per_second: float) -> None:
+        """Where the epoch's time went, on rank 0."""
+        parts = self.stopwatch.take() | self.parts.forward_backward.exchange_seconds()
+        seconds = {f"{part}_seconds": took for part, took in parts.items()}
+        self.log.record(
+            "cost", done, "", epoch=self._epoch_of(done), images_per_second=images_per_second,
+            **seconds, peak_memory_bytes=peak_memory(self.group.device), **self._rates(),
+        )  # fmt: skip
+
+    def _report_layers(self, done: int, epoch: int) -> None:
+        if self.pruned is not None and self.group.is_first:
+            facts = layer_facts(self.pruned, self.mask_before, self.method.term_norms())
+            self.log.record("layers", done, "", epoch=epoch, **facts)
+        self._note_mask()
+
+    def _note_mask(self) -> None:
+        """Keep the mask, to count at the next epoch's end what has changed."""
+        if self.pruned is not None and self.group.is_first:
+            self.mask_before = self.pruned.mask.clone()
 
     @property
     def epochs(self) -> int:
@@ -137,6 +175,7 @@ class Loop:
         epoch = -(-done // self.clock.per_epoch)
         if done == self.progress.evaluated or not (last or done % self.clock.per_epoch == 0):
             return
+        self._report_layers(done, epoch)
         if epoch % self.config.eval_every == 0 or last:
             self.control.finish()
             self.agree()

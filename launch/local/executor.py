@@ -45,6 +45,10 @@ class LocalExecutor:
         check_inputs(configs, self.profile.ranks)
         return []
 
+    def preview(self, runs: Sequence[Run]) -> Iterator[str]:
+        ranks = self.profile.ntasks_per_node
+        yield f"{len(runs)} runs on this machine, {self.limit}, {ranks} ranks each"
+
     def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
         """Queue the runs and start missing workers.
 

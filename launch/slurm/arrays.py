@@ -309,6 +309,22 @@ def _withdraw(array: Array, problem: str) -> str:
     return f"{problem}; array {job} could not be recorded and is cancelled"
 
 
+def scripts(sweep: Sweep, profile: SlurmProfile, arrays: Sequence[Array]) -> Iterator[str]:
+    """The sbatch script of each array, with ARRAY1 and so on for their IDs; submits nothing."""
+    folder = sweep.jobs.absolute() / "slurm"
+    for number, array in enumerate(arrays, 1):
+        array.job = f"ARRAY{number}"
+        task_list = folder / f"points-{array.job}.txt"
+        executor = _executor(folder, profile, sweep.folder.absolute(), task_list, lambda job: None)
+        now, facts = datetime.now(UTC).isoformat(timespec="milliseconds"), folder / "profile.json"
+        parameters = sbatch_parameters(sweep, profile, array, sweep.folder / "code", now, facts)
+        executor.update_parameters(**parameters)
+        executor.name_logs()
+        command = executor._submitit_command_str
+        yield f"# {array.job}: {array.stage}, {len(array.tasks)} tasks"
+        yield executor._make_submission_file_text(command, array.job)
+
+
 def sbatch_parameters(
     sweep: Sweep, profile: SlurmProfile, array: Array, code: Path, now: str, facts: Path
 ) -> dict[str, Any]:
@@ -397,11 +413,7 @@ def _executor(
         def submit_tasks(self, sweep_folder: str, count: int) -> None:
             """Submit an array of `count` tasks by sbatch's own option. (submitit would use its own
             executor class, and make a plain job of a single task.)"""
-            logs = JobPaths(folder)
-            names = {"output": logs.stdout, "error": logs.stderr}
-            for name, path in names.items():
-                text = str(path).replace("%j", "%A_%a").replace("%t", "0")
-                self.parameters["additional_parameters"][name] = text
+            self.name_logs()
             job = self.submit(run_point, sweep_folder)
             pickle = job.paths.submitted_pickle
             for index in range(count):
@@ -410,5 +422,12 @@ def _executor(
                     os.link(pickle, own)
                 except OSError:  # ext4 allows at most 65,000 links to a file, some systems none
                     shutil.copyfile(pickle, own)
+
+        def name_logs(self) -> None:
+            logs = JobPaths(folder)
+            names = {"output": logs.stdout, "error": logs.stderr}
+            for name, path in names.items():
+                text = str(path).replace("%j", "%A_%a").replace("%t", "0")
+                self.parameters["additional_parameters"][name] = text
 
     return ArrayExecutor(folder)

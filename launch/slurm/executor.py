@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bip.config import RunConfig
 from bip.errors import UserError
+from bip.files import read_jsonl
 from launch.inputs import check_inputs
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
@@ -16,11 +17,15 @@ from launch.slurm.arrays import (
     doomed_tasks,
     ended,
     in_queue,
+    scripts,
     submit_arrays,
     submitted_tasks,
 )
+from launch.slurm.chain import plan_arrays
 from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
 from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
+
+_HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
 class SlurmExecutor:
@@ -66,6 +71,23 @@ class SlurmExecutor:
         queue = in_queue(self.sweep)
         return len(doomed_tasks(self.sweep, *ended(self.sweep, self.sweep.runs()), queue))
 
+    def preview(self, runs: Sequence[Run]) -> Iterator[str]:
+        """Every sbatch script, and the most node-hours that one attempt of each task can take."""
+        queued = {run_id: q.task for run_id, q in in_queue(self.sweep).items()}
+        planned = [run for run in runs if run.run_id not in queued]
+        names = {run.run_id for run in planned}
+        alone = [replace(run, needs=[n for n in run.needs if n in names]) for run in planned]
+        arrays = plan_arrays(
+            alone, names, (), {}, self.profile.parallelism, self.runs_per_task, self.max_array_size
+        )
+        yield from scripts(self.sweep, self.profile, arrays)
+        tasks = sum(len(array.tasks) for array in arrays)
+        nodes, hours = self.profile.nodes, self.profile.time / 60
+        yield (
+            f"at most {tasks * nodes * hours:,.1f} node-hours: {tasks} tasks x {nodes} nodes x "
+            f"{hours:,.1f} h, the time limit of one attempt"
+        )
+
     def submit(self, run_ids: list[str], keep_code: bool) -> None:
         size, per_task = self.max_array_size, self.runs_per_task
         if not submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code):
@@ -77,7 +99,8 @@ class SlurmExecutor:
             queue = in_queue(sweep)  # before results are read: a task may end in between
         except slurm.SlurmError as error:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
-            return {run_id: Place(None, task) for run_id, task in tasks.items()}
+            known = [run for run in sweep.runs() if run.run_id in tasks]
+            return {run.run_id: Place(self._by_files(run), tasks[run.run_id]) for run in known}
         places = {
             run_id: Place(_state(found), task, found.seconds, found.state == "PENDING")
             for run_id, task in tasks.items()
@@ -93,6 +116,12 @@ class SlurmExecutor:
             for run_ids in doomed_tasks(sweep, *ended(sweep, sweep.runs()), queue).values():
                 places |= {name: replace(places[name], state=blocked) for name in run_ids}
         return places
+
+    def _by_files(self, run: Run) -> State | None:
+        """While the controller is unreachable: running, if the newest attempt has not ended."""
+        records = [*read_jsonl(self.sweep.folder / run.folder / "attempts.jsonl")]
+        runs = bool(records) and records[-1].get("event") == "start"
+        return State("running", "by its files; SLURM does not answer") if runs else None
 
     def _lost(self, task: str) -> State:
         err = f"jobs/slurm/{task}_0_log.err"
@@ -137,6 +166,11 @@ class SlurmExecutor:
 
 
 def _state(queued: slurm.Queued) -> State:
+    if "held" in queued.reason.lower() or queued.state in _HELD:
+        release = f"in the queue ({queued.reason}); scontrol release {queued.task}"
+        return State("waiting", release, "held")
     if queued.state == "PENDING":
         return State("waiting", f"in the queue ({queued.reason})")
+    if queued.state in ("SUSPENDED", "STOPPED"):
+        return State("running", f"SLURM has suspended task {queued.task}", "suspended")
     return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())

@@ -6,6 +6,7 @@ import shutil
 import uuid
 from pathlib import Path
 
+from bip.commit import git_commit
 from bip.shipped import shipped
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +33,7 @@ def snapshot(folder: Path, root: Path = ROOT) -> Path:
         copy = building / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
+    (building / "COMMIT").write_text(f"{git_commit(root) or ''}\n")
     try:
         os.rename(building, target)
     except OSError:  # another launcher was faster

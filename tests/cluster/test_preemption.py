@@ -246,7 +246,7 @@ def test_preempted_for_good_it_saves_and_is_resumed(
     assert len(sweep.attempts(run_id, "requeue")) == 1
     assert merciless.job(sweep.task(run_id))["Restarts"] == "1"
     (row,) = sweep.status(capsys)
-    assert row["state"] == "failed"
+    assert row["state"] == "cancelled"
     assert row["reason"].startswith("preempted and cancelled; python -m launch resume")
     assert main(["resume", str(sweep.folder), "--no-wait"]) == 0
     sweep.wait(sweep.all_done, "it is done")

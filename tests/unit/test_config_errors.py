@@ -47,6 +47,7 @@ INVALID: dict[str, list[Any]] = {
     "seed": [-1, 1.5, "x", 2**64],
     "k": [0, -0.1, 1.0001, "nan", "inf", "half", "", "1e-3000"],
     "epochs": [0, -1, 1.5, "ten", "inf", "nan"],
+    "tracker": ["tensorbord", "wandb,", "mlflow,mlflow"],
     "check_ranks": [-1, 1.5, "x"],
     "rank_timeout": [0, -1, "nan", "inf", "x"],
     "max_steps": [0, -3, "x"],

@@ -19,6 +19,9 @@ import tyro
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from bip.distributed.group import Group, wrap
+from tests.distributed.harness import world_size
+
 
 def test_torch_workers_of_a_data_loader() -> None:
     """bip/data: names the batch of a worker that died, and ends workers at once."""
@@ -54,6 +57,17 @@ def test_torch_process_group(tmp_path: Path) -> None:
         assert callable(store.clone)
     finally:
         dist.destroy_process_group()
+
+
+@world_size(2)
+def test_torch_ddp_logging(group: Group) -> None:
+    """bip/training/forward.py: how long the exchange of gradients took, in nanoseconds."""
+    ddp = wrap(torch.nn.Linear(100, 100), group.device)
+    for _ in range(3):
+        ddp(torch.ones(2, 100)).sum().backward()
+    facts: Any = ddp._get_ddp_logging_data()
+    total = facts["avg_backward_comm_time"]
+    assert total > facts["avg_backward_compute_comm_overlap_time"] >= 0
 
 
 def test_numpy_scalar() -> None:

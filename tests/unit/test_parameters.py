@@ -52,7 +52,7 @@ def test_one_step_moves_the_scores_by_the_formula(inv_gamma: float) -> None:
     before = pruned.scores.detach().clone()
     optimizer = torch.optim.SGD([pruned.scores], lr=1.0)
 
-    norms = pruned.term_norms(inv_gamma)
+    norms = pruned.term_norms(inv_gamma).norm(dim=1)
     pruned.set_upper_gradient(inv_gamma)
     optimizer.step()
     change = pruned.scores.detach() - before

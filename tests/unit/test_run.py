@@ -29,7 +29,8 @@ from tests.runs import LAYER_TYPES, Finished, arguments, make_run, train, train_
 RESULT_KEYS = {
     "k", "kept", "total", "sparsity", "top1", "top5", "best_top1", "best_epoch", "epochs", "seed",
     "forward_backwards", "arch", "dataset", "trainer", "layer_type", "mask_sha256",
-    "weights_sha256", "seconds", "attempts", "source_sha256",
+    "weights_sha256", "seconds", "attempts", "source_sha256", "macs", "macs_kept", "parameters",
+    "parameters_kept", "git_commit", "host", "gpu", "versions",
 }  # fmt: skip
 SHA256 = re.compile("[0-9a-f]{64}")
 DENSE = Path("checkpoint", "model_dense.pth.tar")
