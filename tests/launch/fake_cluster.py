@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-# sacctmgr answers with a file's lines: user, assoc and qos. assoc's lines begin with the account.
+# sacctmgr answers with a file's lines: user, assoc and qos, with empty fields after those that they
+# give. assoc's lines begin with the account.
 SACCTMGR = """
 [[ -e $3 ]] || { echo "You are not running a supported accounting_storage plugin" >&2; exit 1; }
 account=$(grep -oE 'account=\\S*' <<<"$*" | cut -d= -f2)
+commas=$(grep -oE 'format=\\S*' <<<"$*" | tr -dc , | wc -c)
 case $3 in
   assoc) grep "^$account" assoc | cut -d' ' -f2 ;;
   *) cat "$3" ;;
-esac
+esac | awk -F'|' -v OFS='|' -v n=$((commas + 1)) '{ $n = $n; print }'
 """
 # Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N.
 SBATCH = """
