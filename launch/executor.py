@@ -29,8 +29,8 @@ class Executor(Protocol):
         Creates nothing. `configs` are those of the runs, and perhaps of finished runs.
         """
 
-    def submit(self, run_ids: list[str], keep_code: bool) -> None:
-        """Queue those of the runs that are not done, and remove their failure records.
+    def submit(self, run_ids: list[str], keep_code: bool) -> int:
+        """Queue those of the runs that are not done, and remove their failure records; how many.
 
         With `keep_code` tasks that start later run a copy of the present code.
         """

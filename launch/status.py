@@ -157,7 +157,7 @@ def table(rows: list[Row], folder: Path, width: int) -> Group:
     ]
     where = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
     if any(row.state in FINAL[1:] for row in rows):
-        where.append(Text(f"what they printed: python -m launch logs {folder}"))
+        where.append(Text(f"what they printed: {Sweep(folder).command('logs')}"))
     return Group(*lines, found, *trouble, *where)
 
 

@@ -168,8 +168,8 @@ def submit_arrays(
     except (UserError, OSError, KeyboardInterrupt) as error:
         jobs = ", ".join(f"{array.stage} {array.job}" for array in arrays if array.job) or "nothing"
         raise UserError(
-            f"{str(error) or 'interrupted'}; submitted so far: {jobs}; python -m launch resume "
-            f"{sweep.folder} submits the rest"
+            f"{str(error) or 'interrupted'}; submitted so far: {jobs}; {sweep.command('resume')} "
+            "submits the rest"
         ) from None
     return arrays
 

@@ -115,13 +115,14 @@ def ended(jobs: Iterable[str]) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     names = sorted(set(jobs))
     try:
-        answer = ask("sacct", "-nPX", f"--jobs={','.join(names)}", f"--format={','.join(_ENDED)}")
+        which = (f"--jobs={','.join(names)}", f"--format={','.join(_ENDED)}")
+        answer = ask("sacct", "-nPX", *which, timeout=10)
         lines = [line.split("|") for line in answer.splitlines()]
         found = {line[0]: dict(zip(_ENDED, line, strict=False)) for line in lines}
-    except SlurmError:  # no accounting
+    except SlurmError:  # no accounting, or it does not answer
         for job in names:
             with contextlib.suppress(SlurmError):
-                for line in ask("scontrol", "show", "job", "-o", job).splitlines():
+                for line in ask("scontrol", "show", "job", "-o", job, timeout=10).splitlines():
                     fields = dict(re.findall(r"(\w+)=(\S*)", line))
                     task = f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"
                     known = ("JobId", "JobState", "ExitCode", "Reason", "NodeList")

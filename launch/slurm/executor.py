@@ -20,7 +20,8 @@ from launch.slurm.arrays import (
     submitted_tasks,
 )
 from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
-from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
+from launch.slurm.reasons import advices, how_it_ended
+from launch.sweep import IN_QUEUE, LEFT_QUEUE, STUCK, Place, Run, State, Sweep
 
 
 class SlurmExecutor:
@@ -66,10 +67,12 @@ class SlurmExecutor:
         queue = in_queue(self.sweep)
         return len(doomed_tasks(self.sweep, *ended(self.sweep, self.sweep.runs()), queue))
 
-    def submit(self, run_ids: list[str], keep_code: bool) -> None:
+    def submit(self, run_ids: list[str], keep_code: bool) -> int:
         size, per_task = self.max_array_size, self.runs_per_task
-        if not submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code):
+        arrays = submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code)
+        if not arrays:
             print("nothing was submitted: all runs are done, in the queue or left out")
+        return sum(len(task) for array in arrays for task in array.tasks)
 
     def queue(self) -> dict[str, Place]:
         sweep, tasks = self.sweep, submitted_tasks(self.sweep)
@@ -78,28 +81,45 @@ class SlurmExecutor:
         except slurm.SlurmError as error:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
             return {run_id: Place(None, task) for run_id, task in tasks.items()}
+        advice = advices({waiting.task: waiting for waiting in queue.values()}.values())
         places = {
-            run_id: Place(_state(queue[run_id]), task, queue[run_id].seconds)
+            run_id: Place(_state(queue[run_id], advice.get(task)), task, queue[run_id].seconds)
             for run_id, task in tasks.items()
             if run_id in queue
         }
         # A run that is not in SLURM's queue may be with local workers.
         local = sweep.live_workers() > 0
-        for run_id in tasks.keys() - queue.keys():
-            lost = None if local else self._lost(tasks[run_id])
-            places[run_id] = Place(lost, tasks[run_id])
+        left = {name: tasks[name] for name in tasks.keys() - queue.keys()}
+        lost = {} if local else self._lost(left)
+        places |= {run_id: Place(lost.get(run_id), task) for run_id, task in left.items()}
         if queue and not local:
             blocked = State("blocked", "its task in the queue waits for one that failed")
             for run_ids in doomed_tasks(sweep, *ended(sweep, sweep.runs()), queue).values():
                 places |= {name: replace(places[name], state=blocked) for name in run_ids}
         return places
 
-    def _lost(self, task: str) -> State:
-        err = f"jobs/slurm/{task}_0_log.err"
-        how = f"without a result; see {err}"
-        if not (self.sweep.folder / err).exists():
-            how = f"and never started; python -m launch resume {self.sweep.folder} submits it"
-        return State("failed", f"{LEFT_QUEUE} {how}")
+    def _lost(self, left: dict[str, str]) -> dict[str, State]:
+        """The states of runs without a result or a record whose task has left the queue."""
+        sweep = self.sweep
+        runs = [run for run in sweep.runs() if run.run_id in left and not sweep.is_done(run)]
+        runs = [run for run in runs if sweep.failure(run) is None]
+        if not runs:
+            return {}
+        known = slurm.ended(left[run.run_id].split("_")[0] for run in runs)
+        return {run.run_id: self._left(run, left[run.run_id], known) for run in runs}
+
+    def _left(self, run: Run, task: str, known: dict[str, dict[str, str]]) -> State:
+        logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
+        facts = [how_it_ended(known.get(task, {})), self.sweep.newest_reason(run)]
+        if logs:
+            newest = max(logs, key=lambda path: path.stat().st_mtime)
+            how = f"without a result; see {newest.relative_to(self.sweep.folder)}"
+        else:
+            how = f"and never started; {self.sweep.command('resume')} submits it"
+        return State("failed", "; ".join(filter(None, [f"{LEFT_QUEUE} {how}", *facts])))
+
+    def _err(self, task: str) -> Path:
+        return self.sweep.jobs / "slurm" / f"{task}_0_log.err"
 
     def is_alive(self) -> bool:
         return True  # tasks that have left the queue are failed
@@ -127,7 +147,7 @@ class SlurmExecutor:
     def logs(self, run_id: str) -> list[Path]:
         files = [self.sweep.log(run_id)]
         if task := submitted_tasks(self.sweep).get(run_id):
-            files.append(self.sweep.jobs / "slurm" / f"{task}_0_log.err")
+            files.append(self._err(task))
         return files
 
     def examine(self, probe: bool) -> Iterator[Finding]:
@@ -136,7 +156,9 @@ class SlurmExecutor:
             yield from probe_nodes(self.profile, self.sweep.folder.absolute())
 
 
-def _state(queued: slurm.Queued) -> State:
+def _state(queued: slurm.Queued, advice: str | None) -> State:
+    if advice:
+        return State("waiting", f"{STUCK}{advice}")
     if queued.state == "PENDING":
-        return State("waiting", f"in the queue ({queued.reason})")
+        return State("waiting", f"{IN_QUEUE} ({queued.reason})")
     return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())

@@ -11,8 +11,8 @@ _CHANGE = "change the profile, then cancel and resume"
 _WAITING: list[tuple[str, str]] = [
     (r"[Hh]eld|HOLD|SPECIAL", "held; scontrol release {tasks} lets it start"),
     (r"PartitionTimeLimit", f"its time is over the partition's MaxTime; {_CHANGE} with less time"),
-    (r"PartitionNodeLimit|PartitionConfig", "the partition allows another number of nodes, or has "
-     f"too few; {_CHANGE} with other nodes"),
+    (r"PartitionNodeLimit|PartitionConfig", "the partition's limits (nodes, time, accounts) do not "
+     f"allow it; doctor names them; {_CHANGE}"),
     (r"PartitionDown|PartitionInactive", "the partition starts nothing now; wait for the site, or "
      f"{_CHANGE} with another partition"),
     (r"Account.?NotAllowed|account not permitted|InvalidAccount", "the account may not use this "

@@ -52,7 +52,7 @@ class FakeCluster:
         folder.mkdir()
         for name, text in {
             "sacctmgr": SACCTMGR, "sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL,
-            "scontrol": '\ncat "$2"\n', "srun": "",
+            "scontrol": '\ncat "$2"\n', "srun": "", "sacct": "\nexit 1\n",
         }.items():  # fmt: skip
             self.file(name, f'#!/bin/bash\ncd "$(dirname "$0")"{text}')
         self.file("queue", "")
