@@ -303,7 +303,9 @@ class Sweep:
             text = (self.folder / run.folder / "result.json").read_text()
         except (FileNotFoundError, NotADirectoryError):
             return "none"
-        except UnicodeDecodeError:
+        except PermissionError:  # another user's, of whom it is known that there is one
+            return "whole"
+        except (IsADirectoryError, UnicodeDecodeError):
             return "damaged"
         with contextlib.suppress(ValueError):
             found = json.loads(text)

@@ -2,6 +2,8 @@
 #
 #   run_step SRUN-ARGUMENTS COMMAND...   runs the command on every rank of the task. Returns its
 #                                        exit status; does not return when the task is requeued.
+#   find_python                          sets `python`, for templates: PYTHON, else that of the
+#                                        activated environment, else of .venv in the clone
 #   run_points FOLDER LIST COMMAND...    run_step for each run that line TASK-INDEX + 1 of the file
 #                                        LIST names, in turn, printing to FOLDER/jobs/RUN_ID.log
 #
@@ -27,6 +29,19 @@ bip_run=() # of a sweep: FOLDER RUN_ID LOG-SIZE SRUN-LOG-SIZE
 
 decider() { # of this clone or snapshot, not of an installed package
   python3 -I -S "$bip_root/launch/slurm/batch.py" "$@"
+}
+
+find_python() {
+  local tried=(python3 "$bip_root/.venv/bin/python" "$bip_root/venv/bin/python")
+  local test='import importlib.util as u, sys
+sys.exit(sys.version_info < (3, 11) or u.find_spec("torch") is None)'
+  [[ ! ${PYTHON-} ]] || tried=("$PYTHON")
+  for python in "${tried[@]}"; do
+    ! "$python" -c "$test" 2>/dev/null || return 0
+  done
+  echo "error: PYTHON: ${tried[*]}: none is a Python 3.11 with torch; activate the project's" \
+    "environment, or PYTHON=/path/to/python sbatch ..." >&2
+  return 2
 }
 
 run_step() {

@@ -235,3 +235,39 @@ def test_where_python_does_not_start_requeues_are_bounded(fake: FakeSlurm, pytho
     fake.sweep.failure_path(fake.name).unlink()
     assert fake.batch(1, failed="error: lr: too high") == 1
     assert fake.note() == "error: lr: too high"
+
+
+@pytest.mark.parametrize(
+    ("given", "good", "used"),
+    [
+        ("", ["python3"], "python3"),
+        ("", [".venv"], ".venv/bin/python"),
+        ("", [], None),
+        ("given/python", ["python3", "given"], "given/python"),
+        ("given/python", ["python3"], None),
+    ],
+)
+def test_a_template_finds_the_projects_python_or_asks_for_it(
+    fake: FakeSlurm, tmp_path: Path, given: str, good: list[str], used: str | None
+) -> None:
+    """`good`: which of the pythons have torch. The others are an older one's."""
+    clone = tmp_path / "a clone"
+    for folder in (".venv/bin", "given"):
+        (clone / folder).mkdir(parents=True)
+    (clone / "slurm").symlink_to(ROOT / "slurm")
+    fake.command("srun", '#!/bin/bash\necho "srun $*"\n')
+    for name in ("python3", ".venv", "given"):
+        path = {".venv": clone / ".venv/bin/python", "given": clone / "given/python"}.get(
+            name, fake.bin / name
+        )
+        path.write_text(f"#!/bin/bash\nexit {int(name not in good)}\n")
+        path.chmod(0o755)
+    chosen = f"export PYTHON='{clone / given}'" if given else "unset PYTHON"
+    done = fake.bash(f"cd '{clone}'; {chosen}; source slurm/templates/run.sbatch --k 0.5")
+    if used is None:
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert "PYTHON=/path/to/python sbatch" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert f"{used} -u -m bip train --k 0.5" in done.stdout
