@@ -370,12 +370,15 @@ def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     """
     words = [
         "srun",
-        "--time=5",
+        f"--time={min(5, profile.time)}",  # a partition may allow no more
         f"--nodes={profile.nodes}",
         "--ntasks-per-node=1",
         "--immediate=60",
     ]
-    words += [f"--{n}={v}" for n in ("partition", "account", "qos") if (v := getattr(profile, n))]
+    names = ("partition", "account", "qos", "constraint")
+    words += [f"--{n}={v}" for n in names if (v := getattr(profile, n))]
+    if reservation := profile.sbatch.get("reservation"):
+        words.append(f"--reservation={reservation}")
     if profile.gpus_per_node:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
     folder = existing(folder)
@@ -385,7 +388,8 @@ def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
             command = [*words, *profile.srun_args, *python, "-c", _PROBE, mark.name]
             lines = slurm.ask(*command, timeout=180).splitlines()
     except slurm.SlurmError as error:
-        yield Finding("error", f"a task on the compute nodes: {error}")
+        busy = "; no node is free now: try again later" * ("busy" in str(error))
+        yield Finding("error", f"a task on the compute nodes: {error}{busy}")
         return
     except OSError as error:
         yield Finding("error", f"result_dir: {folder}: {error.strerror}; give another folder")
