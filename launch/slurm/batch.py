@@ -49,7 +49,7 @@ class Step:
             restarts=own_restarts(),
             nodes=int(os.environ.get("SLURM_NNODES") or 1),
             max_restarts=int(most) if most.isdigit() else None,
-            **(run.facts(self.task) if run is not None else {}),
+            **(run.facts(self.task, code) if run is not None else {}),
         )
 
     def end(self) -> str:
@@ -176,8 +176,8 @@ class Run:
             for kind in ("failed", "lost", "begun", "log", "failed.before")
         )
 
-    def facts(self, task: str) -> dict[str, Any]:
-        """The fields of Facts that are on disk."""
+    def facts(self, task: str, code: int) -> dict[str, Any]:
+        """The fields of Facts that are on disk, or show why a rank was killed."""
         profile = _read_json(Path(os.environ.get("BIP_PROFILE", "")))
         restarts = own_restarts()
         counted = {note.get("attempt") for note in self._notes_before()}
@@ -187,16 +187,22 @@ class Run:
         started = _read(self.started).strip() == f"{task}.{restarts}"
         error, bus_error = self._printed()
         of_srun = _after(self.srun_log, self.srun_size)
-        printed = of_srun + _after(self.log, self.log_size, 1 << 20)
+        death, lost = deaths.first_death(of_srun), str(_read_json(self.lost).get("reason", ""))
+        memory = ""
+        if (
+            code == events.KILLED or "SIGKILL" in death + lost + error
+        ):  # else nothing is to be asked
+            printed = of_srun + _after(self.log, self.log_size, 1 << 20)
+            memory = deaths.look(_SLURMS.sub("", printed), os.environ)
         logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
         return {
             "failed": self.note.exists(),
-            "lost": str(_read_json(self.lost).get("reason", "")),
+            "lost": lost,
             "begun": started,
             "bus_error": bus_error,
             "error": error,
-            "death": deaths.first_death(of_srun),
-            "memory": deaths.look(_SLURMS.sub("", printed), os.environ),
+            "death": death,
+            "memory": memory,
             "unwritable": self.unwritable(),
             "saved": started and self._has_saved(),
             "losses": losses,

@@ -104,7 +104,7 @@ def hosts() -> set[str]:
     return {node["NodeHostName"].split(".")[0] for node in nodes() if "NodeHostName" in node}
 
 
-_ENDED = ("jobid", "state", "exitcode", "reason", "nodelist")
+_ENDED = ("jobid", "state", "exitcode", "reason", "nodelist", "start")
 
 
 def ended(jobs: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -125,7 +125,7 @@ def ended(jobs: Iterable[str]) -> dict[str, dict[str, str]]:
                 for line in ask("scontrol", "show", "job", "-o", job, timeout=10).splitlines():
                     fields = dict(re.findall(r"(\w+)=(\S*)", line))
                     task = f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"
-                    known = ("JobId", "JobState", "ExitCode", "Reason", "NodeList")
+                    known = ("JobId", "JobState", "ExitCode", "Reason", "NodeList", "StartTime")
                     values = (fields.get(name, "") for name in known)
                     found[task] = dict(zip(_ENDED, values, strict=True))
     return found

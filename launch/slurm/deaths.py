@@ -38,7 +38,7 @@ def first_death(printed: str) -> str:
     ):
         if how.startswith(_FOLLOWS):
             continue
-        name = f"rank{'s' * (not ranks.isdigit())} {ranks} on {node}"
+        name = f"rank {ranks} on {node}" if ranks.isdigit() else f"one of ranks {ranks} on {node}"
         sign = next((text for words, text in _SIGNALS.items() if how.startswith(words)), "")
         if sign:
             return f"{name} was killed by {sign}"
@@ -51,7 +51,7 @@ def memory_limit_hit(
 ) -> str:
     """What shows that the task's memory limit was hit, and what to do; "" if nothing does.
 
-    `printed` by srun and slurmstepd; `accounted`: sacct's lines STATE|MAXRSS of the steps;
+    `printed` by srun and slurmstepd; `accounted`: sacct's line ID|STATE|MAXRSS of the step;
     `oom_kills`: the kernel's count in the task's cgroup; `kernel`: its log's lines on this job.
     """
     most = max(map(_megabytes, re.findall(r"\|(\d[\d.]*[KMGT]?)", accounted)), default=0.0)
@@ -83,7 +83,9 @@ def look(printed: str, env: Mapping[str, str]) -> str:
     job = env.get("SLURM_JOB_ID", "")
     accounted = kernel = ""
     with contextlib.suppress(SlurmError):
-        accounted = ask("sacct", "-nPj", job, "--format=State,MaxRSS", timeout=10)
+        answer = ask("sacct", "-nPj", job, "--format=JobID,State,MaxRSS", timeout=10)
+        steps = re.findall(r"^[\d_]+\.\d+\|.*$", answer, re.MULTILINE)
+        accounted = "".join(steps[-1:])  # those before were other runs of the task
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         lines = subprocess.check_output(
             ["dmesg"], stderr=subprocess.DEVNULL, timeout=10, universal_newlines=True

@@ -347,6 +347,12 @@ def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once
     going = min(len(configs), at_once * len({config.exp_mode for config in configs}))
     need = sum(2 * 2 * size for size in sizes) + going * 2 * 4 * max(sizes)
     folder = existing(configs[0].result_dir)
+    disk = os.statvfs(folder)
+    if disk.f_files > 0 and disk.f_favail < (files := 20 * len(configs)):
+        raise UserError(
+            f"result_dir: {folder} has room for {disk.f_favail} more files (inodes), the sweep "
+            f"writes about {files}; delete some, or give another --result-dir"
+        )
     free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(

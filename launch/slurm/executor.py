@@ -1,14 +1,17 @@
 """The executor for SLURM: a sweep's runs are tasks of arrays."""
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from bip.config import RunConfig
 from bip.errors import UserError
 from launch.inputs import check_inputs
+from launch.printed import tail
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.arrays import (
@@ -109,14 +112,27 @@ class SlurmExecutor:
         return {run.run_id: self._left(run, left[run.run_id], known) for run in runs}
 
     def _left(self, run: Run, task: str, known: dict[str, dict[str, str]]) -> State:
+        """That of one run: what SLURM, the newest record and the newest log of its last attempt
+        say."""
+        record = known.get(task, {})
+        began = 0.0
+        with contextlib.suppress(ValueError):
+            began = datetime.fromisoformat(record.get("start", "")).timestamp() - 5
         logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
-        facts = [how_it_ended(known.get(task, {})), self.sweep.newest_reason(run)]
-        if logs:
-            newest = max(logs, key=lambda path: path.stat().st_mtime)
+        own = [path for path in logs if path.stat().st_mtime >= began]
+        facts = [how_it_ended(record), self.sweep.newest_reason(run)]
+        if own:
+            newest = max(own, key=lambda path: path.stat().st_mtime)
             how = f"without a result; see {newest.relative_to(self.sweep.folder)}"
+            if lines := tail(newest):
+                facts.append(f"it ends with: {lines[-1][:300]}")
+        elif logs:
+            how = "without a result, and without a log: jobs/slurm may be full or read-only"
         else:
             how = f"and never started; {self.sweep.command('resume')} submits it"
-        return State("failed", "; ".join(filter(None, [f"{LEFT_QUEUE} {how}", *facts])))
+        return State(
+            "failed", "; ".join(dict.fromkeys(filter(None, [f"{LEFT_QUEUE} {how}", *facts])))
+        )
 
     def _err(self, task: str) -> Path:
         return self.sweep.jobs / "slurm" / f"{task}_0_log.err"

@@ -1,5 +1,6 @@
 """What the doctor and submission make of a cluster."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,20 @@ def test_a_sweep_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     assert check_disk([config], {"resnet18": 1000}, 1).startswith("disk: about 48.0 kB of ")
     with pytest.raises(UserError, match=r"result_dir: .*--result-dir"):
         check_disk([config], {"resnet18": 10**14}, 1)
+
+
+def test_a_disk_without_room_for_more_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    facts = [*real]
+    facts[7] = 19  # f_favail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(facts))
+    config = build_config({"exp_name": "x", "exp_mode": "pretrain", "arch": "resnet18",
+                           "dataset": "CIFAR10", "result_dir": tmp_path})  # fmt: skip
+    if real.f_files:
+        with pytest.raises(UserError, match="19 more files"):
+            check_disk([config], {"resnet18": 1000}, 1)
 
 
 @pytest.mark.parametrize("words", [["{}"], ["--profile", "{}"], ["--profile={}"]])

@@ -401,7 +401,7 @@ def test_waiting_tasks_that_need_somebody_are_shown_with_what_to_do(
 
 
 SACCT = """#!/bin/bash
-echo "101_0|FAILED|0:53|None|n2"
+echo "101_0|FAILED|0:53|None|n2|2026-01-02T00:00:00"
 """
 
 
@@ -413,6 +413,12 @@ def test_a_task_that_slurm_could_not_start_is_said_so(sweep: Sweep, cluster: Fak
     assert row.state == "failed"
     for text in ("exit code 0:53 on n2", "could not start its batch script", "launch resume"):
         assert text in row.reason
+    log = sweep.log(row.run_id)
+    log.write_text("of an earlier attempt\n")
+    os.utime(log, (1, 1))
+    assert "without a log: jobs/slurm may be full" in status(sweep.folder)[0].reason
+    os.utime(log)
+    assert "it ends with: of an earlier attempt" in status(sweep.folder)[0].reason
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff\xfe"])
