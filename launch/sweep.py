@@ -303,7 +303,7 @@ class Sweep:
             text = (self.folder / run.folder / "result.json").read_text()
         except (FileNotFoundError, NotADirectoryError):
             return "none"
-        except PermissionError:  # another user's, of whom it is known that there is one
+        except PermissionError:  # there is one, of another user
             return "whole"
         except (IsADirectoryError, UnicodeDecodeError):
             return "damaged"
@@ -362,6 +362,9 @@ class Sweep:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     found.append((datetime.fromisoformat(record["time"]).timestamp(), cause))
         lost = self.loss_path(run.run_id)
+        before = lost.with_suffix(".failed.before")
+        for record in read_jsonl(before):
+            found.append((before.stat().st_mtime, str(record.get("reason", ""))))
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads(lost.read_text())
             found.append((float(note["time"]), str(note["reason"])))

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -286,7 +287,9 @@ def submit_array(
             raise UserError(_withdraw(array, f"{arrays_file(sweep)}: {error}")) from None
 
     executor = _executor(folder, profile, sweep.folder.absolute(), task_list, taken)
-    executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
+    parameters = sbatch_parameters(sweep, profile, array, code, submitted, facts)
+    comment = parameters["additional_parameters"].setdefault("comment", f"bip-{_stamp(now)}")
+    executor.update_parameters(**parameters)
     # A task may start at once and must not find an old failure record.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
     notes = {path: path.read_bytes() for path in paths if path.exists()}
@@ -295,7 +298,8 @@ def submit_array(
     try:
         executor.submit_tasks(str(sweep.folder.absolute()), len(array.tasks))
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
+        text = f"sbatch: {slurm.problem(str(error))}"
+        raise UserError(text + _withdraw_unanswered(str(error), comment)) from None
     finally:
         if not array.job:
             with contextlib.suppress(OSError):  # such as a full disk, which was reported already
@@ -311,6 +315,19 @@ def _withdraw(array: Array, problem: str) -> str:
     except slurm.SlurmError as error:
         return f"{problem}; array {job} is not recorded: end it by scancel {job} ({error})"
     return f"{problem}; array {job} could not be recorded and is cancelled"
+
+
+def _withdraw_unanswered(error: str, comment: str) -> str:
+    """Cancel an array that SLURM took although its answer did not come: nobody would know of it."""
+    if not re.search("timed out|Unable to contact|Zero Bytes", error, re.IGNORECASE):
+        return ""
+    try:
+        if not (jobs := slurm.jobs_of_comment(comment)):
+            return ""
+        slurm.ask("scancel", *jobs)
+    except slurm.SlurmError:
+        return f"; if squeue -o '%F %k' shows an array with the comment {comment}, scancel it"
+    return f"; array {', '.join(jobs)} was taken all the same, and is cancelled"
 
 
 def sbatch_parameters(

@@ -189,9 +189,8 @@ class Run:
         of_srun = _after(self.srun_log, self.srun_size)
         death, lost = deaths.first_death(of_srun), str(_read_json(self.lost).get("reason", ""))
         memory = ""
-        if (
-            code == events.KILLED or "SIGKILL" in death + lost + error
-        ):  # else nothing is to be asked
+        # In other cases nothing more is asked, as the time to requeue may be short.
+        if code == events.KILLED or "SIGKILL" in death + lost + error:
             printed = of_srun + _after(self.log, self.log_size, 1 << 20)
             memory = deaths.look(_SLURMS.sub("", printed), os.environ)
         logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"

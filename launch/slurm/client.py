@@ -15,6 +15,7 @@ from bip.slurm import (
     number,
     own_restarts,
     own_task,
+    problem,
     settings,
     show_task,
     without_options,
@@ -28,6 +29,7 @@ __all__ = [
     "number",
     "own_restarts",
     "own_task",
+    "problem",
     "settings",
     "show_task",
     "without_options",
@@ -150,6 +152,13 @@ def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
 def jobs_of_user() -> int:
     """Number of this user's jobs in the queue; each task of an array counts."""
     return len(ask("squeue", "--noheader", "--array", "--me", "--format=%i").splitlines())
+
+
+def jobs_of_comment(comment: str) -> list[str]:
+    """This user's jobs in the queue that were submitted with --comment."""
+    answer = ask("squeue", "--noheader", "--me", "--format=%F|%k")
+    lines = (line.partition("|") for line in answer.splitlines())
+    return sorted({job for job, _, text in lines if text == comment})
 
 
 def requeue(name: str, restarts: int) -> str | None:

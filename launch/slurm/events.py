@@ -271,9 +271,9 @@ def _of_batch(f: Facts) -> Decision:
         return _requeue(f, trouble, counts=cause == CAUSE_LOST)
     if f.retries is None and f.code in (EX_IOERR, BUS):
         return _requeue(f)
-    if f.retries is not None and f.begun and cause != CAUSE_LOST and not trouble:
+    if f.retries is not None and f.begun and cause != CAUSE_LOST:
         # A rank that detects another's failure exits, with or without a record.
-        trouble = "the ranks failed while SLURM was ending them"
+        trouble = trouble or "the ranks failed while SLURM was ending them"
         return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
     if f.nodes > 1:
         if f.nodes_answer is None:

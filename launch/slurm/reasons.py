@@ -23,6 +23,8 @@ _WAITING: list[tuple[str, str]] = [
      f"{_CHANGE} with another qos or partition"),
     (r"BadConstraints|NodeConfig|NotAvailable$", "no node has what it asks for; "
      f"{_CHANGE} with another constraint, gpus_per_node, mem or cpus_per_task"),
+    (r"[Mm]aintenance", "its nodes are reserved for maintenance before its limit would end; it "
+     f"starts after that, or {_CHANGE} with less time"),
     (r"ReqNodeNotAvail|DOWN, DRAINED", "nodes that it needs are down, drained or "
      "reserved; it starts when they are back; sinfo -R shows why"),
     (r"ReservationDeleted|Reservation$", "its reservation has not begun, or is gone; "

@@ -13,13 +13,18 @@ case $3 in
   *) cat "$3" ;;
 esac | awk -F'|' -v OFS='|' -v n=$((commas + 1)) '{ $n = $n; print }'
 """
-# Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N.
+# Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N, or
+# late-N: it is taken, but the answer is lost.
 SBATCH = """
 [[ $1 != --test-only ]] || exit 0
 cp "$1" script-$(ls script-* 2>/dev/null | wc -l)
 env >environment
 number=$(ls script-* | wc -l)
 if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
+if [[ -e late-$number ]]; then
+  grep -oE "comment=\\S+" "$1" | sed "s/comment=/$((100 + number))|/" >queue
+  echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv" >&2; exit 1
+fi
 if [[ -e interrupt-$number ]]; then kill -$(<interrupt-$number) $PPID $$; fi
 echo "Submitted batch job $((100 + number))"
 """

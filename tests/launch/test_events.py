@@ -148,6 +148,7 @@ BATCH: list[tuple[str, Facts, str, str]] = [
      f"{SLAIN}: {FULL_MEMORY}"),
     ("killed as it was preempted", batch(137, PREEMPTED, memory=FULL_MEMORY, losses=9), REQUEUE,
      ""),
+    ("killed as it was preempted, on two nodes", batch(137, PREEMPTED, nodes=2), REQUEUE, ""),
     ("killed, and the node may have failed", batch(137, death=SLAIN, nodes=2), PROBE, ""),
     ("hangs, by a note", batch(1, lost=MUTE), REQUEUE, MUTE),
     ("hangs, and its peers left no note", batch(1, error=MUTE), REQUEUE, MUTE),

@@ -21,6 +21,7 @@ from launch.slurm.reasons import advice, advices, how_it_ended
         ("QOSNotAllowed InvalidQOS", "another qos"),
         ("BadConstraints", "constraint"),
         ("ReqNodeNotAvail,_UnavailableNodes:n[1-2]", "sinfo -R"),
+        ("ReqNodeNotAvail,_Reserved_for_maintenance", "with less time"),
         ("Reservation ReservationDeleted", "reservation"),
         ("DependencyNeverSatisfied", "resume"),
         ("QOSMaxWallDurationPerJobLimit AssocMaxWallDurationPerJobLimit QOSMaxCpuPerJobLimit "

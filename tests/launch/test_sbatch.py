@@ -119,6 +119,17 @@ def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
     assert [run_id for run_id in ids if sweep.failure_path(run_id).exists()] == ids[1:]
 
 
+def test_an_array_that_slurm_took_without_an_answer_is_cancelled(
+    sweep: Sweep, cluster: FakeCluster
+) -> None:
+    """Else it would run beside the one that `resume` submits."""
+    cluster.file("late-2")
+    with pytest.raises(UserError, match=r"Socket timed out.*; array 102 was taken all the same"):
+        submit(sweep)
+    assert cluster.cancelled == ["102"]
+    assert recorded(sweep) == ["101"]
+
+
 @pytest.fixture
 def ctrl_c() -> Iterator[None]:
     """Python's handler, also where a shell's `&` has made this process ignore SIGINT."""
