@@ -117,7 +117,9 @@ class SlurmExecutor:
         record = known.get(task, {})
         began = 0.0
         with contextlib.suppress(ValueError):
-            began = datetime.fromisoformat(record.get("start", "")).timestamp() - 5
+            began = (
+                datetime.fromisoformat(record.get("start", "")).timestamp() - 60
+            )  # clocks differ
         logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
         own = [path for path in logs if path.stat().st_mtime >= began]
         facts = [how_it_ended(record), self.sweep.newest_reason(run)]

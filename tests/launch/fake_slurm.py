@@ -49,15 +49,18 @@ def in_minutes(minutes: float) -> str:
 class FakeSlurm:
     """One array task with one run, `name`, of the sweep in `folder`/sweep."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.sweep = Sweep(folder / "sweep")
-        place = {"result_dir": folder, "exp_name": "sweep"}
-        self.config = build_config(read_yaml(DIGITS / "pretrain.yml") | place)
+        settings |= {"result_dir": folder, "exp_name": "sweep"}
+        self.config = build_config(read_yaml(DIGITS / "pretrain.yml") | settings)
         self.name, self.run = self.config.run_id, self.config.run_folder
         self.run.mkdir(parents=True)
         self.sweep.jobs.mkdir()
+        self.settings = self.sweep.folder / "points" / f"{self.name}.yml"
+        self.settings.parent.mkdir()
+        self.settings.write_text(self.config.to_yaml())
         self.printed = ""  # by task.sh, to stderr
         self.profile()
         self.command("scontrol", SCONTROL)
@@ -143,10 +146,6 @@ class FakeSlurm:
 
     def rank(self, ends: str, **env: str) -> int:
         """A rank whose run ends as `rank_that.py` lists; its exit status."""
-        path = self.sweep.folder / "points" / f"{self.name}.yml"
-        path.parent.mkdir(exist_ok=True)
-        if not path.exists():
-            path.write_text(self.config.to_yaml())
         env = self.env | {"BIP_POINT": self.name, "BIP_ATTEMPT": "7_0.0"} | env
         words = [sys.executable, "-m", "tests.launch.rank_that", ends, str(self.sweep.folder)]
         return subprocess.run(words, env=env, timeout=120, check=False).returncode

@@ -93,9 +93,7 @@ def test_the_batch_script_tries_where_a_rank_cannot(fake: FakeSlurm) -> None:
 
 def test_settings_that_were_edited_while_queued_are_not_run(fake: FakeSlurm) -> None:
     """They are another run's, and would train into its folder."""
-    path = fake.sweep.folder / "points" / f"{fake.name}.yml"
-    path.parent.mkdir()
-    text = fake.config.to_yaml()
+    path, text = fake.settings, fake.config.to_yaml()
     path.write_text(text.replace("momentum: 0.9", "momentum: 0.8"))
     assert fake.rank("finishes") == 1
     assert f"{path}: changed since it was planned" in fake.note()
