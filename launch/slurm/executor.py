@@ -121,7 +121,8 @@ class SlurmExecutor:
                 datetime.fromisoformat(record.get("start", "")).timestamp() - 60
             )  # clocks differ
         logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
-        own = [path for path in logs if path.stat().st_mtime >= began]
+        clocks = 60.0  # of the nodes and of the file system may differ by so many seconds
+        own = [path for path in logs if path.stat().st_mtime >= began - clocks]
         facts = [how_it_ended(record), self.sweep.newest_reason(run)]
         if own:
             newest = max(own, key=lambda path: path.stat().st_mtime)

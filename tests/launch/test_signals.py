@@ -61,7 +61,7 @@ class Life:
         return rank.wait(120)
 
     def has_begun(self, _pid: int) -> bool:
-        return (self.slurm.sweep.jobs / "run.begun").exists()
+        return (self.slurm.sweep.jobs / f"{self.slurm.name}.begun").exists()
 
 
 def runs_compiler(pid: int) -> bool:
