@@ -6,6 +6,7 @@ Every rank calls these functions; rank 0 reads and writes, and its failure is ra
 import contextlib
 import errno
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,7 +62,11 @@ def read_result(config: RunConfig) -> dict[str, Any] | None:
 
     Raises UserError if `source_net` is not the file that it started from.
     """
-    finished: dict[str, Any] | None = read_json(config.run_folder / "result.json")
+    path = config.run_folder / "result.json"
+    finished: dict[str, Any] | None = read_json(path)
+    if finished is not None and (not isinstance(finished, dict) or "top1" not in finished):
+        away = shlex.join(["mv", str(path.parent), f"{path.parent}.damaged"])
+        raise UserError(f"{path}: damaged; {away}, then repeat the command to run it again")
     if finished is None or config.evaluate:
         return finished
     source = config.source_net

@@ -41,16 +41,41 @@ def ask(*command: str, timeout: float = 60) -> str:
     env = without_options(os.environ)
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=env, check=False
-        )
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout,
+            env=env, check=False,
+        )  # fmt: skip
     except FileNotFoundError:
         raise SlurmError(f"{command[0]}: not found on this machine") from None
     except subprocess.TimeoutExpired:
         raise SlurmError(f"{command[0]}: no answer within {timeout:.0f} s") from None
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-        raise SlurmError(f"{' '.join(command[:2])}: {lines[0]}")
+        raise SlurmError(f"{' '.join(command[:2])}: {problem(done.stderr or done.stdout)}")
     return done.stdout
+
+
+# What SLURM's commands print, and what it means to a user.
+_ADVICE = {
+    r"DNS SRV|configuration source|slurm\.conf": "this machine belongs to no cluster; use a login "
+    "node of the cluster, or set SLURM_CONF to its slurm.conf",
+    r"[Mm]unge|MUNGE": "munge does not work on this machine; use another login node, or ask the "
+    "site's support to start munged",
+    r"Unable to contact slurm controller|Connection refused|Socket timed out": "slurmctld does not "
+    "answer now; try again later",
+    r"authentication|Incompatible versions": "SLURM's commands and its controller do not fit "
+    "together; use a login node of the cluster",
+}
+
+
+def problem(printed: str) -> str:
+    """One line on why a SLURM command failed, with advice where its own line has none.
+
+    The line is the first that names an error; a site's plugins may print others before it.
+    """
+    lines = [line.strip() for line in printed.splitlines() if line.strip()] or ["no message"]
+    named = [line for line in lines if re.search(r"\b(error|fatal)\b", line)]
+    line = (named or lines)[0]
+    advice = next((text for sign, text in _ADVICE.items() if re.search(sign, printed)), "")
+    return f"{line} ({advice})" if advice else line
 
 
 def own_task(env: Mapping[str, str] = os.environ) -> str | None:

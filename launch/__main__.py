@@ -9,9 +9,8 @@ import tyro
 from rich.console import Console
 
 from bip import cli
-from bip.config import RunConfig, build_config
+from bip.config import RunConfig
 from bip.errors import ExitCode, UserError
-from bip.yaml_file import read_yaml
 from launch import logs as run_logs
 from launch import watch as watching
 from launch.executor import Executor, executor_for, executors_of
@@ -22,7 +21,7 @@ from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
 from launch.status import Row, as_json, planned_rows
 from launch.status import status as read_status
-from launch.sweep import Run, Sweep
+from launch.sweep import STUCK, Run, Sweep
 from launch.table import table
 
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
@@ -73,7 +72,7 @@ def series(*argv: str, command: list[str]) -> int:
     sweep, run_ids = Sweep(plan.folder), [planned.run_id for planned in plan.runs]
     executor = executor_for(sweep, profile, command)
     missing = [run for run in map(Run.of, plan.runs) if not sweep.is_done(run)]
-    _prepare(executor, [planned.config for planned in plan.runs], missing)
+    _prepare(sweep, executor, [planned.config for planned in plan.runs], missing)
     keep_code, fail_fast = flags.get("snapshot", True), flags.get("fail_fast", False)
     if flags.get("dry_run"):
         _show(planned_rows(sweep, [*map(Run.of, plan.runs)]), sweep)
@@ -106,7 +105,9 @@ def resume(
     sweep = Sweep(folder)
     rows = [row for row in read_status(folder) if row.kind not in ("done", "running")]
     missing = [row.run_id for row in rows if not (row.kind == "waiting" and row.queued)]
-    configs = _check_unchanged(sweep, missing)
+    for reason in dict.fromkeys(row.reason for row in rows if row.reason.startswith(STUCK)):
+        print(f"warning: {reason}", file=sys.stderr)
+    configs = [sweep.config(run_id) for run_id in missing]
     if not missing:
         print(f"nothing to resume: all runs of {folder} are done, queued or running")
         return ExitCode.DONE
@@ -115,7 +116,7 @@ def resume(
     for config in configs:
         config.batch_per_rank(facts.ranks)
     executor = executor_for(sweep, facts, command)
-    _prepare(executor, configs, [run for run in sweep.runs() if run.run_id in missing])
+    _prepare(sweep, executor, configs, [run for run in sweep.runs() if run.run_id in missing])
     return _submit(sweep, missing, executor, wait, snapshot)
 
 
@@ -145,7 +146,7 @@ def status(folder: Path, json: bool = False, watch: bool = False) -> int:
         return ExitCode.DONE
     _show(rows, sweep)
     if any(row.kind in ("failed", "cancelled", "blocked") for row in rows):
-        print(f"to run what is missing: python -m launch resume {folder}")
+        print(f"to run what is missing: {sweep.command('resume')}")
     return ExitCode.DONE
 
 
@@ -195,7 +196,7 @@ def cancel(folder: Path, save_seconds: int = 120) -> int:
         raise UserError(f"{folder}: nothing to cancel, as nothing was submitted")
     for executor in executors:
         print(f"cancelled {executor.cancel(save_seconds)}")
-    print(f"to continue: python -m launch resume {folder}")
+    print(f"to continue: {sweep.command('resume')}")
     return ExitCode.DONE
 
 
@@ -216,7 +217,10 @@ def doctor(profile: Path, probe: bool = False, folder: Path = Path("trained_mode
     return code
 
 
-def _prepare(executor: Executor, configs: list[RunConfig], runs: list[Run]) -> None:
+def _prepare(sweep: Sweep, executor: Executor, configs: list[RunConfig], runs: list[Run]) -> None:
+    for run in runs:
+        if damage := sweep.damage(run):
+            raise UserError(damage)
     for line in executor.prepare(configs, runs):
         print(line, file=sys.stderr if line.startswith("warning") else sys.stdout)
 
@@ -226,13 +230,13 @@ def _submit(
     fail_fast: bool = False,
 ) -> int:  # fmt: skip
     """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
-    look_again = f"python -m launch status {sweep.folder}"
+    look_again = sweep.command("status")
     try:
-        executor.submit(run_ids, keep_code)
+        count = executor.submit(run_ids, keep_code)
         if not stay:
-            print(f"{len(run_ids)} runs in {sweep.folder}; to see their state: {look_again}")
+            print(f"{count} runs submitted in {sweep.folder}; to see their state: {look_again}")
             return ExitCode.DONE
-        print(f"{len(run_ids)} runs, {executor.limit}, in {sweep.folder}", flush=True)
+        print(f"{count} runs submitted, {executor.limit}, in {sweep.folder}", flush=True)
         rows = watching.wait(sweep, run_ids, _console(), executor, fail_fast)
     except KeyboardInterrupt:
         print(f"\nThe runs continue. To see their state: {look_again}")
@@ -240,28 +244,8 @@ def _submit(
     _show(rows, sweep)
     if all(row.kind == "done" for row in rows):
         return ExitCode.DONE
-    print(f"to run what is missing: python -m launch resume {sweep.folder}")
+    print(f"to run what is missing: {sweep.command('resume')}")
     return ExitCode.FAILED
-
-
-def _check_unchanged(sweep: Sweep, run_ids: list[str]) -> list[RunConfig]:
-    """The configurations of these runs. Raises UserError if one has changed since the plan."""
-    configs = []
-    for run_id in run_ids:
-        path = sweep.folder / "points" / f"{run_id}.yml"
-        config = build_config(read_yaml(path), str(path))
-        if config.run_id != run_id:
-            raise UserError(
-                f"{path}: changed since it was planned (its settings are those of "
-                f"{config.run_id}); plan the new settings with python -m launch series"
-            )
-        if config.run_folder.absolute() != (sweep.folder / config.exp_mode / run_id).absolute():
-            raise UserError(
-                f"{path}: writes to {config.run_folder.parents[1]}, not to {sweep.folder}; the "
-                "sweep folder was moved"
-            )
-        configs.append(config)
-    return configs
 
 
 def _show(rows: list[Row], sweep: Sweep) -> None:

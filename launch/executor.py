@@ -32,8 +32,8 @@ class Executor(Protocol):
     def preview(self, runs: Sequence[Run]) -> Iterator[str]:
         """After `prepare`: what submitting `runs` would start, and its cost, as text."""
 
-    def submit(self, run_ids: list[str], keep_code: bool) -> None:
-        """Queue those of the runs that are not done, and remove their failure records.
+    def submit(self, run_ids: list[str], keep_code: bool) -> int:
+        """Queue those of the runs that are not done, and remove their failure records; how many.
 
         With `keep_code` tasks that start later run a copy of the present code.
         """

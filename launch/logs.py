@@ -6,7 +6,7 @@ from pathlib import Path
 from bip.cli import nearest
 from bip.errors import UserError
 from launch.executor import Executor, executors_of
-from launch.local.worker import last_error, tail
+from launch.printed import last_error, tail
 from launch.status import Row, status
 from launch.sweep import Sweep
 from launch.watch import polls
@@ -22,9 +22,7 @@ def show_failures(sweep: Sweep) -> None:
         if error and error not in row.reason:
             print(f"  {error}")
         print(f"  {path or 'it printed nothing'}")
-    print(
-        f"{len(failed)} failed runs; python -m launch logs {sweep.folder} RUN shows the log of one"
-    )
+    print(f"{len(failed)} failed runs; {sweep.command('logs')} RUN shows the log of one")
 
 
 def show(sweep: Sweep, run: str, follow: bool) -> None:

@@ -23,29 +23,37 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from bip.config import RunConfig, build_config
 from bip.errors import UserError
 from bip.files import (
     NOT_SUPPORTED,
     atomic_write_bytes,
     atomic_write_json,
     raise_passing,
+    read_jsonl,
     result_dir_error,
 )
 from bip.methods.base import Mode
 from bip.yaml_file import read_yaml
 from launch.plan import STAGES, PlannedRun, check_same_source
+from launch.printed import last_error, tail
 
 VERSION = 1
 StateName = Literal["waiting", "running", "done", "failed", "cancelled", "blocked"]
 FINAL: tuple[StateName, ...] = ("done", "failed", "cancelled", "blocked")
 LEFT_QUEUE = "its task left SLURM's queue"
+IN_QUEUE = "in the queue"
+STUCK = f"{IN_QUEUE}, "  # how the reason of a waiting run starts that needs somebody to act
+DAMAGED = "its result is damaged"
 CANCELLED = "cancelled"  # how the reason of a cancelled run starts
 # How the reasons of cancelled runs start: by the user, and by a preemption that cancels.
 _CANCELS = (CANCELLED, f"preempted and {CANCELLED}")
@@ -214,6 +222,27 @@ class Sweep:
         self.jobs = folder / "jobs"
         self.queue_path = self.jobs / "queue.json"
 
+    def command(self, verb: str) -> str:
+        """The command for this sweep, to be pasted into a shell."""
+        return f"python -m launch {verb} {shlex.quote(str(self.folder))}"
+
+    def config(self, run_id: str) -> RunConfig:
+        """A run's configuration. Raises UserError if its file has changed since it was planned: the
+        run would train into the folder of another."""
+        path = self.folder / "points" / f"{run_id}.yml"
+        config = build_config(read_yaml(path), str(path))
+        if config.run_id != run_id:
+            raise UserError(
+                f"{path}: changed since it was planned (its settings are those of "
+                f"{config.run_id}); plan the new settings with python -m launch series"
+            )
+        if config.run_folder.absolute() != (self.folder / config.exp_mode / run_id).absolute():
+            raise UserError(
+                f"{path}: writes to {config.run_folder.parents[1]}, not to {self.folder}; the "
+                "sweep folder was moved"
+            )
+        return config
+
     def log(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.log"
 
@@ -329,7 +358,35 @@ class Sweep:
             return 1
 
     def is_done(self, run: Run) -> bool:
-        return (self.folder / run.folder / "result.json").exists()
+        return self._result(run) == "whole"
+
+    def _result(self, run: Run) -> Literal["none", "whole", "damaged"]:
+        try:
+            text = (self.folder / run.folder / "result.json").read_text()
+        except (FileNotFoundError, NotADirectoryError):
+            return "none"
+        except PermissionError:  # there is one, of another user
+            return "whole"
+        except (IsADirectoryError, UnicodeDecodeError):
+            return "damaged"
+        with contextlib.suppress(ValueError):
+            found = json.loads(text)
+            return "whole" if isinstance(found, dict) and "top1" in found else "damaged"
+        return "damaged"
+
+    def damage(self, run: Run) -> str:
+        """What to do about a result that cannot be read; "" for one that can, or for none.
+
+        It is written whole, so a disk or a person has damaged it. A finished run keeps no state to
+        resume from.
+        """
+        if self._result(run) != "damaged":
+            return ""
+        folder = self.folder / run.folder
+        away = shlex.join(["mv", str(folder), f"{folder}.damaged"])
+        return (
+            f"{DAMAGED}: {folder}/result.json; {away}, then {self.command('resume')} runs it again"
+        )
 
     def is_running(self, run: Run) -> bool:
         """Whether it runs locally."""
@@ -340,7 +397,7 @@ class Sweep:
 
     def mark_cancelled(self, run_id: str, why: str = "") -> None:
         """Mark the run so that no attempt starts until it is submitted again."""
-        self.fail(run_id, f"{CANCELLED}{why}; python -m launch resume {self.folder} continues it")
+        self.fail(run_id, f"{CANCELLED}{why}; {self.command('resume')} continues it")
 
     @staticmethod
     def note(path: Path, reason: str) -> None:
@@ -348,12 +405,36 @@ class Sweep:
 
     def failure(self, run: Run) -> str | None:
         """Why the last attempt failed or was cancelled, or None."""
+        path = self.failure_path(run.run_id)
         try:
-            return str(json.loads(self.failure_path(run.run_id).read_text())["reason"])
+            return str(json.loads(path.read_text())["reason"])
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError):
-            return "failed (its record is unreadable)"
+            found = self.newest_reason(run)
+            known = f"; the newest reason found: {found}" if found else f"; see {run.run_id}.log"
+            return f"failed (its record {path.name} is unreadable, as by a full disk){known}"
+
+    def newest_reason(self, run: Run) -> str:
+        """The newest reason why an attempt ended, in any file that has one; "" for none."""
+        found: list[tuple[float, str]] = []
+        for record in read_jsonl(self.folder / run.folder / "attempts.jsonl"):
+            cause = str(record.get("cause", ""))
+            if record.get("event") == "end" and cause.startswith(("error", "rank lost")):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    found.append((datetime.fromisoformat(record["time"]).timestamp(), cause))
+        lost = self.loss_path(run.run_id)
+        before = lost.with_suffix(".failed.before")
+        for record in read_jsonl(before):
+            found.append((before.stat().st_mtime, str(record.get("reason", ""))))
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            note = json.loads(lost.read_text())
+            found.append((float(note["time"]), str(note["reason"])))
+        with contextlib.suppress(OSError):
+            log = self.log(run.run_id)
+            if error := last_error(tail(log)):
+                found.append((log.stat().st_mtime, error))
+        return max(found, default=(0.0, ""))[1]
 
     def states(
         self, runs: Collection[Run], places: Mapping[str, Place] | None = None
@@ -372,6 +453,8 @@ class Sweep:
                 state = State("done")
             elif self.is_running(run):
                 state = State("running")
+            elif damage := self.damage(run):
+                state = State("failed", damage)
             elif (reason := self.failure(run)) is not None:
                 state = State("cancelled" if reason.startswith(_CANCELS) else "failed", reason)
             elif place and place.state and (place.state.name != "failed" or not stuck):

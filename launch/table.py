@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.text import Text
 
 from launch.status import Row, Word, sweep_eta
-from launch.sweep import FINAL
+from launch.sweep import FINAL, Sweep
 
 WORDS: tuple[Word, ...] = get_args(Word)
 _STYLES: dict[Word, str] = {
@@ -220,5 +220,5 @@ def _reasons(rows: Sequence[Row]) -> list[Text]:
 def _where(rows: Iterable[Row], folder: Path) -> list[Text]:
     where = [Text(f"run folders: {folder}/STAGE/RUN_ID")]
     if any(row.kind in FINAL[1:] for row in rows):
-        where.append(Text(f"what they printed: python -m launch logs {folder}"))
+        where.append(Text(f"what they printed: {Sweep(folder).command('logs')}"))
     return where

@@ -14,7 +14,7 @@ from rich.text import Text
 from bip.files import may_pass
 from launch.executor import Executor
 from launch.status import Row, status
-from launch.sweep import FINAL, LEFT_QUEUE, Sweep
+from launch.sweep import FINAL, LEFT_QUEUE, STUCK, Sweep
 from launch.table import duration, epochs, summary, table
 
 # Workers need a moment to start; after this time without one, no run will start.
@@ -43,6 +43,7 @@ def wait(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     )
     overall = progress.add_task(sweep.folder.name, total=len(rows))
+    warned: set[str] = set()  # of tasks that will not start by themselves
     with Live(progress, console=console, refresh_per_second=4, auto_refresh=False) as live:
         for rows in polls(sweep, run_ids, executor):
             failed = [row for row in rows if row.kind == "failed"]
@@ -54,6 +55,10 @@ def wait(
                 if row.kind in FINAL and row.run_id not in reported:
                     reported.add(row.run_id)
                     console.print(_finished(row, len(reported), len(rows)), soft_wrap=True)
+            stuck = {row.reason for row in rows if row.reason.startswith(STUCK)}
+            for reason in sorted(stuck - warned):
+                console.print(Text(f"warning: {reason}", style="yellow"), soft_wrap=True)
+            warned |= stuck
             if console.is_terminal:
                 progress.update(overall, completed=len(reported), description=summary(rows))
                 running = [_running(row) for row in rows if row.kind == "running"]

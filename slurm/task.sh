@@ -2,6 +2,8 @@
 #
 #   run_step SRUN-ARGUMENTS COMMAND...   runs the command on every rank of the task. Returns its
 #                                        exit status; does not return when the task is requeued.
+#   find_python                          sets `python`, for templates: PYTHON, else that of the
+#                                        activated environment, else of .venv in the clone
 #   run_points FOLDER LIST COMMAND...    run_step for each run that line TASK-INDEX + 1 of the file
 #                                        LIST names, in turn, printing to FOLDER/jobs/RUN_ID.log
 #
@@ -23,10 +25,23 @@ shopt -u nullglob failglob
 trap '' TERM USR1 USR2
 bip_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bip_root=${bip_root%/bip/_files} # where a wheel has this file
-bip_run=() # of a sweep: FOLDER RUN_ID LOG-SIZE
+bip_run=() # of a sweep: FOLDER RUN_ID LOG-SIZE SRUN-LOG-SIZE
 
 decider() { # of this clone or snapshot, not of an installed package
   python3 -I -S "$bip_root/launch/slurm/batch.py" "$@"
+}
+
+find_python() {
+  local tried=(python3 "$bip_root/.venv/bin/python" "$bip_root/venv/bin/python")
+  local test='import importlib.util as u, sys
+sys.exit(sys.version_info < (3, 11) or u.find_spec("torch") is None)'
+  [[ ! ${PYTHON-} ]] || tried=("$PYTHON")
+  for python in "${tried[@]}"; do
+    ! "$python" -c "$test" 2>/dev/null || return 0
+  done
+  echo "error: PYTHON: ${tried[*]}: none is a Python 3.11 with torch; activate the project's" \
+    "environment, or PYTHON=/path/to/python sbatch ..." >&2
+  return 2
 }
 
 run_step() {
@@ -42,13 +57,13 @@ run_step() {
 }
 
 run_points() {
-  local folder=$1 list=$2 run failed=0 bip_run attempt size
+  local folder=$1 list=$2 run failed=0 bip_run attempt size srun_size
   shift 2
   for run in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
     # It failed in an earlier attempt of this task.
     [[ ! -e $folder/jobs/$run.failed ]] || { failed=1; continue; }
-    read -r attempt size <<<"$(decider begin "$folder" "$run")"
-    bip_run=("$folder" "$run" "${size:-0}")
+    read -r attempt size srun_size < <(decider begin "$folder" "$run")
+    bip_run=("$folder" "$run" "${size:-0}" "${srun_size:-0}")
     BIP_POINT=$run BIP_ATTEMPT=${attempt:-$(task_name).${SLURM_RESTART_COUNT:-0}} \
       run_step --output="$folder/jobs/$run.log" --open-mode=append "$@" || failed=1
   done
@@ -62,7 +77,7 @@ task_name() { # never the bare ID of an array: scontrol takes that for all its t
   else echo "$SLURM_JOB_ID"; fi
 }
 
-without_python() { # CODE [FOLDER RUN_ID LOG-SIZE]: a bounded requeue of what may pass
+without_python() { # CODE [FOLDER RUN_ID SIZES]: a bounded requeue of what may pass
   local code=$1 jobs=${2:+$2/jobs/$3} restarts=${SLURM_RESTART_COUNT:-0} reason
   local most=${BIP_MAX_RESTARTS:-10}
   [[ ! $jobs || ! -e $jobs.failed ]] || return "$code"
@@ -77,6 +92,7 @@ without_python() { # CODE [FOLDER RUN_ID LOG-SIZE]: a bounded requeue of what ma
     reason+="; already restarted $restarts times, or SLURM refuses to requeue"
   fi
   echo "$reason" >&2
-  [[ ! $jobs ]] || echo "{\"reason\": \"$reason\"}" >"$jobs.failed"
+  # An empty record, as of a full disk, would hide the reason.
+  [[ ! $jobs ]] || echo "{\"reason\": \"$reason\"}" >"$jobs.failed" || rm -f "$jobs.failed"
   return "$code"
 }

@@ -49,7 +49,7 @@ class LocalExecutor:
         ranks = self.profile.ntasks_per_node
         yield f"{len(runs)} runs on this machine, {self.limit}, {ranks} ranks each"
 
-    def submit(self, run_ids: list[str], keep_code: bool = False) -> None:
+    def submit(self, run_ids: list[str], keep_code: bool = False) -> int:
         """Queue the runs and start missing workers.
 
         A call while workers are alive adds to their queue. There are never more than `parallelism`
@@ -65,6 +65,7 @@ class LocalExecutor:
         count = min(profile.parallelism, sweep.unfinished()) - sweep.live_workers()
         if count > 0:
             _start_apart(sweep, count)
+        return len(run_ids)
 
     def queue(self) -> dict[str, Place]:
         return {}  # the sweep's files show everything

@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from bip.distributed.signals import StopRequest
+from bip.errors import UserError
 from launch.local.processes import RunProcess, was_stopped
+from launch.printed import last_error, tail
 from launch.slurm import client as slurm
 from launch.sweep import FINAL, Lock, Queue, Run, Sweep
 
@@ -95,6 +97,11 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
     try:
         if sweep.is_done(run) or sweep.failure(run) is not None:
             return False
+        try:
+            sweep.config(run.run_id)
+        except UserError as error:
+            sweep.fail(run.run_id, f"error: {error}")
+            return True
         note = {"started": time.time(), "host": platform.node(), "worker": os.getpid()}
         claim.write(json.dumps(note))
         with open(sweep.log(run.run_id), "ab") as log:
@@ -154,24 +161,6 @@ def run_environment(inherited: Mapping[str, str], queue: Queue) -> dict[str, str
     if (gpus := env.pop(VISIBLE_GPUS, None)) is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus
     return env | {"OMP_NUM_THREADS": str(queue.cpus_per_task)} | queue.env
-
-
-def tail(log: Path, begin: int = 0) -> list[str]:
-    """The last lines of a log from byte `begin` on, without empty ones."""
-    with open(log, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(max(begin, size - 16384))
-        text = stream.read().decode(errors="replace")
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def last_error(lines: list[str]) -> str | None:
-    """The last line that reports an error."""
-    # Under torchrun its own report (ChildFailedError) follows the failed rank's lines.
-    pattern = r"(?!torch\.distributed)[\w.]*(Error|Exception)\b"
-    raised = [line for line in lines if re.match(pattern, line)]
-    found = [line for line in lines if line.startswith("error: ")] or raised
-    return found[-1] if found else None
 
 
 def _how_it_stopped(lines: list[str]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -164,8 +165,8 @@ def submit_arrays(
     except (UserError, OSError, KeyboardInterrupt) as error:
         jobs = ", ".join(f"{array.stage} {array.job}" for array in arrays if array.job) or "nothing"
         raise UserError(
-            f"{str(error) or 'interrupted'}; submitted so far: {jobs}; python -m launch resume "
-            f"{sweep.folder} submits the rest"
+            f"{str(error) or 'interrupted'}; submitted so far: {jobs}; {sweep.command('resume')} "
+            "submits the rest"
         ) from None
     return arrays
 
@@ -282,7 +283,9 @@ def submit_array(
             raise UserError(_withdraw(array, f"{arrays_file(sweep)}: {error}")) from None
 
     executor = _executor(folder, profile, sweep.folder.absolute(), task_list, taken)
-    executor.update_parameters(**sbatch_parameters(sweep, profile, array, code, submitted, facts))
+    parameters = sbatch_parameters(sweep, profile, array, code, submitted, facts)
+    comment = parameters["additional_parameters"].setdefault("comment", f"bip-{_stamp(now)}")
+    executor.update_parameters(**parameters)
     # A task may start at once and must not find an old failure record.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]
     notes = {path: path.read_bytes() for path in paths if path.exists()}
@@ -291,7 +294,8 @@ def submit_array(
     try:
         executor.submit_tasks(str(sweep.folder.absolute()), len(array.tasks))
     except (FailedJobError, FailedSubmissionError, OSError) as error:
-        raise UserError(f"sbatch: {' '.join(str(error).split())}") from None
+        text = f"sbatch: {slurm.problem(str(error))}"
+        raise UserError(text + _withdraw_unanswered(str(error), comment)) from None
     finally:
         if not array.job:
             with contextlib.suppress(OSError):  # such as a full disk, which was reported already
@@ -323,6 +327,19 @@ def scripts(sweep: Sweep, profile: SlurmProfile, arrays: Sequence[Array]) -> Ite
         command = executor._submitit_command_str
         yield f"# {array.job}: {array.stage}, {len(array.tasks)} tasks"
         yield executor._make_submission_file_text(command, array.job)
+
+
+def _withdraw_unanswered(error: str, comment: str) -> str:
+    """Cancel an array that SLURM took although its answer did not come: nobody would know of it."""
+    if not re.search("timed out|Unable to contact|Zero Bytes", error, re.IGNORECASE):
+        return ""
+    try:
+        if not (jobs := slurm.jobs_of_comment(comment)):
+            return ""
+        slurm.ask("scancel", *jobs)
+    except slurm.SlurmError:
+        return f"; if squeue -o '%F %k' shows an array with the comment {comment}, scancel it"
+    return f"; array {', '.join(jobs)} was taken all the same, and is cancelled"
 
 
 def sbatch_parameters(

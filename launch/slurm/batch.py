@@ -1,8 +1,8 @@
 """The program that `slurm/task.sh` runs on the batch node: `events.decide` for an srun step.
 
     python3 -I -S batch.py begin FOLDER RUN_ID
-        prints the attempt's name and the present size of the run's log
-    python3 -I -S batch.py end CODE SECONDS [FOLDER RUN_ID LOG_SIZE]
+        prints the attempt's name, and the present sizes of the run's log and of srun's
+    python3 -I -S batch.py end CODE SECONDS [FOLDER RUN_ID LOG_SIZE SRUN_LOG_SIZE]
         after srun, with its exit code and duration: requeues the task, or records why not. Prints
         `requeued` when the batch script must exit, else `final`
     python3 -I -S batch.py kill-wait
@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bip.slurm import SlurmError, kill_wait, own_restarts, own_task, show_task
-from launch.slurm import events
+from launch.slurm import deaths, events
 from launch.slurm.client import requeue
 from launch.slurm.events import Decision, Facts, decide
 
@@ -50,15 +51,18 @@ class Step:
             restarts=own_restarts(),
             nodes=int(os.environ.get("SLURM_NNODES") or 1),
             max_restarts=int(most) if most.isdigit() else None,
-            **(run.facts(self.task) if run is not None else {}),
+            **(run.facts(self.task, code) if run is not None else {}),
         )
 
     def end(self) -> str:
         """Decide and carry it out; returns `requeued` or `final`."""
         while True:
             decision = decide(self.facts)
-            if decision.counts and self.run is not None:
-                self.run.count(f"{self.task}.{self.facts.restarts}", decision.reason)
+            if decision.counts and self.run is not None and not self.facts.unwritable:
+                name = f"{self.task}.{self.facts.restarts}"
+                if problem := self.run.count(name, decision.reason):
+                    self.facts = replace(self.facts, unwritable=problem)
+                    continue
             if decision.action == events.WAIT:
                 self.sleep(decision.seconds)
                 self.ask()
@@ -72,9 +76,9 @@ class Step:
                 self.ask()
             elif decision.action == events.REQUEUE:
                 if decision.reason:
-                    print(f"to be requeued: {decision.reason}", file=sys.stderr, flush=True)
-                if self.run is not None:
-                    self.run.set_aside()
+                    self.report(f"to be requeued: {decision.reason}")
+                if self.run is not None and (problem := self.run.set_aside()):
+                    print(f"not recorded ({problem})", file=sys.stderr, flush=True)
                 # Everything is recorded by now, as SLURM ends this process too.
                 if (refusal := requeue(self.task, self.facts.restarts)) is None:
                     break
@@ -148,24 +152,34 @@ class Step:
             self.sleep(60)
 
     def give_up(self, decision: Decision) -> None:
-        if decision.reason:
-            print(decision.reason, file=sys.stderr, flush=True)
-        if decision.reason and self.run is not None:
-            self.run.fail(decision.reason)
+        if not decision.reason:
+            return
+        self.report(decision.reason)
+        if self.run is not None and (problem := self.run.fail(decision.reason)):
+            print(f"not recorded ({problem})", file=sys.stderr, flush=True)
+
+    def report(self, reason: str) -> None:
+        """Print it here, and as the last line of the run's log."""
+        print(reason, file=sys.stderr, flush=True)
+        if self.run is not None:
+            with contextlib.suppress(OSError), open(self.run.log, "a") as log:
+                log.write(f"{reason}\n")
 
 
 class Run:
     """One run of a sweep, with its files in FOLDER/jobs (listed in `launch/sweep.py`)."""
 
-    def __init__(self, folder: str, run_id: str, log_size: int = 0) -> None:
-        self.folder, self.run_id, self.log_size = Path(folder), run_id, log_size
+    def __init__(self, folder: str, run_id: str, log_size: int = 0, srun_size: int = 0) -> None:
+        self.folder, self.run_id = Path(folder), run_id
+        self.log_size, self.srun_size = log_size, srun_size
+        self.srun_log = self.folder / "jobs" / "slurm" / f"{own_task()}_0_log.err"
         self.note, self.lost, self.started, self.log, self.before = (
             self.folder / "jobs" / f"{run_id}.{kind}"
             for kind in ("failed", "lost", "begun", "log", "failed.before")
         )
 
-    def facts(self, task: str) -> dict[str, Any]:
-        """The fields of Facts that are on disk."""
+    def facts(self, task: str, code: int) -> dict[str, Any]:
+        """The fields of Facts that are on disk, or show why a rank was killed."""
         profile = _read_json(Path(os.environ.get("BIP_PROFILE", "")))
         restarts = own_restarts()
         counted = {note.get("attempt") for note in self._notes_before()}
@@ -174,49 +188,82 @@ class Run:
             losses += 1
         started = _read(self.started).strip() == f"{task}.{restarts}"
         error, bus_error = self._printed()
+        of_srun = _after(self.srun_log, self.srun_size)
+        death, lost = deaths.first_death(of_srun), str(_read_json(self.lost).get("reason", ""))
+        memory = ""
+        # In other cases nothing more is asked, as the time to requeue may be short.
+        if code == events.KILLED or "SIGKILL" in death + lost + error:
+            printed = of_srun + _after(self.log, self.log_size, 1 << 20)
+            memory = deaths.look(_SLURMS.sub("", printed), os.environ)
         logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
         return {
             "failed": self.note.exists(),
-            "lost": str(_read_json(self.lost).get("reason", "")),
+            "lost": lost,
             "begun": started,
             "bus_error": bus_error,
             "error": error,
+            "death": death,
+            "memory": memory,
+            "unwritable": self.unwritable(),
             "saved": started and self._has_saved(),
             "losses": losses,
             "retries": {**events.DEFAULT_RETRIES, **profile.get("retries", {})},
             "signal_lead": profile.get("signal_lead", 120),
-            "resume": f"python -m launch resume {self.folder} continues it",
+            "resume": f"python -m launch resume {shlex.quote(str(self.folder))} continues it",
             "logs": logs,
         }
 
-    def set_aside(self) -> None:
-        """Keep a rank's record of an attempt that was not final."""
-        with contextlib.suppress(OSError, ValueError):
-            self._append(json.loads(self.lost.read_text()))
-        with contextlib.suppress(OSError):
-            self.lost.unlink()
+    def unwritable(self) -> str:
+        """Why no record can be written; "" if one can."""
+        probe = self.note.with_name(f"{self.note.name}.{os.getpid()}.probe")
+        try:
+            _write(probe, 4096 * "x")
+        except OSError as error:
+            return f"{error.strerror}: {self.note.parent}"
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+        return ""
 
-    def count(self, attempt: str, reason: str) -> None:
-        """Record an attempt as lost, once."""
-        with contextlib.suppress(OSError):
+    def set_aside(self) -> str:
+        """Keep a rank's record of an attempt that was not final. Returns why it cannot; or ""."""
+        try:
+            if self.lost.exists():
+                with contextlib.suppress(ValueError):  # cut short
+                    self._append(json.loads(self.lost.read_text()))
+                self.lost.unlink()
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def count(self, attempt: str, reason: str) -> str:
+        """Record an attempt as lost, once. Returns why it cannot; or ""."""
+        try:
             if all(note.get("attempt") != attempt for note in self._notes_before()):
                 self._append({"reason": reason, "attempt": attempt})
+        except OSError as error:
+            return str(error)
+        return ""
 
-    def fail(self, reason: str) -> None:
-        """Record why the run has failed."""
+    def fail(self, reason: str) -> str:
+        """Record why the run has failed. Returns why it cannot; or ""."""
         if reason == _read_json(self.lost).get("reason"):  # the rank's own reason is final
             with contextlib.suppress(OSError):
                 os.replace(self.lost, self.note)
-                return
-        self.set_aside()
+                return ""
+        problem = self.set_aside()
         temporary = self.note.with_name(self.note.name + ".new")
-        with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps({"reason": reason, "time": time.time()}) + "\n")
+        try:
+            _write(temporary, json.dumps({"reason": reason, "time": time.time()}) + "\n")
             os.replace(temporary, self.note)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return str(error)
+        return problem
 
     def _append(self, note: Any) -> None:
-        with open(self.before, "a") as stream:
-            stream.write(json.dumps(note) + "\n")
+        _write(self.before, json.dumps(note) + "\n", "a")
 
     def _notes_before(self) -> list[dict[str, Any]]:
         notes = []
@@ -246,6 +293,33 @@ class Run:
         return re.sub(r"[^ -~]", "?", error.decode("latin-1")), bus_error
 
 
+# What a rank or a user's library prints is no report of SLURM's.
+_SLURMS = re.compile(r"^(?!slurmstepd[-\w.]*: |srun: ).*\n?", re.MULTILINE)
+
+
+def _write(path: Path, text: str, mode: str = "w") -> None:
+    """To the disk: otherwise a full one shows only later, by an empty file."""
+    with open(path, mode) as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _after(path: Path, begin: int, most: int = 1 << 16) -> str:
+    """The text of a file from byte `begin` on, of its last `most` bytes; "" if there is none."""
+    with contextlib.suppress(OSError), open(path, "rb") as stream:
+        stream.seek(max(begin, stream.seek(0, os.SEEK_END) - most))
+        return stream.read().decode("utf-8", "replace")
+    return ""
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
 def _read(path: Path) -> str:
     """The file's text; "" if it cannot be read."""
     try:
@@ -268,13 +342,12 @@ def main(command: str, *arguments: str) -> None:
         folder, run_id = arguments
         run = Run(folder, run_id)
         run.set_aside()  # of an attempt whose batch script was killed, so it was not final
-        size = run.log.stat().st_size if run.log.exists() else 0
-        print(f"{own_task()}.{own_restarts()}", size)
+        print(f"{own_task()}.{own_restarts()}", _size(run.log), _size(run.srun_log))
     elif command == "kill-wait":
         print(kill_wait())
     else:
         code, lasted, *names = arguments
-        sweep_run = Run(names[0], names[1], int(names[2])) if names else None
+        sweep_run = Run(names[0], names[1], *map(int, names[2:])) if names else None
         print(Step(int(code), float(lasted), sweep_run).end())
 
 

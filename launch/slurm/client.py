@@ -3,6 +3,7 @@ task.)"""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from bip.slurm import (
     number,
     own_restarts,
     own_task,
+    problem,
     settings,
     show_task,
     without_options,
@@ -27,6 +29,7 @@ __all__ = [
     "number",
     "own_restarts",
     "own_task",
+    "problem",
     "settings",
     "show_task",
     "without_options",
@@ -62,10 +65,18 @@ def queue(jobs: Iterable[str]) -> dict[str, Queued]:
     answer = ask("squeue", "--noheader", "--array", f"--jobs={names}", "--format=%F_%K|%T|%r|%M")
     found = {}
     for line in answer.splitlines():
-        task, state, reason, seconds = line.split("|")
+        # A reason is SLURM's text, and may hold anything.
+        task, state, text = line.split("|", 2)
+        reason, _, seconds = text.rpartition("|")
         if task.split("_")[0] in wanted:
             found[task] = Queued(task, state, reason, seconds_of(seconds))
     return found
+
+
+def all_partitions() -> list[dict[str, str]]:
+    """The fields of every partition that this user sees."""
+    lines = ask("scontrol", "show", "partition", "-o").splitlines()
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
 
 
 def partitions(names: str | None) -> list[dict[str, str]]:
@@ -73,8 +84,7 @@ def partitions(names: str | None) -> list[dict[str, str]]:
 
     Raises SlurmError for one that does not exist.
     """
-    lines = ask("scontrol", "show", "partition", "-o").splitlines()
-    known = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+    known = all_partitions()
     if names is None:
         if found := [fields for fields in known if fields.get("Default") == "YES"]:
             return found
@@ -85,10 +95,42 @@ def partitions(names: str | None) -> list[dict[str, str]]:
     return [by_name[name] for name in names.split(",")]
 
 
+def nodes() -> list[dict[str, str]]:
+    """The fields of each node of the cluster."""
+    lines = ask("scontrol", "show", "node", "-o").splitlines()
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines]
+
+
 def hosts() -> set[str]:
     """The short host names of the cluster's nodes."""
-    lines = ask("scontrol", "show", "node", "-o")
-    return {name.split(".")[0] for name in re.findall(r"\bNodeHostName=(\S+)", lines)}
+    return {node["NodeHostName"].split(".")[0] for node in nodes() if "NodeHostName" in node}
+
+
+_ENDED = ("jobid", "state", "exitcode", "reason", "nodelist", "start")
+
+
+def ended(jobs: Iterable[str]) -> dict[str, dict[str, str]]:
+    """How tasks of these array jobs ended: name -> fields of `sacct`, or what scontrol still knows.
+
+    Tasks of which SLURM knows nothing any more are left out.
+    """
+    found: dict[str, dict[str, str]] = {}
+    names = sorted(set(jobs))
+    try:
+        which = (f"--jobs={','.join(names)}", f"--format={','.join(_ENDED)}")
+        answer = ask("sacct", "-nPX", *which, timeout=10)
+        lines = [line.split("|") for line in answer.splitlines()]
+        found = {line[0]: dict(zip(_ENDED, line, strict=False)) for line in lines}
+    except SlurmError:  # no accounting, or it does not answer
+        for job in names:
+            with contextlib.suppress(SlurmError):
+                for line in ask("scontrol", "show", "job", "-o", job, timeout=10).splitlines():
+                    fields = dict(re.findall(r"(\w+)=(\S*)", line))
+                    task = f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"
+                    known = ("JobId", "JobState", "ExitCode", "Reason", "NodeList", "StartTime")
+                    values = (fields.get(name, "") for name in known)
+                    found[task] = dict(zip(_ENDED, values, strict=True))
+    return found
 
 
 class AccountingError(SlurmError):
@@ -110,6 +152,13 @@ def accounting(kind: str, fields: str, *where: str) -> list[dict[str, str]]:
 def jobs_of_user() -> int:
     """Number of this user's jobs in the queue; each task of an array counts."""
     return len(ask("squeue", "--noheader", "--array", "--me", "--format=%i").splitlines())
+
+
+def jobs_of_comment(comment: str) -> list[str]:
+    """This user's jobs in the queue that were submitted with --comment."""
+    answer = ask("squeue", "--noheader", "--me", "--format=%F|%k")
+    lines = (line.partition("|") for line in answer.splitlines())
+    return sorted({job for job, _, text in lines if text == comment})
 
 
 def requeue(name: str, restarts: int) -> str | None:

@@ -1,14 +1,18 @@
 """Find out what a SLURM cluster will do to a sweep, before it is submitted."""
 
+import contextlib
+import grp
 import os
 import platform
 import pwd
+import re
 import shlex
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bip.config import RunConfig
 from bip.data.stores.staging import network_filesystem
@@ -16,15 +20,24 @@ from bip.errors import UserError
 from bip.slurm import KILL_WAIT
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
+from launch.slurm import fit
 from launch.slurm.chain import plan_arrays
 from launch.sweep import Run
 
 _PROBE = """
 import os, shutil, socket, sys
-folder = sys.argv[1]
+mark = sys.argv[1]
 print("host", socket.gethostname())
 print("scontrol", shutil.which("scontrol") or "none")
-print("folder", "seen" if os.path.exists(folder) else "missing")
+if not os.path.exists(mark):
+    print("folder missing")
+else:
+    try:
+        own = f"{mark}-{socket.gethostname()}-{os.getpid()}"
+        open(own, "x").close()
+        os.remove(own)
+    except OSError as error:
+        print("folder", error.strerror)
 try:
     import torch
     print("gpus", torch.cuda.device_count())
@@ -39,6 +52,12 @@ _SUBMIT_LIMITS = {
     "grpsubmitjobs": "GrpSubmitJobs",
 }
 
+_ASSOCIATION = "partition,defaultqos,maxsubmitjobs,grpsubmitjobs,maxjobs,grpjobs,maxwall,maxtres,"
+_ASSOCIATION += "grptres"
+_QOS = "name,maxsubmitjobsperuser,gracetime,preemptmode,grpsubmitjobs,preempt,preemptexempttime,"
+_QOS += "flags,maxjobsperuser,grpjobs,maxwall,maxtres,maxtrespernode,maxtresperuser,grptres,"
+_QOS += "mintresperjob"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -50,6 +69,10 @@ class Limits:
     unknown: str = ""  # why accounting could not be read
     source: str = ""  # name of the SLURM limit in max_submit
     qos: tuple[dict[str, str], ...] = ()  # accounting's records of the jobs' QOS
+    partition_qos: tuple[dict[str, str], ...] = ()  # those of the partitions' own QOS
+    associations: tuple[dict[str, str], ...] = ()
+    account: str | None = None  # of the jobs
+    preempted: frozenset[str] = frozenset()  # QOS that another QOS may preempt
 
 
 def limits(profile: SlurmProfile) -> Limits:
@@ -62,27 +85,46 @@ def limits(profile: SlurmProfile) -> Limits:
             raise slurm.SlurmError(f"{command}: not found; submit from a login node")
     partitions = slurm.partitions(profile.partition)
     size = slurm.number(slurm.settings().get("MaxArraySize", ""), 1001) or 1
-    user = pwd.getpwuid(os.getuid()).pw_name
-    account = profile.account
+    user, account = _user(), profile.account
     try:
         if account is None:
             default = slurm.accounting("user", "defaultaccount", f"name={user}")
             account = default[0]["defaultaccount"] if default else None
         found = _associations(user, account, profile)
-        qos = _qos_records(profile, found, partitions)
+        known = {record["name"]: record for record in slurm.accounting("qos", _QOS)}
     except slurm.AccountingError as error:
-        return Limits(size, None, unknown=str(error))
+        return Limits(size, None, unknown=str(error), account=account)
+    names = [profile.qos or ""]
+    if profile.qos is None:  # as slurmctld does
+        names = [record["defaultqos"] or "normal" for record in found]
+    qos = [known[name] for name in dict.fromkeys(names) if name in known]
+    own = [known[name] for p in partitions if (name := p.get("QoS", "")) in known]
+    facts: dict[str, Any] = {
+        "qos": tuple(qos),
+        "partition_qos": tuple(own),
+        "associations": tuple(found),
+        "account": account,
+        "preempted": frozenset(n for q in known.values() for n in q["preempt"].split(",") if n),
+    }
     # A group's limit counts jobs of other users too; only a submission shows if it is reached.
     bounds = [
         (int(text), _source(name, record))
-        for record in [*found, *qos]
+        for record in [*found, *qos, *own]
         for name in _SUBMIT_LIMITS
         if (text := record.get(name, "")).isdigit()
     ]
     if not bounds:
-        return Limits(size, None, qos=tuple(qos))
+        return Limits(size, None, **facts)
     most, source = min(bounds, key=lambda bound: bound[0])
-    return Limits(size, most, slurm.jobs_of_user(), source=source, qos=tuple(qos))
+    return Limits(size, most, slurm.jobs_of_user(), source=source, **facts)
+
+
+def _user() -> str:
+    """The user's name; in a container the user's number may have none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return os.environ.get("USER") or os.environ.get("LOGNAME") or str(os.getuid())
 
 
 def _source(limit: str, record: dict[str, str]) -> str:
@@ -97,22 +139,8 @@ def _associations(user: str, account: str | None, profile: SlurmProfile) -> list
     """The user's associations in the account (None: any), without those for other partitions."""
     names = ("", *(profile.partition or "").split(","))
     where = [f"user={user}", *([f"account={account}"] if account else [])]
-    fields = "partition,defaultqos,maxsubmitjobs,grpsubmitjobs"
-    found = slurm.accounting("assoc", fields, *where)
+    found = slurm.accounting("assoc", _ASSOCIATION, *where)
     return [record for record in found if record["partition"] in names]
-
-
-def _qos_records(
-    profile: SlurmProfile, associations: list[dict[str, str]], partitions: list[dict[str, str]]
-) -> list[dict[str, str]]:
-    """Accounting's records of the QOS of the profile's jobs, then of the partitions' QOS."""
-    names = [profile.qos or ""]
-    if profile.qos is None:  # as slurmctld does
-        names = [record["defaultqos"] or "normal" for record in associations]
-    names += [partition.get("QoS", "") for partition in partitions]
-    fields = "name,maxsubmitjobsperuser,gracetime,preemptmode,grpsubmitjobs"
-    known = {record["name"]: record for record in slurm.accounting("qos", fields)}
-    return [known[name] for name in dict.fromkeys(names) if name in known]
 
 
 def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Finding]:
@@ -125,11 +153,8 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
         yield Finding("error", str(error))
         return
     yield Finding("ok", f"SLURM {settings.get('SLURM_VERSION', '?')} answers")
-    down = [partition for partition in partitions if partition.get("State") != "UP"]
-    for partition in down:
-        text = f"partition: {partition['PartitionName']} is {partition.get('State')}"
-        yield Finding("error" if down == partitions else "warning", text)
-    yield _accepted(profile)
+    yield from _refusals(profile, found, settings, partitions)
+    yield _accepted(profile, partitions)
     for partition in partitions:
         where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
         yield from _preemption(settings, partition, found, where)
@@ -147,7 +172,73 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
     yield Finding("ok", f"submission: arrays of {found.max_array_size} tasks, {most}")
 
 
-def _accepted(profile: SlurmProfile) -> Finding:
+def _refusals(
+    profile: SlurmProfile, found: Limits, settings: dict[str, str],
+    partitions: list[dict[str, str]],
+) -> Iterator[Finding]:  # fmt: skip
+    """Why the tasks never start, by the records of partitions, nodes and accounting: an error if no
+    partition lets them start."""
+    records = [("association of the user", record) for record in found.associations]
+    records = [*((f"QOS {record['name']}", record) for record in found.qos), *records]
+    records = [*((f"QOS {record['name']}", record) for record in found.partition_qos), *records]
+    flags = frozenset(flag for q in found.qos for flag in q["flags"].split(","))
+    is_root = os.getuid() == 0
+    task = fit.Task.of(
+        profile,
+        account=found.account,
+        qos=tuple(record["name"] for record in found.qos) or (profile.qos or "",),
+        groups=None if is_root else _groups(),
+        host=platform.node().split(".")[0],
+        is_root=is_root,
+        flags=flags,
+    )
+    if re.search("limits|safe|all", settings.get("AccountingStorageEnforce", ""), re.IGNORECASE):
+        for text in fit.accounting_refusals(task, records):
+            yield Finding("error", text)
+    nodes = slurm.nodes()
+    refusals: list[list[str]] = []
+    for partition in partitions:
+        name = partition["PartitionName"]
+        if found.unknown:  # neither default is known
+            defaults = {"AllowAccounts": profile.account, "AllowQos": profile.qos}
+            unknown = {limit for limit, own in defaults.items() if own is None}
+            partition = {k: v for k, v in partition.items() if k not in unknown}
+        refused = [*fit.partition_refusals(task, partition)]
+        if (state := partition.get("State")) != "UP":
+            refused.append(f"partition: {name} is {state}")
+        if own := [n for n in nodes if name in n.get("Partitions", "").split(",")]:
+            never, warning = fit.node_refusals(task, name, own)
+            refused += never
+            if warning:
+                yield Finding("warning", warning)
+        refusals.append(refused)
+    # A plugin of the site may choose the partition, and from SLURM 23 on an account may be allowed
+    # by its parent.
+    plugins = settings.get("JobSubmitPlugins", "(null)") not in ("", "(null)")
+    is_new = slurm.number(settings.get("SLURM_VERSION", ""), 0) >= 23
+    for text in (text for refused in refusals for text in refused):
+        maybe = not all(refusals) or (plugins and profile.partition is None)
+        maybe |= is_new and "AllowAccounts" in text
+        yield Finding("warning" if maybe else "error", text)
+
+
+def _groups() -> frozenset[str]:
+    """The names of the user's groups."""
+    names = []
+    for number in {os.getgid(), *os.getgroups()}:
+        with contextlib.suppress(KeyError):
+            names.append(grp.getgrgid(number).gr_name)
+    return frozenset(names)
+
+
+_PARTITION_LIMITS = (
+    "MaxTime", "MinNodes", "MaxNodes", "MaxCPUsPerNode", "MaxMemPerNode", "MaxMemPerCPU",
+    "AllowAccounts", "DenyAccounts", "AllowQos", "DenyQos", "AllowGroups", "QoS",
+)  # fmt: skip
+_NO_LIMIT = ("", "UNLIMITED", "ALL", "0", "1", "N/A", "(null)")
+
+
+def _accepted(profile: SlurmProfile, partitions: Sequence[dict[str, str]]) -> Finding:
     """Whether sbatch accepts the resources: account, QOS, features, memory, limits."""
     asked = {
         "partition": profile.partition, "account": profile.account, "qos": profile.qos,
@@ -164,7 +255,14 @@ def _accepted(profile: SlurmProfile) -> Finding:
     try:
         slurm.ask("sbatch", "--test-only", *words, "--wrap=true")
     except slurm.SlurmError as error:
-        return Finding("error", f"these resources are refused: {error}")
+        limits = "; ".join(
+            f"limits of partition {partition['PartitionName']}: {', '.join(own)}"
+            for partition in partitions
+            if (own := [f"{name}={value}" for name in _PARTITION_LIMITS
+                        if (value := partition.get(name, "")) not in _NO_LIMIT])
+        )  # fmt: skip
+        return Finding("error", "; ".join(filter(None, [f"these resources are refused: {error}",
+                                                        limits])))  # fmt: skip
     return Finding("ok", f"{profile.nodes} nodes x {profile.ntasks_per_node} ranks: accepted")
 
 
@@ -183,6 +281,11 @@ def _preemption(
             grace = int(slurm.seconds_of(found.qos[0]["gracetime"]))
             own = found.qos[0]["preemptmode"].upper()
             mode = settings.get("PreemptMode", "OFF").upper() if own in ("", "CLUSTER") else own
+            names = {record["name"] for record in found.qos}
+            if not names & found.preempted and "WITHIN" not in mode:
+                which = " or ".join(sorted(names))
+                yield Finding("ok", f"preemption{where}: none, as no QOS may preempt {which}")
+                return
     if "none" in settings.get("PreemptType", "preempt/none") or mode == "OFF":
         yield Finding("ok", f"preemption{where or ' in this partition'}: none")
         return
@@ -197,20 +300,34 @@ def _preemption(
     seconds = grace or kill_wait
     kind = "GraceTime" if grace else "KillWait; GraceTime is 0"
     if mode == "CANCEL":
+        who = f"a run that saves within its GraceTime ({grace} s) requeues its task itself"
+        others = "others are" if grace else "GraceTime is 0, so every preempted task is"
         yield Finding(
             "warning",
-            f"PreemptMode=CANCEL{where}: SLURM cancels preempted tasks; python -m launch resume "
-            "FOLDER submits those again that could not requeue themselves",
+            f"PreemptMode=CANCEL{where}: {f'{who}; ' * bool(grace)}{others} cancelled, and python "
+            "-m launch resume FOLDER submits them again",
         )
+    exempt = settings.get("PreemptExemptTime", "")
+    if found.qos and (own_exempt := found.qos[0]["preemptexempttime"]):
+        exempt = own_exempt
+    safe = slurm.seconds_of(exempt) if exempt[:1].isdigit() else 0
+    first = f"; never in the first {safe:.0f} s of an attempt (PreemptExemptTime)" if safe else ""
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
-    then = f"{signal}, then {seconds} s to finish a step and save ({kind})"
+    then = f"{signal}, then {seconds} s to finish a step and save ({kind}){first}"
     yield Finding(level, f"preemption{where} ({mode}): {then}")
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
 
 
 def check_place(folder: Path) -> str | None:
     """A warning if other machines of the cluster may not see the folder."""
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(folder)
     elsewhere = slurm.hosts() - {platform.node().split(".")[0]}
     if not elsewhere or network_filesystem(folder.resolve()) is not None:
         return None
@@ -230,44 +347,67 @@ def check_disk(configs: Sequence[RunConfig], parameters: dict[str, int], at_once
     sizes = [4 * parameters[config.arch] for config in configs]
     going = min(len(configs), at_once * len({config.exp_mode for config in configs}))
     need = sum(2 * 2 * size for size in sizes) + going * 2 * 4 * max(sizes)
-    folder = configs[0].result_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing(configs[0].result_dir)
+    disk = os.statvfs(folder)
+    if disk.f_files > 0 and disk.f_favail < (files := 20 * len(configs)):
+        raise UserError(
+            f"result_dir: {folder} has room for {disk.f_favail} more files (inodes), the sweep "
+            f"writes about {files}; delete some, or give another --result-dir"
+        )
     free = shutil.disk_usage(folder).free
     if free < need:
         raise UserError(
-            f"result_dir: {folder} has {free / 1e9:.1f} GB free, the sweep writes about "
-            f"{need / 1e9:.1f} GB; give another --result-dir"
+            f"result_dir: {folder} has {_size(free)} free, the sweep writes about {_size(need)}; "
+            "free space, or give another --result-dir"
         )
-    return f"disk: about {need / 1e9:.1f} of {free / 1e9:.1f} GB free"
+    return f"disk: about {_size(need)} of {_size(free)} free"
+
+
+def _size(count: float) -> str:
+    """Bytes with the unit in which they are not 0.0."""
+    units = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+    return next((f"{count / one:.1f} {unit}" for one, unit in units if count >= one), f"{count} B")
 
 
 def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     """Run the profile's python once on compute nodes and report what it finds. Waits in the queue
-    like a task."""
+    like a task.
+
+    The nodes look for a file that is made for them: a folder of that name may exist there too.
+    """
     words = [
         "srun",
-        "--time=5",
+        f"--time={min(5, profile.time)}",  # a partition may allow no more
         f"--nodes={profile.nodes}",
         "--ntasks-per-node=1",
         "--immediate=60",
     ]
-    words += [f"--{n}={v}" for n in ("partition", "account", "qos") if (v := getattr(profile, n))]
+    names = ("partition", "account", "qos", "constraint")
+    words += [f"--{n}={v}" for n in names if (v := getattr(profile, n))]
+    if reservation := profile.sbatch.get("reservation"):
+        words.append(f"--reservation={reservation}")
     if profile.gpus_per_node:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
+    folder = existing(folder)
     try:
-        python = shlex.split(profile.python)
-        command = [*words, *profile.srun_args, *python, "-c", _PROBE, str(folder)]
-        lines = slurm.ask(*command, timeout=180).splitlines()
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".bip-probe-") as mark:
+            python = shlex.split(profile.python)
+            command = [*words, *profile.srun_args, *python, "-c", _PROBE, mark.name]
+            lines = slurm.ask(*command, timeout=180).splitlines()
     except slurm.SlurmError as error:
-        yield Finding("error", f"a task on the compute nodes: {error}")
+        busy = "; no node is free now: try again later" * ("busy" in str(error))
+        yield Finding("error", f"a task on the compute nodes: {error}{busy}")
+        return
+    except OSError as error:
+        yield Finding("error", f"result_dir: {folder}: {error.strerror}; give another folder")
         return
     facts = [line.partition(" ")[::2] for line in lines]
     hosts = ", ".join(value for name, value in facts if name == "host")
     yield Finding("ok", f"tasks start on {hosts}")
     for name, value in facts:
-        if name == "folder" and value == "missing":
-            yield Finding("error", f"{folder} is not seen on a compute node; give a shared folder")
+        if name == "folder":
+            how = "is not seen" if value == "missing" else f"cannot be written ({value})"
+            yield Finding("error", f"{folder} {how} on a compute node; give a shared folder")
         if name == "scontrol" and value == "none" and profile.requeue_by == "scontrol":
             yield Finding("warning", "no scontrol in the tasks: give requeue_by: batch")
         if name == "torch":

@@ -43,8 +43,12 @@ INPUT = "input"  # bad input, which fails every time
 CAUSE_PREEMPTED, CAUSE_TIMED_OUT, CAUSE_LOST = "preempted", "timed_out", "lost"
 DEFAULT_RETRIES = {CAUSE_PREEMPTED: 100, CAUSE_TIMED_OUT: 100, CAUSE_LOST: 5}
 
+# A rank's report that another has stopped answering, or was ended by something outside.
+_SILENT = re.compile("has not answered for|no progress for|a loader process died|killed by SIGKILL")
+
 RUNS = "runs"
 EX_IOERR, EX_TEMPFAIL, BUS = 74, 75, 135  # of bip; 128 + SIGBUS: an I/O error of a mapped file
+KILLED = 137  # 128 + SIGKILL: by a user, an operator, the kernel for lack of memory, or a node
 STOPPED = (EX_TEMPFAIL, 138, 140, 143)  # 128 + USR1, USR2, TERM: a rank that noticed too late
 CANNOT_START = (2, 13, 126, 127)  # the command is missing, or may not be executed
 LATE_SECONDS = 5.0  # by which SLURM's record of a preemption may be later than the signal
@@ -80,6 +84,9 @@ class Facts:
     lost: str = ""
     begun: bool = False  # a rank has started
     bus_error: bool = False  # the log reports one; srun's code may be another rank's
+    death: str = ""  # which rank ended first, on which node, and how
+    memory: str = ""  # what shows that the task's memory limit was hit
+    unwritable: str = ""  # why the sweep's jobs folder takes no records: full, read-only
     saved: bool = False  # this attempt wrote a checkpoint
     losses: int = 1  # in a row without progress, including this one
     used: Mapping[str, int] = field(default_factory=dict)  # requeues by cause
@@ -177,6 +184,11 @@ def _cancelled(f: Facts) -> Decision:
 def _too_many_losses(f: Facts, why: str) -> str:
     """Why the run fails after this loss; "" if it may be retried."""
     allowed = (f.retries or DEFAULT_RETRIES)[CAUSE_LOST]
+    if f.unwritable and f.restarts >= allowed:  # losses cannot be counted, so all restarts count
+        return (
+            f"{why}; after {f.restarts} restarts no more are made without records; the profile's "
+            f"retries.lost is {allowed}; {f.resume}"
+        )
     if f.losses <= allowed:
         return ""
     return (
@@ -248,7 +260,9 @@ def _of_batch(f: Facts) -> Decision:
 
     cause = _cause(f) if standing else CAUSE_LOST
     trouble, stopped = _trouble(f), f.code in STOPPED
-    is_open = bool(f.lost or (stopped and trouble))
+    if f.memory and cause in (CAUSE_LOST, CAUSE_TIMED_OUT):  # another attempt would need as much
+        return Decision(FINAL, f"{f.death or f.lost or f'exit code {f.code} of srun'}: {f.memory}")
+    is_open = bool(f.lost or _is_kill(f) or (stopped and trouble))
     if is_open and standing and cause == CAUSE_LOST and f.waited < LATE_SECONDS:
         return Decision(WAIT, seconds=1)
     if stopped:
@@ -257,9 +271,9 @@ def _of_batch(f: Facts) -> Decision:
         return _requeue(f, trouble, counts=cause == CAUSE_LOST)
     if f.retries is None and f.code in (EX_IOERR, BUS):
         return _requeue(f)
-    if f.retries is not None and f.begun and cause != CAUSE_LOST and not trouble:
+    if f.retries is not None and f.begun and cause != CAUSE_LOST:
         # A rank that detects another's failure exits, with or without a record.
-        trouble = "the ranks failed while SLURM was ending them"
+        trouble = trouble or "the ranks failed while SLURM was ending them"
         return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
     if f.nodes > 1:
         if f.nodes_answer is None:
@@ -271,18 +285,28 @@ def _of_batch(f: Facts) -> Decision:
     if trouble:
         return _requeue(f, trouble, counts=cause != CAUSE_PREEMPTED)
     ended = f"exit code {f.code} of srun"
-    return Decision(FINAL, f.lost or "; ".join(filter(None, [ended, f.error, f.logs])))
+    return Decision(FINAL, f.lost or "; ".join(filter(None, [ended, f.death, f.error, f.logs])))
 
 
 def _trouble(f: Facts) -> str:
     """Why another attempt may succeed after this failure; "" if it will not."""
     if f.retries is None:
         return ""
+    if f.unwritable:  # then a rank's own reason cannot be recorded either
+        what = f.lost or f.error
+        return f"the sweep's jobs folder takes no records ({f.unwritable}){'; ' * bool(what)}{what}"
+    if f.code == BUS or f.bus_error:
+        return "a rank died of SIGBUS: the file system of its data fails or was unreachable"
+    report = f.lost or f.error  # a rank that misses another may exit without a record
+    if f.begun and (_is_kill(f) or _SILENT.search(report)):
+        return "; ".join(filter(None, [f.death, report])) or "a rank was killed by SIGKILL"
     if f.code in STOPPED:
         if f.lost:
             return f"the ranks failed ({f.lost})"
         if f.code == EX_TEMPFAIL:
             return ""
+        if f.death:
+            return f.death
     if f.code in CANNOT_START:
         return ""
     if f.lost:
@@ -290,9 +314,12 @@ def _trouble(f: Facts) -> str:
             return "the ranks did not meet"
     elif not f.begun:  # srun could not start it: the controller or a node was unreachable
         return "no rank started"
-    if f.code == BUS or f.bus_error:
-        return "a rank died of SIGBUS: the file system of its data fails or was unreachable"
     return ""
+
+
+def _is_kill(f: Facts) -> bool:
+    """Whether a rank was killed. (srun's code may be that of ranks which it ended afterwards.)"""
+    return "SIGKILL" in f.death if f.death else f.code == KILLED
 
 
 def _requeue(f: Facts, trouble: str = "", counts: bool = False) -> Decision:

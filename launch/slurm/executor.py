@@ -1,15 +1,18 @@
 """The executor for SLURM: a sweep's runs are tasks of arrays."""
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import read_jsonl
 from launch.inputs import check_inputs
+from launch.printed import tail
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
 from launch.slurm.arrays import (
@@ -23,7 +26,8 @@ from launch.slurm.arrays import (
 )
 from launch.slurm.chain import plan_arrays
 from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
-from launch.sweep import LEFT_QUEUE, Place, Run, State, Sweep
+from launch.slurm.reasons import advices, how_it_ended
+from launch.sweep import IN_QUEUE, LEFT_QUEUE, STUCK, Place, Run, State, Sweep
 
 _HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
@@ -88,10 +92,12 @@ class SlurmExecutor:
             f"{hours:,.1f} h, the time limit of one attempt"
         )
 
-    def submit(self, run_ids: list[str], keep_code: bool) -> None:
+    def submit(self, run_ids: list[str], keep_code: bool) -> int:
         size, per_task = self.max_array_size, self.runs_per_task
-        if not submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code):
+        arrays = submit_arrays(self.sweep, self.profile, run_ids, size, per_task, keep_code)
+        if not arrays:
             print("nothing was submitted: all runs are done, in the queue or left out")
+        return sum(len(task) for array in arrays for task in array.tasks)
 
     def queue(self) -> dict[str, Place]:
         sweep, tasks = self.sweep, submitted_tasks(self.sweep)
@@ -101,16 +107,19 @@ class SlurmExecutor:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
             known = [run for run in sweep.runs() if run.run_id in tasks]
             return {run.run_id: Place(self._by_files(run), tasks[run.run_id]) for run in known}
+        advice = advices({waiting.task: waiting for waiting in queue.values()}.values())
         places = {
-            run_id: Place(_state(found), task, found.seconds, found.state == "PENDING")
+            run_id: Place(
+                _state(found, advice.get(task)), task, found.seconds, found.state == "PENDING"
+            )
             for run_id, task in tasks.items()
             if (found := queue.get(run_id)) is not None
         }
         # A run that is not in SLURM's queue may be with local workers.
         local = sweep.live_workers() > 0
-        for run_id in tasks.keys() - queue.keys():
-            lost = None if local else self._lost(tasks[run_id])
-            places[run_id] = Place(lost, tasks[run_id])
+        left = {name: tasks[name] for name in tasks.keys() - queue.keys()}
+        lost = {} if local else self._lost(left)
+        places |= {run_id: Place(lost.get(run_id), task) for run_id, task in left.items()}
         if queue and not local:
             blocked = State("blocked", "its task in the queue waits for one that failed")
             for run_ids in doomed_tasks(sweep, *ended(sweep, sweep.runs()), queue).values():
@@ -123,12 +132,44 @@ class SlurmExecutor:
         runs = bool(records) and records[-1].get("event") == "start"
         return State("running", "by its files; SLURM does not answer") if runs else None
 
-    def _lost(self, task: str) -> State:
-        err = f"jobs/slurm/{task}_0_log.err"
-        how = f"without a result; see {err}"
-        if not (self.sweep.folder / err).exists():
-            how = f"and never started; python -m launch resume {self.sweep.folder} submits it"
-        return State("failed", f"{LEFT_QUEUE} {how}")
+    def _lost(self, left: dict[str, str]) -> dict[str, State]:
+        """The states of runs without a result or a record whose task has left the queue."""
+        sweep = self.sweep
+        runs = [run for run in sweep.runs() if run.run_id in left and not sweep.is_done(run)]
+        runs = [run for run in runs if sweep.failure(run) is None]
+        if not runs:
+            return {}
+        known = slurm.ended(left[run.run_id].split("_")[0] for run in runs)
+        return {run.run_id: self._left(run, left[run.run_id], known) for run in runs}
+
+    def _left(self, run: Run, task: str, known: dict[str, dict[str, str]]) -> State:
+        """That of one run: what SLURM, the newest record and the newest log of its last attempt
+        say."""
+        record = known.get(task, {})
+        began = 0.0
+        with contextlib.suppress(ValueError):
+            began = (
+                datetime.fromisoformat(record.get("start", "")).timestamp() - 60
+            )  # clocks differ
+        logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
+        clocks = 60.0  # of the nodes and of the file system may differ by so many seconds
+        own = [path for path in logs if path.stat().st_mtime >= began - clocks]
+        facts = [how_it_ended(record), self.sweep.newest_reason(run)]
+        if own:
+            newest = max(own, key=lambda path: path.stat().st_mtime)
+            how = f"without a result; see {newest.relative_to(self.sweep.folder)}"
+            if lines := tail(newest):
+                facts.append(f"it ends with: {lines[-1][:300]}")
+        elif logs:
+            how = "without a result, and without a log: jobs/slurm may be full or read-only"
+        else:
+            how = f"and never started; {self.sweep.command('resume')} submits it"
+        return State(
+            "failed", "; ".join(dict.fromkeys(filter(None, [f"{LEFT_QUEUE} {how}", *facts])))
+        )
+
+    def _err(self, task: str) -> Path:
+        return self.sweep.jobs / "slurm" / f"{task}_0_log.err"
 
     def is_alive(self) -> bool:
         return True  # tasks that have left the queue are failed
@@ -156,7 +197,7 @@ class SlurmExecutor:
     def logs(self, run_id: str) -> list[Path]:
         files = [self.sweep.log(run_id)]
         if task := submitted_tasks(self.sweep).get(run_id):
-            files.append(self.sweep.jobs / "slurm" / f"{task}_0_log.err")
+            files.append(self._err(task))
         return files
 
     def examine(self, probe: bool) -> Iterator[Finding]:
@@ -165,12 +206,14 @@ class SlurmExecutor:
             yield from probe_nodes(self.profile, self.sweep.folder.absolute())
 
 
-def _state(queued: slurm.Queued) -> State:
+def _state(queued: slurm.Queued, advice: str | None) -> State:
     if "held" in queued.reason.lower() or queued.state in _HELD:
-        release = f"in the queue ({queued.reason}); scontrol release {queued.task}"
-        return State("waiting", release, "held")
-    if queued.state == "PENDING":
-        return State("waiting", f"in the queue ({queued.reason})")
+        release = advice or f"({queued.reason}); scontrol release {queued.task}"
+        return State("waiting", f"{STUCK}{release}", "held")
+    if advice:
+        return State("waiting", f"{STUCK}{advice}")
     if queued.state in ("SUSPENDED", "STOPPED"):
         return State("running", f"SLURM has suspended task {queued.task}", "suspended")
+    if queued.state == "PENDING":
+        return State("waiting", f"{IN_QUEUE} ({queued.reason})")
     return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())

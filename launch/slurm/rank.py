@@ -48,17 +48,14 @@ def run_point(
     with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
         mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
-    from bip.config import build_config
     from bip.errors import Stopped
-    from bip.yaml_file import read_yaml
     from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))
     run_id = os.environ[POINT]
     attempt = Attempt(sweep, run_id)
     try:
-        path = sweep.folder / "points" / f"{run_id}.yml"
-        config = build_config(read_yaml(path), str(path))
+        config = sweep.config(run_id)
         attempt.run_folder = config.run_folder
         attempt.check_losses()
         if train is None:
@@ -95,7 +92,8 @@ def classify(error: Exception) -> tuple[str, str]:
     import traceback
 
     traceback.print_exception(error)
-    message = f"{type(error).__name__}: {error}"
+    # After the first line torch prints the frames of its C++ code.
+    message = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     # A failed collective: the cause is another rank or its node. Compared by name, because
     # importing torch may be what failed.
     kinds = [kind.__name__ for kind in type(error).__mro__]
@@ -144,14 +142,16 @@ class Attempt:
                 self._park(decision.seconds)
         except Exception as problem:
             print(f"not requeued from here ({type(problem).__name__}: {problem})", flush=True)
-            decision = failed
+            decision = failed if error else replace(failed, reason=f"error: {problem}")
         if decision.reason:
-            print(decision.reason, file=sys.stderr, flush=True)
             is_open = decision.action == events.LOST
             path = self.sweep.loss_path if is_open else self.sweep.failure_path
-            with contextlib.suppress(OSError):
+            try:
                 if not path(self.run_id).exists():  # the first rank's record counts
                     self.sweep.note(path(self.run_id), decision.reason)
+            except OSError as problem:
+                print(f"not recorded ({problem})", file=sys.stderr, flush=True)
+            print(decision.reason, file=sys.stderr, flush=True)  # the log's last line
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(decision.code)  # a normal exit may wait for a dead rank forever
@@ -167,7 +167,7 @@ class Attempt:
             retries=self.profile["retries"],
             signal_lead=self.profile["signal_lead"],
             requeue_by=self.profile["requeue_by"],
-            resume=f"python -m launch resume {self.sweep.folder} continues it",
+            resume=f"{self.sweep.command('resume')} continues it",
             logs=f"see {self.run_id}.log",
         )
         began = time.monotonic()

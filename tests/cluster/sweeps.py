@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
-from bip.config import RunConfig, build_config, read_yaml
+from bip.config import RunConfig, build_config
 from bip.files import read_jsonl
 from bip.training.checkpoint import read_checkpoint, split_state
+from bip.yaml_file import read_yaml
 from launch.__main__ import main
 from tests.cluster.cluster import Cluster
 from tests.distributed.harness import run_ranks

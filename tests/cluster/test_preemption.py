@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from bip.config import RunConfig, load_config
 from bip.data.loaders.dali import is_installed
 from bip.files import read_jsonl
+from bip.methods import methods
 from launch.__main__ import main
 from tests.cluster.cluster import Cluster
 from tests.cluster.sweeps import (
@@ -24,8 +26,10 @@ from tests.cluster.sweeps import (
     high,
     interrupted,
     is_done,
+    train_here,
 )
 from tests.data.conftest import imagenet  # noqa: F401
+from tests.distributed.harness import run_ranks
 
 pytestmark = pytest.mark.cluster
 ROOT = CONFIGS.parent
@@ -83,6 +87,81 @@ def test_user_signal_without_requeueing_by_slurm_in_chunks(
         assert sweep.causes(run_id, "end") == ["SIGUSR2", "finished"]
         assert [record["by"] for record in sweep.attempts(run_id, "requeue")] == ["batch"]
     sweep.assert_as_undisturbed(*struck)
+
+
+def test_every_method_survives_a_preemption(
+    patient: Cluster, sweep_on: SweepOn, source: Path, tmp_path: Path
+) -> None:
+    """One run of each method, all at once; each is frozen once it trains, so none is too quick."""
+    tiny = ("--epochs", 6, "--print-freq", 1, "--eval-every", 6)
+    place = ("--exp-name", "pruned", "--result-dir", tmp_path, "--epochs", 1)
+    pruned = load_config([str(word) for word in (
+        "--configs", CONFIGS / "Digits/omp.yml", "--k", 0.2, "--source-net", source, *place
+    )])  # fmt: skip
+    run_ranks(1, train_here, pruned.to_yaml(), join=False)
+    names = [method.name for method in methods().values() if method.mode == "prune"]
+    sweep = sweep_on(patient, nodes=1, parallelism=len(names))
+    patient.run("scontrol", "update", "PartitionName=low", "OverSubscribe=FORCE:20")
+    try:
+        series = ("--series", 0.2, *tiny, "--source-net")
+        assert sweep.series("Digits/bip.yml", "--trainers", ",".join(names), *series, source) == 0
+        assert sweep.series("Digits/pretrain.yml", *tiny) == 0
+        last = pruned.run_folder / "checkpoint" / "model_best.pth.tar"
+        assert sweep.series("Digits/finetune.yml", *series, last) == 0
+        runs = {run_id: config.method.name for run_id, config in sweep.runs().items()}
+        assert sorted(runs.values()) == sorted(methods())
+        frozen: dict[str, int] = {}
+
+        def all_frozen() -> bool:
+            for run_id, method in runs.items():
+                assert not sweep.result(run_id), f"{method} was done too early"
+                if run_id not in frozen and sweep.is_training(run_id):
+                    (frozen[run_id],) = ranks_of(run_id).values()
+                    os.kill(frozen[run_id], signal.SIGSTOP)
+            return len(frozen) == len(runs)
+
+        sweep.wait(all_frozen, "all train")
+        high(patient, 1)  # SLURM sends SIGCONT with its signal
+        sweep.wait(sweep.all_done, "all are done")
+    finally:
+        patient.run("scontrol", "update", "PartitionName=low", "OverSubscribe=NO")
+    for run_id, method in runs.items():
+        assert sweep.causes(run_id, "end") == ["SIGUSR2", "finished"], method
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda name: sweep.assert_as_undisturbed(name, ranks=1), runs):
+            pass
+
+
+def test_what_never_starts_is_named_before_and_after_submission(
+    cluster: Cluster, sweep_on: SweepOn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sbatch --test-only` accepts it all. A probe may come before there is a result folder."""
+    cluster.run("scontrol", "create", "partition=short", "nodes=ALL", "MaxTime=2")
+    cluster.run("scontrol", "create", "partition=theirs", "nodes=ALL", "AllowAccounts=other")
+    cluster.submit("true", "--partition=short", "--time=60", "--test-only")
+    for partition, named in (("short", "MaxTime=00:02:00"), ("theirs", "AllowAccounts=other")):
+        sweep = sweep_on(cluster, nodes=1, partition=partition)
+        assert sweep.series("Digits/pretrain.yml") == 2
+        assert f"partition {partition}: {named}" in capsys.readouterr().err
+        assert not sweep.folder.exists()
+    sweep = sweep_on(cluster, nodes=1, partition="short", time=2, sbatch={"hold": True})
+    doctor = [
+        "doctor",
+        str(sweep.profile),
+        "--probe",
+        "--folder",
+        str(sweep.folder / "not" / "yet"),
+    ]
+    assert main(doctor) == 0
+    assert "tasks start on" in capsys.readouterr().out
+    assert sweep.series("Digits/pretrain.yml", "--epochs", 1) == 0
+    (row,) = sweep.status(capsys)
+    task = sweep.task(row["run_id"])
+    assert f"scontrol release {task} " in row["reason"]
+    assert main(["resume", str(sweep.folder), "--no-wait"]) == 0
+    assert f"scontrol release {task} " in capsys.readouterr().err
+    cluster.run("scontrol", "release", task)
+    sweep.wait(sweep.all_done, "it is done")
 
 
 def test_no_grace_and_a_finished_run_that_is_requeued(
@@ -212,7 +291,8 @@ def ranks_of(run_id: str) -> dict[int, int]:
 def test_a_lost_rank_ends_its_step(
     blow: signal.Signals, cluster: Cluster, sweep_on: SweepOn, source: Path
 ) -> None:
-    """One of two, killed or frozen: the other ends too, and srun clears what is left."""
+    """One of two, killed or frozen: the other ends too, srun clears what is left, and the run is
+    tried again."""
     sweep = sweep_on(cluster)
     run_id = prune_one(sweep, source, "--rank-timeout", 10, *LONG, "--epochs", 400)
     sweep.wait(sweep.training, "it trains")
@@ -221,6 +301,14 @@ def test_a_lost_rank_ends_its_step(
     os.kill(ranks[1], blow)
     gone = lambda: not set(ranks.values()) & set(ranks_of(run_id).values())  # noqa: E731
     cluster.wait(gone, "both ranks are gone", 90)
+    named = {signal.SIGKILL: "was killed by SIGKILL", signal.SIGSTOP: "has not answered for 10 s"}
+    last = lambda: sweep.log(run_id).splitlines()[-1]  # noqa: E731
+    retried = lambda: last().startswith("to be requeued: ")  # noqa: E731
+    cluster.wait(retried, "the log's tail is the reason", 240)
+    note = (sweep.folder / "jobs" / f"{run_id}.failed.before").read_text()
+    for text in ("rank 1 ", named[blow]):
+        assert text in last()
+        assert text in note, "it is counted as lost"
     assert main(["cancel", str(sweep.folder)]) == 0
     cluster.wait_for_empty_queue()
     assert not sweep.result(run_id)

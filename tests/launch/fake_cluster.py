@@ -2,22 +2,29 @@
 
 from pathlib import Path
 
-# sacctmgr answers with a file's lines: user, assoc and qos. assoc's lines begin with the account.
+# sacctmgr answers with a file's lines: user, assoc and qos, with empty fields after those that they
+# give. assoc's lines begin with the account.
 SACCTMGR = """
 [[ -e $3 ]] || { echo "You are not running a supported accounting_storage plugin" >&2; exit 1; }
 account=$(grep -oE 'account=\\S*' <<<"$*" | cut -d= -f2)
+commas=$(grep -oE 'format=\\S*' <<<"$*" | tr -dc , | wc -c)
 case $3 in
   assoc) grep "^$account" assoc | cut -d' ' -f2 ;;
   *) cat "$3" ;;
-esac
+esac | awk -F'|' -v OFS='|' -v n=$((commas + 1)) '{ $n = $n; print }'
 """
-# Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N.
+# Keeps the scripts, and the environment of the last call. Script N meets refuse-N, interrupt-N, or
+# late-N: it is taken, but the answer is lost.
 SBATCH = """
 [[ $1 != --test-only ]] || exit 0
 cp "$1" script-$(ls script-* 2>/dev/null | wc -l)
 env >environment
 number=$(ls script-* | wc -l)
 if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
+if [[ -e late-$number ]]; then
+  grep -oE "comment=\\S+" "$1" | sed "s/comment=/$((100 + number))|/" >queue
+  echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv" >&2; exit 1
+fi
 if [[ -e interrupt-$number ]]; then kill -$(<interrupt-$number) $PPID $$; fi
 echo "Submitted batch job $((100 + number))"
 """
@@ -50,7 +57,7 @@ class FakeCluster:
         folder.mkdir()
         for name, text in {
             "sacctmgr": SACCTMGR, "sbatch": SBATCH, "squeue": SQUEUE, "scancel": SCANCEL,
-            "scontrol": '\ncat "$2"\n', "srun": "",
+            "scontrol": '\ncat "$2"\n', "srun": "", "sacct": "\nexit 1\n",
         }.items():  # fmt: skip
             self.file(name, f'#!/bin/bash\ncd "$(dirname "$0")"{text}')
         self.file("queue", "")

@@ -9,7 +9,9 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from bip.config import build_config
 from bip.files import atomic_write_json, read_jsonl
+from bip.yaml_file import read_yaml
 from launch.profile import SlurmProfile
 from launch.sweep import Sweep
 from tests.launch.conftest import DIGITS, ROOT
@@ -46,15 +48,21 @@ def in_minutes(minutes: float) -> str:
 
 
 class FakeSlurm:
-    """One array task with one run, `run`, of the sweep in `folder`/sweep."""
+    """One array task with one run, `name`, of the sweep in `folder`/sweep."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **settings: object) -> None:
         self.bin = folder / "bin"
         self.bin.mkdir()
         self.sweep = Sweep(folder / "sweep")
-        self.run = self.sweep.folder / "prune" / "run"
+        settings |= {"result_dir": folder, "exp_name": "sweep"}
+        self.config = build_config(read_yaml(DIGITS / "pretrain.yml") | settings)
+        self.name, self.run = self.config.run_id, self.config.run_folder
         self.run.mkdir(parents=True)
         self.sweep.jobs.mkdir()
+        self.settings = self.sweep.folder / "points" / f"{self.name}.yml"
+        self.settings.parent.mkdir()
+        self.settings.write_text(self.config.to_yaml())
+        self.printed = ""  # by task.sh, to stderr
         self.profile()
         self.command("scontrol", SCONTROL)
         self.says(RUNNING)
@@ -88,42 +96,50 @@ class FakeSlurm:
 
     def set_aside(self) -> list[str]:
         """The reasons of attempts that were not final."""
-        return [note["reason"] for note in read_jsonl(self.sweep.jobs / "run.failed.before")]
+        return [
+            note["reason"] for note in read_jsonl(self.sweep.jobs / f"{self.name}.failed.before")
+        ]
 
     def note(self) -> str:
         """Why the run is given up; "" if it is not."""
-        return _reason(self.sweep.failure_path("run"))
+        return _reason(self.sweep.failure_path(self.name))
 
     def lost(self) -> str:
         """How a rank lost the others."""
-        return _reason(self.sweep.loss_path("run"))
+        return _reason(self.sweep.loss_path(self.name))
 
     def batch(
         self, code: int, *, begun: bool = True, nodes: int = 0, failed: str = "", lost: str = "",
-        setup: str = "", prints: str = "", saves: bool = False, **env: str,
+        setup: str = "", prints: str = "", srun: str = "", saves: bool = False, **env: str,
     ) -> int:  # fmt: skip
         """task.sh's run_points, whose ranks print and exit with `code`; its exit status.
 
         A rank has left its mark if `begun`, and ranks have left their notes, and a checkpoint if
-        it `saves`. A probe of the nodes ends with `nodes`.
+        it `saves`. A probe of the nodes ends with `nodes`. `srun`: what srun prints itself.
         """
         lines = ["#!/bin/bash", "[[ $* != *overlap* ]] || { echo probe >>${0%/*}/calls;"]
         lines[-1] += f" exit {nodes}; }}"
         for text, kind in ((failed, "failed"), (lost, "lost")):
             if text:
                 note = json.dumps({"reason": text}, indent=2)
-                lines.append(f"echo {shlex.quote(note)} >{self.sweep.jobs}/run.{kind}")
-        lines.append(f"printf %s {shlex.quote(prints)} >>{self.sweep.jobs}/run.log")
+                lines.append(f"echo {shlex.quote(note)} >{self.sweep.jobs}/{self.name}.{kind}")
+        lines.append(f"printf %s {shlex.quote(prints)} >>{self.sweep.jobs}/{self.name}.log")
+        if srun:
+            log = self.sweep.jobs / "slurm" / "7_0_0_log.err"
+            log.parent.mkdir(exist_ok=True)
+            lines.append(f"printf %s {shlex.quote(srun)} >>{log}")
         if begun:
-            lines.append(f"echo $BIP_ATTEMPT >{self.sweep.jobs}/run.begun")
+            lines.append(f"echo $BIP_ATTEMPT >{self.sweep.jobs}/{self.name}.begun")
         (self.run / "checkpoint").mkdir(exist_ok=True)
         if saves:
             lines.append(f"/bin/sleep 0.05; touch {self.run}/checkpoint/manifest.json")
         self.command("srun", "\n".join([*lines, f"echo ranks >>${{0%/*}}/calls; exit {code}\n"]))
-        (self.sweep.jobs / "points.txt").write_text("run\n")
-        words = f"run_points {self.sweep.folder} {self.sweep.jobs}/points.txt true"
+        (self.bin / "points.txt").write_text(f"{self.name}\n")
+        words = f"run_points {self.sweep.folder} {self.bin}/points.txt true"
         script = f"{setup}\nsource {ROOT}/slurm/task.sh\n{words}"
-        return self.bash(script, **env).returncode
+        done = self.bash(script, **env)
+        self.printed = done.stderr
+        return done.returncode
 
     def bash(self, script: str, **env: str) -> "subprocess.CompletedProcess[str]":
         words = ["bash", "-c", script]
@@ -131,11 +147,7 @@ class FakeSlurm:
 
     def rank(self, ends: str, **env: str) -> int:
         """A rank whose run ends as `rank_that.py` lists; its exit status."""
-        config = self.sweep.folder / "points" / "run.yml"
-        config.parent.mkdir(exist_ok=True)
-        text = (DIGITS / "pretrain.yml").read_text()
-        config.write_text(text.replace("./trained_models", str(self.sweep.folder / "runs")))
-        env = self.env | {"BIP_POINT": "run", "BIP_ATTEMPT": "7_0.0"} | env
+        env = self.env | {"BIP_POINT": self.name, "BIP_ATTEMPT": "7_0.0"} | env
         words = [sys.executable, "-m", "tests.launch.rank_that", ends, str(self.sweep.folder)]
         return subprocess.run(words, env=env, timeout=120, check=False).returncode
 

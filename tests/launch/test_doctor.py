@@ -1,5 +1,6 @@
 """What the doctor and submission make of a cluster."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,21 @@ from bip.errors import UserError
 from launch.__main__ import main
 from launch.profile import SlurmProfile
 from launch.slurm import doctor
-from launch.slurm.doctor import Limits, check_disk, check_place, examine, limits, preflight
+from launch.slurm.doctor import (
+    Limits,
+    check_disk,
+    check_place,
+    examine,
+    limits,
+    preflight,
+    probe_nodes,
+)
 from tests.launch.conftest import runs_of
 from tests.launch.fake_cluster import FakeCluster
 
 ASSOC = "mine ||90|\nother |tiny|1|\nmine gpu|fast|7|\n"
 QOS = "normal|80|00:01:30|cluster|\ntiny|2|00:00:00|cancel|\nfast|60|00:00:10|requeue|55\n"
+QOS += "urgent|9|00:00:00|cluster||normal,tiny,fast|\n"
 
 
 def profile(**values: object) -> SlurmProfile:
@@ -124,6 +134,74 @@ def test_where_the_qos_is_preempted_its_own_facts_count(cluster: FakeCluster) ->
     assert any("PreemptMode=CANCEL" in text for text in findings("warning", qos="tiny"))
     cluster.accounting("other |tiny|1|\nmine |fast||\n", QOS)  # that of the default account
     assert "(REQUEUE): SIGTERM, then 10 s" in preemption("warning")
+    assert preemption("ok", qos="urgent").endswith("none, as no QOS may preempt urgent")
+
+
+@pytest.mark.parametrize(
+    ("grace", "texts"),
+    [("30", ["within its GraceTime (30 s) requeues", "others are cancelled"]),
+     ("0", ["GraceTime is 0, so every preempted task is cancelled"])],
+)  # fmt: skip
+def test_which_runs_requeue_themselves_where_preemption_cancels(
+    grace: str, texts: list[str], cluster: FakeCluster
+) -> None:
+    cluster.partition(PreemptMode="CANCEL", GraceTime=grace)
+    (text,) = (text for text in findings("warning") if "CANCEL:" in text)
+    assert all(part in text for part in [*texts, "launch resume FOLDER"])
+
+
+def test_the_time_without_preemption_is_reported(cluster: FakeCluster) -> None:
+    cluster.settings(PreemptType="preempt/partition_prio", PreemptExemptTime="00:10:00")
+    cluster.partition(PreemptMode="REQUEUE", GraceTime="40")
+    assert "never in the first 600 s" in preemption("ok")
+    cluster.settings(PreemptType="preempt/qos", PreemptMode="REQUEUE")
+    cluster.accounting(ASSOC, "normal|80|00:01:30|cluster||normal|00:02:00\n")
+    assert "never in the first 120 s" in preemption("ok")
+
+
+def test_what_a_partition_never_starts_is_refused_before_submission(cluster: FakeCluster) -> None:
+    cluster.partition(MaxTime="00:02:00", QoS="N/A")
+    with pytest.raises(UserError, match=r"partition low: MaxTime=00:02:00.*time: \"0:02:00\""):
+        preflight(profile(), runs_of(3))
+    cluster.partition(AllowAccounts="other")
+    cluster.accounting(ASSOC, QOS)
+    with pytest.raises(UserError, match="low: AllowAccounts=other, but the account is mine"):
+        preflight(profile(), runs_of(3))
+    assert not [text for text in findings("error", account="other") if "partition" in text]
+    assert any("AllowAccounts" in text for text in findings("warning", partition="low,gpu"))
+    assert not findings("error", partition="low,gpu"), "the other one may start it"
+
+
+def test_what_the_accounting_never_starts_is_refused_where_it_is_enforced(
+    cluster: FakeCluster,
+) -> None:
+    cluster.accounting("mine |||||0\n", "")
+    assert not findings("error")
+    cluster.settings(AccountingStorageEnforce="associations,limits")
+    (text,) = findings("error")
+    assert text.startswith("association of the user: grpjobs is 0") or "maxjobs is 0" in text
+
+
+def test_a_refusal_by_sbatch_names_the_partitions_limits(cluster: FakeCluster) -> None:
+    text = "#!/bin/bash\necho 'sbatch: lua: hello' >&2\necho 'allocation failure: no' >&2\n"
+    cluster.file("sbatch", text + "echo 'sbatch: error: Requested partition' >&2; exit 1\n")
+    cluster.partition(MaxTime="2-00:00:00", MaxNodes="4")
+    (text,) = findings("error")
+    assert "sbatch: error: Requested partition; limits of partition low: MaxTime=2-00:00" in text
+
+
+def test_a_probe_looks_for_a_file_in_the_nearest_folder_that_exists(
+    cluster: FakeCluster, tmp_path: Path
+) -> None:
+    place = tmp_path / "not" / "yet"
+    cluster.file("srun", '#!/bin/bash\nwhile [[ $1 != -c ]]; do shift; done; exec python3 "$@"\n')
+    texts = {f.level: f.text for f in probe_nodes(profile(), place)}
+    assert texts["ok"].startswith("tasks start on")
+    assert "result_dir" not in str(texts), texts
+    assert not list(tmp_path.glob(".bip-probe*")), "nothing is left"
+    elsewhere = 'exec python3 -c "$2" /nowhere\n'
+    cluster.file("srun", f"#!/bin/bash\nwhile [[ $1 != -c ]]; do shift; done; {elsewhere}")
+    assert f"{tmp_path} is not seen on a compute node" in str([*probe_nodes(profile(), place)])
 
 
 def test_several_partitions_are_examined_each(cluster: FakeCluster) -> None:
@@ -156,9 +234,23 @@ def test_a_folder_of_this_machine_only_is_warned_of(
 def test_a_sweep_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
     facts = {"exp_name": "x", "exp_mode": "pretrain", "arch": "resnet18", "dataset": "CIFAR10"}
     config = build_config(facts | {"result_dir": tmp_path / "out"})
-    assert check_disk([config], {"resnet18": 1000}, 1).startswith("disk: about 0.0 of ")
+    assert check_disk([config], {"resnet18": 1000}, 1).startswith("disk: about 48.0 kB of ")
     with pytest.raises(UserError, match=r"result_dir: .*--result-dir"):
         check_disk([config], {"resnet18": 10**14}, 1)
+
+
+def test_a_disk_without_room_for_more_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.statvfs(tmp_path)
+    facts = [*real]
+    facts[7] = 19  # f_favail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(facts))
+    config = build_config({"exp_name": "x", "exp_mode": "pretrain", "arch": "resnet18",
+                           "dataset": "CIFAR10", "result_dir": tmp_path})  # fmt: skip
+    if real.f_files:
+        with pytest.raises(UserError, match="19 more files"):
+            check_disk([config], {"resnet18": 1000}, 1)
 
 
 @pytest.mark.parametrize("words", [["{}"], ["--profile", "{}"], ["--profile={}"]])

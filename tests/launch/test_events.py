@@ -51,6 +51,9 @@ TAKEN_FOR_GOOD = replace(ENDED, preempted=True)  # PreemptMode=CANCEL
 RETRIES = {"preempted": 7, "timed_out": 3, "lost": 2}
 GONE_PEER = "error: rank 0 is gone"
 LATE_PEER = "error: ranks: of 2 these did not come in time: 1"
+SLAIN = "rank 1 on n2 was killed by SIGKILL"
+MUTE = "error: rank 1 (n2 pid 7) has not answered for 10 s; its last step was 3"
+FULL, FULL_MEMORY = "No space left on device: jobs", "the memory limit of 4000 MB was hit"
 NO_ANSWER = "scontrol show: Unable to contact slurm controller"
 DISABLED = "scontrol requeue: Requested operation is presently disabled for job 7_0"
 
@@ -120,7 +123,7 @@ BATCH: list[tuple[str, Facts, str, str]] = [
     ("the ranks did not meet", batch(1, lost=LATE_PEER), REQUEUE, "the ranks did not meet"),
     ("they never meet", batch(1, lost=LATE_PEER, losses=3), FINAL, "the ranks did not meet"),
     ("SIGBUS", batch(135), REQUEUE, "SIGBUS"),
-    ("SIGBUS behind a killed rank", batch(137, bus_error=True), REQUEUE, "SIGBUS"),
+    ("SIGBUS behind a killed rank", batch(137, bus_error=True, death=SLAIN), REQUEUE, "SIGBUS"),
     ("SIGBUS beside a lost rank", batch(135, lost=GONE_PEER), REQUEUE, "SIGBUS"),
     ("SIGBUS too often", batch(135, losses=3), FINAL, "retries.lost is 2"),
     ("a file system is away, by a rank's note", batch(75, lost="Stale"), REQUEUE,
@@ -133,6 +136,37 @@ BATCH: list[tuple[str, Facts, str, str]] = [
      REQUEUE, "while SLURM was ending"),
     ("failed near its limit", batch(1, NEAR), REQUEUE, "while SLURM was ending"),
     ("short limits are always near, so it counts", batch(1, NEAR, losses=3), FINAL, "was ending"),
+    # A rank that was killed, or hangs
+    ("killed", batch(137), REQUEUE, "a rank was killed by SIGKILL"),
+    ("killed, by srun's report", batch(143, death=SLAIN, lost=GONE_PEER), REQUEUE,
+     f"{SLAIN}; {GONE_PEER}"),
+    ("killed, and a preemption may show late", batch(137, waited=4), WAIT, ""),
+    ("killed too often", batch(137, death=SLAIN, losses=3), FINAL,
+     f"lost 3 times in a row without progress, the last time: {SLAIN} (exit code 137 of srun)"),
+    ("killed, with progress", batch(137, death=SLAIN, losses=9, saved=True), REQUEUE, SLAIN),
+    ("killed for lack of memory", batch(137, death=SLAIN, memory=FULL_MEMORY), FINAL,
+     f"{SLAIN}: {FULL_MEMORY}"),
+    ("killed as it was preempted", batch(137, PREEMPTED, memory=FULL_MEMORY, losses=9), REQUEUE,
+     ""),
+    ("killed as it was preempted, on two nodes", batch(137, PREEMPTED, nodes=2), REQUEUE, ""),
+    ("killed, and the node may have failed", batch(137, death=SLAIN, nodes=2), PROBE, ""),
+    ("hangs, by a note", batch(1, lost=MUTE), REQUEUE, MUTE),
+    ("hangs, and its peers left no note", batch(1, error=MUTE), REQUEUE, MUTE),
+    ("hangs too often", batch(1, error=MUTE, losses=3), FINAL, MUTE),
+    ("no progress", batch(1, lost="error: no progress for 600 s; the others wait for rank 1"),
+     REQUEUE, "rank 1"),
+    ("a loader process was killed", batch(75, lost="error: train.lmdb: a loader process died"),
+     REQUEUE, "a loader process died"),
+    # No records can be written
+    ("a full disk", batch(1, begun=False, unwritable=FULL), REQUEUE, f"no records ({FULL})"),
+    ("a full disk, with a reason in the log", batch(1, unwritable=FULL, error="error: result_dir"),
+     REQUEUE, "no records (No space left on device: jobs); error: result_dir"),
+    ("a full disk: restarts count", batch(1, replace(RUNNING, restarts=2), restarts=2,
+     unwritable=FULL), FINAL, "after 2 restarts no more are made without records"),
+    ("a full disk while saving", batch(75, replace(RUNNING, restarts=2), restarts=2, lost="x",
+     unwritable=FULL), FINAL, f"({FULL}); x"),
+    ("a full disk, but preempted after a save", batch(75, replace(PREEMPTED, restarts=9),
+     restarts=9, unwritable=FULL), REQUEUE, ""),
     # Nodes
     ("several nodes", batch(1, lost=GONE_PEER, nodes=2), PROBE, ""),
     ("a node failed", batch(1, lost=GONE_PEER, nodes=2, nodes_answer=False), AWAIT_NODE, ""),
@@ -144,8 +178,10 @@ BATCH: list[tuple[str, Facts, str, str]] = [
     ("all nodes answer, no rank started", batch(1, begun=False, nodes=2, nodes_answer=True),
      REQUEUE, "no rank started"),
     # Anything else
-    ("a rank died without a note", batch(137, error="error: rank 1"), FINAL,
-     "exit code 137 of srun; error: rank 1; see run.log"),
+    ("a rank crashed without a note", batch(139, death="rank 1 on n2 was killed by SIGSEGV"), FINAL,
+     "exit code 139 of srun; rank 1 on n2 was killed by SIGSEGV; see run.log"),
+    ("a rank exited without a note", batch(137, death="rank 1 on n2 ended with exit code 3"), FINAL,
+     "rank 1 on n2 ended with exit code 3"),
     ("a lost peer on one node", batch(1, lost=GONE_PEER), FINAL, GONE_PEER),
     ("restarts of a sweep", batch(75, replace(PREEMPTED, restarts=1009), restarts=1009), REQUEUE,
      ""),
@@ -333,7 +369,7 @@ for name, module in sorted(sys.modules.items()):
 """
     words = [sys.executable, "-I", "-S", "-c", script]
     files = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(files) == 8
+    assert len(files) == 9
     for path in files:
         text = Path(path).read_text()
         ast.parse(text, feature_version=(3, 8))

@@ -1,11 +1,14 @@
 """Submission, resubmission and cancelling of arrays."""
 
 import errno
+import io
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from bip.errors import UserError
-from bip.files import read_jsonl
+from bip.files import append_jsonl, read_jsonl
 from launch.__main__ import main
 from launch.profile import SlurmProfile, load_profile
 from launch.slurm import arrays
@@ -114,6 +117,17 @@ def test_a_refused_array_leaves_the_first_known_and_its_own_failures(
         submit(sweep)
     assert recorded(sweep) == ["101"]
     assert [run_id for run_id in ids if sweep.failure_path(run_id).exists()] == ids[1:]
+
+
+def test_an_array_that_slurm_took_without_an_answer_is_cancelled(
+    sweep: Sweep, cluster: FakeCluster
+) -> None:
+    """Else it would run beside the one that `resume` submits."""
+    cluster.file("late-2")
+    with pytest.raises(UserError, match=r"Socket timed out.*; array 102 was taken all the same"):
+        submit(sweep)
+    assert cluster.cancelled == ["102"]
+    assert recorded(sweep) == ["101"]
 
 
 @pytest.fixture
@@ -350,3 +364,133 @@ def test_logs_of_a_task_are_its_batch_scripts_where_its_run_printed_nothing(
     for several_or_none in ("prune", "101_9"):
         assert main(["logs", str(sweep.folder), several_or_none]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def resume(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """`launch resume --no-wait`: exit code, stdout, stderr. Inputs are not checked."""
+    profile = sweep.folder / "slurm.yml"
+    profile.write_text("executor: slurm\n")
+    capsys.readouterr()
+    code = main(["resume", str(sweep.folder), "--profile", str(profile), "--no-wait"])
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs read is not looked at before submission."""
+    monkeypatch.setattr("launch.slurm.executor.check_inputs", lambda configs: {"digits_net": 9})
+
+
+def test_waiting_tasks_that_need_somebody_are_shown_with_what_to_do(
+    sweep: Sweep, cluster: FakeCluster, ids: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit(sweep)
+    held = "launch failed requeued held"
+    cluster.queue(t101_0=f"PENDING|{held}", t102_0="PENDING|PartitionTimeLimit", t102_1="PENDING|x")
+    states = {row.run_id: row.reason for row in status(sweep.folder)}
+    assert f"{held}: held; scontrol release 101_0" in states[ids[0]]
+    assert "MaxTime" in states[ids[1]]
+    assert states[ids[2]] == "in the queue (x)"
+    code, out, err = resume(sweep, capsys)
+    assert code == 0
+    assert "nothing to resume" in out
+    assert "warning: in the queue, " in err
+    assert "scontrol release 101_0" in err
+    for name in range(1, 4):  # looks of `wait`; then all is done
+        cluster.queue(f"queue-{name}", t101_0="PENDING|JobHeldUser")
+    cluster.queue(t101_0="COMPLETING")
+    executor = SlurmExecutor(sweep)
+    executor.poll_seconds = 0.01
+    finish(sweep, *ids[1:])
+    sweep_done = threading.Timer(1, finish, [sweep, ids[0]])
+    sweep_done.start()
+    console = Console(file=io.StringIO(), width=200)
+    wait(sweep, ids, console, executor)
+    sweep_done.join()
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().count("scontrol release 101_0") == 1, "said once"
+
+
+SACCT = """#!/bin/bash
+echo "101_0|FAILED|0:53|None|n2|2026-01-02T00:00:00"
+"""
+
+
+def test_a_task_that_slurm_could_not_start_is_said_so(sweep: Sweep, cluster: FakeCluster) -> None:
+    """Its batch script wrote nothing, as the node could not write its log."""
+    submit(sweep)
+    cluster.file("sacct", SACCT)
+    row = status(sweep.folder)[0]
+    assert row.state == "failed"
+    for text in ("exit code 0:53 on n2", "could not start its batch script", "launch resume"):
+        assert text in row.reason
+    log = sweep.log(row.run_id)
+    log.write_text("of an earlier attempt\n")
+    os.utime(log, (1, 1))
+    assert "without a log: jobs/slurm may be full" in status(sweep.folder)[0].reason
+    os.utime(log)
+    assert "it ends with: of an earlier attempt" in status(sweep.folder)[0].reason
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"{}", b"\xff\xfe"])
+def test_a_damaged_result_is_no_result_and_names_the_way_out(
+    content: bytes, sweep: Sweep, cluster: FakeCluster, ids: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    finish(sweep, ids[0])
+    folder = sweep.folder / sweep.runs()[0].folder
+    (folder / "result.json").write_bytes(content)
+    submit(sweep)
+    row = status(sweep.folder)[0]
+    assert row.state == "failed"
+    assert f"mv {folder} {folder}.damaged, then python -m launch resume" in row.reason
+    code, _, err = resume(sweep, capsys)
+    assert code == 2
+    assert row.reason in err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_failure_record_is_replaced_by_the_newest_reason_found(
+    content: str, sweep: Sweep, ids: list[str]
+) -> None:
+    sweep.failure_path(ids[0]).write_text(content)
+    sweep.log(ids[0]).write_text("error: older\n")
+    os.utime(sweep.log(ids[0]), (1, 1))
+    folder = sweep.folder / sweep.runs()[0].folder
+    folder.mkdir(parents=True)
+    time = "2026-01-01T00:00:00.000+00:00"
+    record = {"event": "end", "time": time, "cause": "error: result_dir: No space left", "step": 3}
+    append_jsonl(folder / "attempts.jsonl", record)
+    row = status(sweep.folder)[0]
+    assert row.state == "failed"
+    assert row.reason.endswith("the newest reason found: error: result_dir: No space left")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_second_resume_claims_no_run_of_the_first(
+    sweep: Sweep, cluster: FakeCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It looked before the first had submitted, and submits after it."""
+    code, out, _ = resume(sweep, capsys)
+    assert code == 0
+    assert "3 runs submitted" in out
+    for look in ("queue-1", "queue-2"):
+        cluster.queue(look)
+    cluster.queue(t101_0="PENDING", t102_0="PENDING", t102_1="PENDING")
+    code, out, _ = resume(sweep, capsys)
+    assert code == 0
+    assert "0 runs submitted" in out
+
+
+@pytest.mark.usefixtures("cluster", "unchecked")
+def test_suggested_commands_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders with spaces and quotes are quoted."""
+    sweep = plan_sweep(tmp_path / "my team's results")
+    _, out, _ = resume(sweep, capsys)
+    main(["cancel", str(sweep.folder)])
+    main(["logs", str(sweep.folder)])
+    shown = out + capsys.readouterr().out
+    for verb in ("status", "resume", "logs"):
+        assert f"python -m launch {verb} {shlex.quote(str(sweep.folder))}" in shown, verb

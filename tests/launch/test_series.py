@@ -11,8 +11,9 @@ import yaml
 
 from bip import models
 from bip.cli import parse_flags
-from bip.config import RunConfig, load_config, read_yaml
+from bip.config import RunConfig, load_config
 from bip.errors import UserError
+from bip.yaml_file import read_yaml
 from launch.plan import Plan, PlannedRun, SeriesOptions, make_plan, parse_series
 from launch.sweep import Sweep
 from tests.launch.conftest import DIGITS, FakeSweep

@@ -11,11 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from bip.config import build_config, read_yaml
 from bip.files import read_jsonl
-from tests.launch.conftest import DIGITS
 from tests.launch.fake_slurm import PREEMPTED, RUNNING, FakeSlurm
 
 
@@ -23,14 +20,10 @@ class Life:
     """Attempts of one rank of a task that SLURM preempts, from their first line."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        self.slurm = FakeSlurm(folder)
-        self.log = self.slurm.sweep.jobs / "run.log"
-        facts = {"result_dir": str(self.slurm.sweep.folder), "epochs": 1, "max_steps": 3}
-        values = read_yaml(DIGITS / "pretrain.yml") | facts | {"num_workers": 0} | settings
-        path = self.slurm.sweep.folder / "points" / "run.yml"
-        path.parent.mkdir()
-        path.write_text(yaml.safe_dump(values))
-        self.config = build_config(read_yaml(path))
+        facts = {"epochs": 1, "max_steps": 3, "num_workers": 0}
+        self.slurm = FakeSlurm(folder, **(facts | settings))
+        self.log = self.slurm.sweep.log(self.slurm.name)
+        self.config = self.slurm.config
         self.result = self.config.run_folder / "result.json"
 
     @contextlib.contextmanager
@@ -40,7 +33,9 @@ class Life:
             f"from launch.slurm.rank import run_point; run_point({str(self.slurm.sweep.folder)!r})"
         )
         env = {"SLURM_RESTART_COUNT": str(restarts)} | env
-        env = self.slurm.env | {"BIP_POINT": "run", "BIP_ATTEMPT": f"7_0.{restarts}"} | env
+        env = (
+            self.slurm.env | {"BIP_POINT": self.slurm.name, "BIP_ATTEMPT": f"7_0.{restarts}"} | env
+        )
         self.slurm.says(RUNNING.replace("Restarts=0", f"Restarts={restarts}"))
         with self.log.open("ab") as log:
             rank = subprocess.Popen(
@@ -66,7 +61,7 @@ class Life:
         return rank.wait(120)
 
     def has_begun(self, _pid: int) -> bool:
-        return (self.slurm.sweep.jobs / "run.begun").exists()
+        return (self.slurm.sweep.jobs / f"{self.slurm.name}.begun").exists()
 
 
 def runs_compiler(pid: int) -> bool:

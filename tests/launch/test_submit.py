@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from bip.errors import UserError
+from launch.local.executor import LocalExecutor
 from launch.local.worker import run_environment
 from launch.plan import check_same_source
+from launch.status import status
 from launch.sweep import Lock, Queue, Sweep
-from tests.launch.conftest import DIGITS, FakeSweep, until
+from tests.launch.conftest import DIGITS, FakeSweep, plan_sweep, until
 
 CHAIN = ("--stages", "pretrain,prune")
 ONE = ("--series", "0.5", *CHAIN, "--parallelism", "1")
@@ -229,6 +231,17 @@ def test_a_planned_run_never_changes_its_source(fake: FakeSweep, tmp_path: Path)
     after = {path: path.read_bytes() for path in fake.folder.glob("points/*")}
     assert {path: after[path] for path in before} == before
     assert code == (2 if after == before else 0)
+
+
+def test_settings_edited_while_queued_are_not_run(fake: FakeSweep) -> None:
+    """They are those of another run, and would train into its folder."""
+    sweep = plan_sweep(fake.results)
+    path = sweep.folder / sweep.runs()[0].config
+    path.write_text(path.read_text().replace("momentum: 0.9", "momentum: 0.8"))
+    LocalExecutor(sweep, command=fake.command).submit([path.stem])
+    row = until(lambda: next((r for r in status(sweep.folder) if r.state == "failed"), None))
+    assert f"{path}: changed since it was planned" in row.reason
+    assert not fake.events("start")
 
 
 def test_source_is_known_by_its_run_wherever_it_lies() -> None:
