@@ -1,4 +1,4 @@
-"""python -m bip train | evaluate | export | compare | archs | data"""
+"""python -m bip train | evaluate | export | inspect | compare | archs | data"""
 
 import os
 import sys
@@ -31,17 +31,24 @@ def evaluate(*argv: str) -> None:
 
 
 def export(*argv: str) -> int:
-    """a checkpoint's masked weights as a safetensors file"""
-    from bip.export import export
+    """a checkpoint's network as dense, compact, reference, onnx or sparse file"""
+    from bip.exporting.export import export
 
     return cli.call({"export": export}, ["export", *argv], cli.program(*NAMES))
 
 
 def compare(*argv: str) -> int:
     """how far two masks agree (IoU)"""
-    from bip.export import compare
+    from bip.exporting.compare import compare
 
     return cli.call({"compare": compare}, ["compare", *argv], cli.program(*NAMES))
+
+
+def inspect(*argv: str) -> int:
+    """what a checkpoint keeps, layer by layer"""
+    from bip.exporting.inspect import inspect
+
+    return cli.call({"inspect": inspect}, ["inspect", *argv], cli.program(*NAMES))
 
 
 def archs(*argv: str) -> int:
@@ -66,7 +73,8 @@ def data(*argv: str) -> int:
 
 
 COMMANDS: dict[str, cli.Command] = {
-    command.__name__: command for command in (train, evaluate, export, compare, archs, data)
+    command.__name__: command
+    for command in (train, evaluate, export, inspect, compare, archs, data)
 }
 
 

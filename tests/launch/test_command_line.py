@@ -37,7 +37,7 @@ def test_one_table_for_both_programs(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr("bip.export.export", fail)
+    monkeypatch.setattr("bip.exporting.export.export", fail)
     monkeypatch.setattr("launch.__main__.read_status", fail)
     assert bip(["export", "a", "b"]) == launch(["status", "folder"]) == code
     lines = capfd.readouterr().err.splitlines()

@@ -427,8 +427,9 @@ def test_compare_prints_the_intersection_over_union(
     expected = float((a & b).sum() / (a | b).sum())
     assert 0.1 < expected < 0.9
     (total,) = [line for line in lines if line.startswith("all")]
-    assert float(total.split()[-1]) == pytest.approx(expected, abs=1e-4)
-    assert len(lines) == 1 + len(one.masks)
+    assert float(total.split()[-2]) == pytest.approx(expected, abs=1e-4)
+    assert float(total.split()[-1]) == pytest.approx(float(b.sum() / a.sum()), abs=1e-4)
+    assert len(lines) == 2 + len(one.masks)
     assert main(["compare", str(one.newest), str(one.best)]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[-1] == "1.0000"
 
