@@ -1,4 +1,4 @@
-"""python -m launch series | status | logs | resume | cancel | doctor"""
+"""python -m launch series | status | report | logs | resume | cancel | doctor"""
 
 import sys
 from functools import partial
@@ -22,6 +22,9 @@ from launch.sweep import Run, Sweep
 from launch.watch import wait as watch
 
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+Folders = Annotated[
+    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER...")
+]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
 
 
@@ -33,6 +36,7 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
     commands: dict[str, cli.Command] = {
         "series": partial(series, command=command),
         "status": status,
+        "report": report,
         "logs": logs,
         "resume": partial(resume, command=command),
         "cancel": cancel,
@@ -118,6 +122,21 @@ def status(folder: Path, json: bool = False) -> int:
     if any(row.state in ("failed", "cancelled", "blocked") for row in rows):
         print(f"to run what is missing: python -m launch resume {folder}")
     return ExitCode.DONE
+
+
+def report(folders: Folders, out: Path | None = None) -> None:
+    """Draw the finished runs of FOLDER...: figures, tables and one HTML page.
+
+    Args:
+        folders: RESULT_DIR/EXP_NAME of series, and CSVs of published figures to compare with.
+        out: folder of what is written (default: report/ in the first FOLDER).
+    """
+    from launch.report import report as write_report
+
+    first = folders[0]
+    if out is None and first.suffix == ".csv":
+        raise UserError("out: missing; give --out DIR, as the first argument is no sweep folder")
+    write_report([*folders], out or first / "report")
 
 
 def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
