@@ -22,9 +22,7 @@ from launch.sweep import Run, Sweep
 from launch.watch import wait as watch
 
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
-Folders = Annotated[
-    tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER...")
-]
+Folders = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER...")]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
 
 

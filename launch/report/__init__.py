@@ -1,6 +1,6 @@
 """`launch report`: figures, tables and a page of sweeps. The packages are in the extra `report`."""
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from bip.errors import UserError
@@ -12,8 +12,10 @@ def report(folders: list[Path], out: Path) -> None:
     Raises UserError, with nothing written, if a package or all data are missing.
     """
     for package in ("matplotlib", "plotly", "pyarrow"):
-        if find_spec(package) is None:
-            raise UserError(f"report: needs {package}; pip install 'bip-hpc[report]'")
+        try:
+            import_module(package)
+        except ImportError:
+            raise UserError(f"report: needs {package}; pip install 'bip-hpc[report]'") from None
     from launch.report.figures import draw
     from launch.report.gather import gather
     from launch.report.page import summary, write_page

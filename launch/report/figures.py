@@ -95,7 +95,7 @@ def _sparsity_axis(axes: "Axes", sparsities: Iterable[float]) -> None:
     kept = sorted(1 - sparsity for sparsity in sparsities)
     axes.set_xscale("log")
     axes.set_xlim(min(1.0, kept[-1] * 1.25), kept[0] / 1.25)
-    ticks = [t for t in (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)]
+    ticks = (1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001)
     inside = [tick for tick in ticks if kept[0] / 1.25 <= tick <= kept[-1] * 1.25]
     axes.xaxis.set_major_locator(FixedLocator(inside or kept))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -139,12 +139,13 @@ def accuracy(facts: Facts) -> "Figure | None":
         if any(t.sparsity is not None for c, t in tickets.items() if (c.dataset, c.arch) == place):
             axes.plot([], [], "*", color="white", mec="black", ms=11, label="winning ticket")
         axes.legend(loc="lower left")
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def training(facts: Facts) -> "Figure | None":
     """Test accuracy by epoch, the mean over seeds, one panel a curve and one colour a k."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     values: dict[Curve, dict[float, dict[int, list[float]]]] = {}
     for row in facts.training:
@@ -154,22 +155,24 @@ def training(facts: Facts) -> "Figure | None":
         return None
     labels = facts.labels()
     figure, panels = _panels(values, 4.6, 3.4)
-    for axes, (curve, by_k) in zip(panels, values.items(), strict=True):
-        ks = sorted(by_k, reverse=True)
+    for axes, (curve, epochs_by_k) in zip(panels, values.items(), strict=True):
+        ks = sorted(epochs_by_k, reverse=True)
         for at, k in enumerate(ks):
-            epochs = sorted(by_k[k])
-            means = [statistics.fmean(by_k[k][epoch]) for epoch in epochs]
+            epochs = sorted(epochs_by_k[k])
+            means = [statistics.fmean(epochs_by_k[k][epoch]) for epoch in epochs]
             colour = colormaps["viridis"](at / max(1, len(ks) - 1) * 0.9)
             axes.plot(epochs, means, color=colour, lw=1.2, label=f"{k:g}")
         axes.set(xlabel="epoch", ylabel="test accuracy, %", title=labels.get(curve, curve.method))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(title="k", ncols=1 + len(ks) // 8, loc="lower right")
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def timeline(facts: Facts) -> "Figure | None":
     """Each attempt as a bar, by how it ended, and the waiting between attempts."""
     from matplotlib import pyplot
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+    from matplotlib.patches import Patch
 
     if not facts.attempts:
         return None
@@ -200,9 +203,8 @@ def timeline(facts: Facts) -> "Figure | None":
     left_out = len(runs) - len(often)
     title = "attempts; dotted: waiting; cross: no end recorded"
     axes.set_title(title + (f"; {left_out} runs with fewer attempts not shown" * bool(left_out)))
-    for cause in causes:
-        axes.barh(0, 0, color=look[cause], label=cause)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    handles = [Patch(color=look[cause], label=cause) for cause in causes]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
     axes.invert_yaxis()
     return figure
 
@@ -233,7 +235,7 @@ def layers(facts: Facts) -> "Figure | None":
         axes.grid(visible=False)
         axes.set(xlabel="k", title=labels.get(curve, curve.method))
         figure.colorbar(image, ax=axes, label="kept in the layer (white: nothing)")
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def costs(facts: Facts) -> "Figure | None":
@@ -255,7 +257,7 @@ def costs(facts: Facts) -> "Figure | None":
         axes.set_yticks(range(len(rows)), names if at == 0 else [""] * len(rows), fontsize=8)
         axes.set(xlabel=title, xmargin=0.2)
         axes.invert_yaxis()
-    return figure  # type: ignore[no-any-return]
+    return figure
 
 
 def overlaps(facts: Facts) -> "Figure | None":
@@ -278,4 +280,4 @@ def overlaps(facts: Facts) -> "Figure | None":
         _sparsity_axis(axes, [1 - k for by_k in lines.values() for k in by_k])
         axes.set(ylabel="IoU of the masks", title=titles[kind], ylim=(0, 1))
         axes.legend()
-    return figure  # type: ignore[no-any-return]
+    return figure

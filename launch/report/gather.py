@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,10 @@ from launch.sweep import Run, Sweep
 if TYPE_CHECKING:
     import numpy as np
 
-PUBLISHED = ("dataset", "arch", "layer_type", "method", "sparsity", "top1", "dense_top1")
-PUBLISHED += ("minutes", "source")
+PUBLISHED = (
+    "dataset", "arch", "layer_type", "method", "sparsity", "top1", "dense_top1", "minutes",
+    "source",
+)  # fmt: skip
 # Settings along a curve, or those that name it in columns of their own.
 _NOT_SETTINGS = {"k", "seed", "source_run", "rewind_net", "dataset", "arch", "layer_type"}
 _NOT_SETTINGS |= {"trainer", "exp_mode"}
@@ -242,12 +245,12 @@ class Facts:
                 continue
             hours = sum((r.seconds or 0) * (r.ranks or 0) for r in timed) / 3600
             devices = ", ".join(sorted({run.device for run in timed}))
-            means = (_mean(getattr(r, n) for r in timed) for n in _COSTS)
-            rows.append(CostRow(*_names(curve), len(timed), *means, hours, devices))
+            epochs = _mean(run.epochs for run in timed)
+            spent = _mean(run.forward_backwards for run in timed)
+            seconds = _mean(run.seconds for run in timed)
+            row = CostRow(*_names(curve), len(timed), epochs, spent, seconds, hours, devices)
+            rows.append(row)
         return rows + self.published_costs
-
-
-_COSTS = ("epochs", "forward_backwards", "seconds")
 
 
 def curve_of(row: Curve) -> Curve:
@@ -523,7 +526,7 @@ def _overlaps(masks: dict[Curve, dict[tuple[float, int], _Mask]]) -> Iterator[Ov
         mine = masks[a]
         for seed in sorted({seed for _, seed in mine}):
             ks = sorted((k for k, s in mine if s == seed), reverse=True)
-            for large, small in zip(ks, ks[1:], strict=False):
+            for large, small in pairwise(ks):
                 found = mine[large, seed].iou(mine[small, seed])
                 if found is not None:
                     yield OverlapRow("neighbours", named[a], named[a], large, small, seed, found)
@@ -581,9 +584,7 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _read_published(
-    path: Path, facts: Facts, known: set[tuple[str, str, str]] | None
-) -> None:
+def _read_published(path: Path, facts: Facts, known: set[tuple[str, str, str]] | None) -> None:
     """Add a CSV's figures: of all networks, or of the (dataset, arch, layer_type) in `known`."""
     try:
         with open(path, newline="") as stream:

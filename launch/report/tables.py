@@ -8,7 +8,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from launch.report.gather import CostRow, CurveRow, Facts, Row, curve_of
+from launch.report.gather import CostRow, Curve, CurveRow, Facts, Row, curve_of
 
 _LATEX = {"&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}"}
 _LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
@@ -23,7 +23,7 @@ def write_tables(facts: Facts, out: Path) -> None:
         (out / f"{name}.tex").write_text(make(facts))
 
 
-def columns(kind: type[Row]) -> list[str]:
+def columns(kind: type[Row] | type[Curve]) -> list[str]:
     """The column names of a table."""
     return [field.name for field in fields(kind)]
 
@@ -89,7 +89,7 @@ def _accuracy(facts: Facts) -> str:
     for k in sorted({row.k for row in rows}, reverse=True):
         found = [cells.get((k, curve)) for curve in curves]
         best = max(row.top1_mean for row in found if row)
-        texts = [pm(row and row.top1_mean, row and row.top1_std) for row in found]
+        texts = [pm(row.top1_mean, row.top1_std) if row else "--" for row in found]
         for at, row in enumerate(found):
             if row and row.top1_mean == best and len(curves) > 1:
                 texts[at] = rf"\boldmath{texts[at]}"
