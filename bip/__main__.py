@@ -1,4 +1,4 @@
-"""python -m bip train | evaluate | export | compare | data"""
+"""python -m bip train | evaluate | profile | export | compare | data"""
 
 import os
 import sys
@@ -30,6 +30,19 @@ def evaluate(*argv: str) -> None:
     run.train(load_config(["--evaluate", *argv], f"{cli.program(*NAMES)} evaluate"))
 
 
+def profile(*argv: str) -> None:
+    """where an iteration's time goes, beside dense steps"""
+    from bip.config import RunConfig, build_config, merge
+    from bip.profiling import ProfileOptions, profile_run
+
+    name = f"{cli.program(*NAMES)} profile"
+    flags = cli.parse_flags([ProfileOptions, RunConfig], [*argv], name, "Time iterations of a run.")
+    options = ProfileOptions.of(flags)
+    flags = {key: value for key, value in flags.items() if key in RunConfig.model_fields}
+    where = str(flags.get("configs") or "")
+    profile_run(build_config(merge(flags), where, flags), options)
+
+
 def export(*argv: str) -> int:
     """a checkpoint's masked weights as a safetensors file"""
     from bip.export import export
@@ -59,7 +72,7 @@ def data(*argv: str) -> int:
 
 
 COMMANDS: dict[str, cli.Command] = {
-    command.__name__: command for command in (train, evaluate, export, compare, data)
+    command.__name__: command for command in (train, evaluate, profile, export, compare, data)
 }
 
 

@@ -1,17 +1,16 @@
-"""The figures of a report, by matplotlib: one PNG and one PDF each."""
+"""The figures of a report, by matplotlib: one PNG and one PDF each.
+
+A function of a figure returns it, or None if there is nothing to draw.
+"""
 
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bip.errors import UserError
 from launch.report.gather import Curve, Facts, curve_of, mean_std
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
@@ -50,7 +49,7 @@ def draw(facts: Facts, out: Path) -> list[str]:
     matplotlib.use("agg")  # no display is needed
     from matplotlib import pyplot
 
-    figures: dict[str, Callable[[Facts], Figure | None]] = {
+    figures: dict[str, Callable[[Facts], Any]] = {
         "accuracy": accuracy,
         "training": training,
         "timeline": timeline,
@@ -88,7 +87,7 @@ def _panels(names: Iterable[Any], width: float = 5.6, height: float = 3.8) -> tu
     return figure, [*axes.flat[:count]]
 
 
-def _sparsity_axis(axes: "Axes", sparsities: Iterable[float]) -> None:
+def _sparsity_axis(axes: Any, sparsities: Iterable[float]) -> None:
     """What is kept, on a log axis that falls to the right, with the sparsity as labels."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -103,7 +102,7 @@ def _sparsity_axis(axes: "Axes", sparsities: Iterable[float]) -> None:
     axes.set_xlabel("sparsity, % (log of what is kept)")
 
 
-def accuracy(facts: Facts) -> "Figure | None":
+def accuracy(facts: Facts) -> Any:
     """Mean and deviation over seeds, the dense networks, and a star at each winning ticket."""
     rows = facts.curves()
     if not rows:
@@ -142,7 +141,7 @@ def accuracy(facts: Facts) -> "Figure | None":
     return figure
 
 
-def training(facts: Facts) -> "Figure | None":
+def training(facts: Facts) -> Any:
     """Test accuracy by epoch, the mean over seeds, one panel a curve and one colour a k."""
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
@@ -168,7 +167,7 @@ def training(facts: Facts) -> "Figure | None":
     return figure
 
 
-def timeline(facts: Facts) -> "Figure | None":
+def timeline(facts: Facts) -> Any:
     """Each attempt as a bar, by how it ended, and the waiting between attempts."""
     from matplotlib import pyplot
     from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
@@ -209,7 +208,7 @@ def timeline(facts: Facts) -> "Figure | None":
     return figure
 
 
-def layers(facts: Facts) -> "Figure | None":
+def layers(facts: Facts) -> Any:
     """Keep ratio by layer and k, the mean over seeds, one panel a curve."""
     found: dict[Curve, dict[tuple[str, float], list[float]]] = {}
     order: dict[Curve, dict[str, int]] = defaultdict(dict)
@@ -238,7 +237,7 @@ def layers(facts: Facts) -> "Figure | None":
     return figure
 
 
-def costs(facts: Facts) -> "Figure | None":
+def costs(facts: Facts) -> Any:
     """Epochs and forward-backwards of a run, and device-hours of the curve."""
     rows, labels = facts.costs(), facts.labels()
     if not rows:
@@ -260,7 +259,7 @@ def costs(facts: Facts) -> "Figure | None":
     return figure
 
 
-def overlaps(facts: Facts) -> "Figure | None":
+def overlaps(facts: Facts) -> Any:
     """IoU of masks: of two methods at one k, and of neighbouring k of one curve."""
     found: dict[str, dict[str, dict[float, list[float]]]] = {}
     for row in facts.overlaps:
