@@ -131,6 +131,8 @@ def report(folders: Folders, out: Path | None = None) -> None:
     """
     from launch.report import report as write_report
 
+    if not folders:
+        raise UserError("folders: missing; give FOLDER..., each RESULT_DIR/EXP_NAME of a series")
     first = folders[0]
     if out is None and first.suffix == ".csv":
         raise UserError("out: missing; give --out DIR, as the first argument is no sweep folder")

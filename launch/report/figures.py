@@ -42,6 +42,11 @@ def colours(facts: Facts) -> dict[Curve, tuple[str, str]]:
     return found
 
 
+def _labels(facts: Facts) -> dict[Curve, str]:
+    """The curves' names, in which a dollar sign starts no formula."""
+    return {curve: label.replace("$", r"\$") for curve, label in facts.labels().items()}
+
+
 def draw(facts: Facts, out: Path) -> list[str]:
     """Write every figure that has data to `out`; their names without ending."""
     import matplotlib
@@ -107,7 +112,7 @@ def accuracy(facts: Facts) -> Any:
     rows = facts.curves()
     if not rows:
         return None
-    labels, looks = facts.labels(), colours(facts)
+    labels, looks = _labels(facts), colours(facts)
     places = sorted({(row.dataset, row.arch) for row in rows})
     tickets = {curve_of(row): row for row in facts.tickets()}
     figure, panels = _panels(places)
@@ -152,7 +157,7 @@ def training(facts: Facts) -> Any:
         by_k.setdefault(row.epoch, []).append(row.test_top1)
     if not values:
         return None
-    labels = facts.labels()
+    labels = _labels(facts)
     figure, panels = _panels(values, 4.6, 3.4)
     for axes, (curve, epochs_by_k) in zip(panels, values.items(), strict=True):
         ks = sorted(epochs_by_k, reverse=True)
@@ -204,6 +209,7 @@ def timeline(facts: Facts) -> Any:
     axes.set_title(title + (f"; {left_out} runs with fewer attempts not shown" * bool(left_out)))
     handles = [Patch(color=look[cause], label=cause) for cause in causes]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     return figure
 
@@ -220,7 +226,7 @@ def layers(facts: Facts) -> Any:
         return None
     from matplotlib.colors import LogNorm
 
-    labels = facts.labels()
+    labels = _labels(facts)
     deepest = max(len(names) for names in order.values())
     figure, panels = _panels(found, 5.2, 1.6 + 0.16 * max(8, deepest))
     floor = min((c.keep_ratio for c in facts.layers if c.keep_ratio > 0), default=1e-3)
@@ -239,7 +245,7 @@ def layers(facts: Facts) -> Any:
 
 def costs(facts: Facts) -> Any:
     """Epochs and forward-backwards of a run, and device-hours of the curve."""
-    rows, labels = facts.costs(), facts.labels()
+    rows, labels = facts.costs(), _labels(facts)
     if not rows:
         return None
     names = [labels.get(curve_of(row), row.method) for row in rows]

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -304,8 +304,9 @@ def gather(sources: list[Path]) -> Facts:
     right columns, or if there is nothing to show.
     """
     facts = Facts()
-    tables = [path for path in sources if path.suffix.lower() == ".csv"]
-    folders = list(dict.fromkeys(path.resolve() for path in sources if path not in tables))
+    given = list(dict.fromkeys(given_or_shipped(path).resolve() for path in sources))
+    tables = [path for path in given if path.suffix.lower() == ".csv" and not path.is_dir()]
+    folders = [path for path in given if path not in tables]
     for folder, name in zip(folders, _short_names(folders), strict=True):
         _Reader(Sweep(folder), name, facts).read()
     known = {(r.dataset, r.arch, r.layer_type) for r in facts.runs} if folders else None
@@ -316,8 +317,8 @@ def gather(sources: list[Path]) -> Facts:
             + (f" ({facts.skipped[0]})" if facts.skipped else "")
             + "; python -m launch status FOLDER shows the state of each run"
         )
-    for path in tables:
-        _read_published(given_or_shipped(path), facts, known)
+    for path, name in zip(tables, _short_names(tables), strict=True):
+        _read_published(path, name.removesuffix(".csv"), facts, known)
     if not (facts.runs or facts.dense or facts.published_costs):
         raise UserError(f"{sources[0]}: no figure to report; give a sweep folder or another CSV")
     return facts
@@ -429,8 +430,9 @@ class _Reader:
         losses: dict[int, list[float]] = defaultdict(list)
         records = [*_records(Path(row.source) / "metrics.jsonl")]
         for record in records:
-            if record.get("event") == "step" and (loss := _number(record.get("loss"))) is not None:
-                losses[record.get("epoch", 0)].append(loss)
+            epoch, loss = _whole(record.get("epoch")), _number(record.get("loss"))
+            if record.get("event") == "step" and epoch is not None and loss is not None:
+                losses[epoch].append(loss)
         for record in records:
             epoch, top1 = _whole(record.get("epoch")), _number(record.get("top1"))
             if record.get("event") == "epoch" and epoch is not None and top1 is not None:
@@ -445,7 +447,7 @@ class _Reader:
         rows: list[AttemptRow] = []
         for record in _records(self.sweep.folder / run.folder / "attempts.jsonl"):
             try:
-                time = datetime.fromisoformat(record["time"])
+                time = datetime.fromisoformat(record["time"]).astimezone(UTC)
             except (KeyError, TypeError, ValueError):
                 continue
             if record.get("event") == "start":
@@ -551,14 +553,20 @@ def _method(run: Run) -> str:
 
 
 def _differing(runs: list[Run], identities: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """By method, the settings besides the series, seed and network that its runs differ in."""
-    found = {}
-    for method, same in _grouped(runs, _method):
-        known = [identities[run.run_id] for run in same if run.run_id in identities]
-        names = sorted({name for identity in known for name in identity} - _NOT_SETTINGS)
-        # `lists` are not hashable, so values are compared as text.
-        found[method] = [n for n in names if len({repr(one.get(n)) for one in known}) > 1]
-    return found
+    """By method, the settings in which runs of one network, k and seed differ.
+
+    A setting that depends on k alone is no other curve: the rounds of a method, say.
+    """
+    found: dict[str, set[str]] = {_method(run): set() for run in runs}
+    known = [(run, identities[run.run_id]) for run in runs if run.run_id in identities]
+    alike = _grouped(
+        known, lambda r: (_method(r[0]), r[0].arch, r[0].layer_type, r[0].k, r[0].seed)
+    )
+    for (method, *_), same in alike:
+        names = {name for _, identity in same for name in identity} - _NOT_SETTINGS
+        # Lists are not hashable, so values are compared as text.
+        found[method] |= {n for n in names if len({repr(one.get(n)) for _, one in same}) > 1}
+    return {method: sorted(names) for method, names in found.items()}
 
 
 def _read_result(folder: Path) -> _Result:
@@ -584,7 +592,9 @@ def _whole(value: Any) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _read_published(path: Path, facts: Facts, known: set[tuple[str, str, str]] | None) -> None:
+def _read_published(
+    path: Path, name: str, facts: Facts, known: set[tuple[str, str, str]] | None
+) -> None:
     """Add a CSV's figures: of all networks, or of the (dataset, arch, layer_type) in `known`."""
     try:
         with open(path, newline="") as stream:
@@ -592,7 +602,7 @@ def _read_published(path: Path, facts: Facts, known: set[tuple[str, str, str]] |
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     for line, row in enumerate(rows, 2):
-        if lacking := [name for name in PUBLISHED if row.get(name) is None]:
+        if lacking := [column for column in PUBLISHED if row.get(column) is None]:
             raise UserError(
                 f"{path}: line {line}: no column {lacking[0]}; a CSV of published figures has the "
                 f"columns {','.join(PUBLISHED)}"
@@ -604,10 +614,10 @@ def _read_published(path: Path, facts: Facts, known: set[tuple[str, str, str]] |
         where = (dataset, row["arch"], row["layer_type"])
         if known is not None and where not in known:
             continue
-        curve = Curve(path.stem, *where, row["method"], "")
+        curve = Curve(name, *where, row["method"], "")
         sparsity, top1, minutes = numbers["sparsity"], numbers["top1"], numbers["minutes"]
         if numbers["dense_top1"] is not None:
-            facts.published_dense[path.stem, dataset, row["arch"]] = numbers["dense_top1"]
+            facts.published_dense[name, dataset, row["arch"]] = numbers["dense_top1"]
         if minutes is not None:
             times = (1, None, None, 60 * minutes, minutes / 60, row["source"])
             facts.published_costs.append(CostRow(*_names(curve), *times))

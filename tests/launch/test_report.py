@@ -45,7 +45,7 @@ HEADS["overlaps"] = "kind,a,b,k_a,k_b,seed,iou"
 def series(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two methods x three k x two seeds, an epoch each, and an attempt that was preempted."""
     pytest.importorskip("sklearn", reason="the Digits images come with scikit-learn")
-    place = {"result_dir": tmp_path_factory.mktemp("report"), "exp_name": "<b>digits"}
+    place = {"result_dir": tmp_path_factory.mktemp("report"), "exp_name": "<b>$digits$"}
     axes = {"series": ",".join(KS), "seeds": ",".join(SEEDS), "trainers": "bip,omp"}
     plan = make_plan(
         {"configs": DIGITS / "bip.yml", "stages": "pretrain,prune", "max_steps": 6} | place | axes
@@ -265,7 +265,9 @@ def test_a_wrong_csv_is_one_line_that_names_it(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["no sweep", "nothing finished", "out is a file", "no out"])
+@pytest.mark.parametrize(
+    "case", ["no sweep", "nothing finished", "out is a file", "no out", "no folder"]
+)
 def test_nothing_to_report_is_one_line(
     case: str, copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +282,8 @@ def test_nothing_to_report_is_one_line(
     elif case == "out is a file":
         (tmp_path / "out").touch()
         remedy = "out:"
+    elif case == "no folder":
+        argv[1:], remedy = [], "FOLDER"
     else:
         argv[1:] = [str(PUBLISHED[0])]
     assert main(argv) == 2
