@@ -12,8 +12,10 @@ from typing import Any
 from bip.errors import UserError
 from launch.report.gather import Curve, Facts, curve_of, mean_std
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+# Okabe and Ito's colours, then some of Tol's, which readers with any colour vision can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933",
+           "#882255", "#44AA99", "#661100", "#6699CC")  # fmt: skip
+DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}  # plotly's names: matplotlib's
 MARKERS = "osD^vP*X"
 MOST_RUNS = 60  # lines of the time line that stay legible; the table and the page have all
 _STYLE = {
@@ -30,21 +32,25 @@ _STYLE = {
 }
 
 
-def colours(facts: Facts) -> dict[Curve, tuple[str, str]]:
-    """(colour, marker) of each curve: a method's colour is the same in all figures."""
+def looks(facts: Facts) -> dict[Curve, tuple[str, str, str]]:
+    """(colour, marker, dash) of each curve: a method's colour is the same in all figures.
+
+    Curves of one method in one panel differ in marker and dash.
+    """
     methods = sorted({curve.method for curve in facts.labels()})
     found = {}
-    same: dict[str, int] = defaultdict(int)
+    same: dict[tuple[str, str, str], int] = defaultdict(int)
     for curve in facts.labels():
         colour = COLOURS[methods.index(curve.method) % len(COLOURS)]
-        found[curve] = (colour, MARKERS[same[curve.method] % len(MARKERS)])
-        same[curve.method] += 1
+        at = same[curve.method, curve.dataset, curve.arch]
+        found[curve] = (colour, MARKERS[at % len(MARKERS)], [*DASHES][at % len(DASHES)])
+        same[curve.method, curve.dataset, curve.arch] += 1
     return found
 
 
-def _labels(facts: Facts) -> dict[Curve, str]:
+def _labels(facts: Facts, without: tuple[str, ...] = ()) -> dict[Curve, str]:
     """The curves' names, in which a dollar sign starts no formula."""
-    return {curve: label.replace("$", r"\$") for curve, label in facts.labels().items()}
+    return {curve: label.replace("$", r"\$") for curve, label in facts.labels(without).items()}
 
 
 def draw(facts: Facts, out: Path) -> list[str]:
@@ -112,7 +118,7 @@ def accuracy(facts: Facts) -> Any:
     rows = facts.curves()
     if not rows:
         return None
-    labels, looks = _labels(facts), colours(facts)
+    labels, look = _labels(facts, without=("dataset", "arch")), looks(facts)
     places = sorted({(row.dataset, row.arch) for row in rows})
     tickets = {curve_of(row): row for row in facts.tickets()}
     figure, panels = _panels(places)
@@ -120,11 +126,12 @@ def accuracy(facts: Facts) -> Any:
         mine = [row for row in rows if (row.dataset, row.arch) == place]
         for curve in sorted({curve_of(row) for row in mine}):
             points = [row for row in mine if curve_of(row) == curve]
-            colour, marker = looks[curve]
+            colour, marker, dash = look[curve]
             kept = [1 - row.sparsity for row in points]
             mean = [row.top1_mean for row in points]
             deviation = [row.top1_std or 0.0 for row in points]
-            axes.plot(kept, mean, color=colour, marker=marker, ms=4, label=labels[curve])
+            line = DASHES[dash]
+            axes.plot(kept, mean, line, color=colour, marker=marker, ms=4, label=labels[curve])
             low = [m - d for m, d in zip(mean, deviation, strict=True)]
             high = [m + d for m, d in zip(mean, deviation, strict=True)]
             axes.fill_between(kept, low, high, color=colour, alpha=0.15, lw=0)
@@ -142,7 +149,7 @@ def accuracy(facts: Facts) -> Any:
         axes.set_title(" ".join(place))
         if any(t.sparsity is not None for c, t in tickets.items() if (c.dataset, c.arch) == place):
             axes.plot([], [], "*", color="white", mec="black", ms=11, label="winning ticket")
-        axes.legend(loc="lower left")
+        axes.legend()
     return figure
 
 
@@ -246,7 +253,7 @@ def layers(facts: Facts) -> Any:
 def costs(facts: Facts) -> Any:
     """Epochs and forward-backwards of a run, and device-hours of the curve."""
     rows, labels = facts.costs(), _labels(facts)
-    if not rows:
+    if not any(row.device_hours for row in rows):
         return None
     names = [labels.get(curve_of(row), row.method) for row in rows]
     titles = {
@@ -254,7 +261,8 @@ def costs(facts: Facts) -> Any:
         "forward_backwards_mean": "forward-backwards of a run",
         "device_hours": "device-hours of the curve",
     }
-    figure, panels = _panels(titles, 3.8, 1.4 + 0.28 * len(rows))
+    titles = {key: title for key, title in titles.items() if any(getattr(r, key) for r in rows)}
+    figure, panels = _panels(titles, 12 / (1 + len(titles)), 1.4 + 0.28 * len(rows))
     for at, (axes, (key, title)) in enumerate(zip(panels, titles.items(), strict=True)):
         values = [getattr(row, key) or 0.0 for row in rows]
         bars = axes.barh(range(len(rows)), values, color=COLOURS[0])

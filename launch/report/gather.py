@@ -186,10 +186,11 @@ class Facts:
     skipped: list[str] = field(default_factory=list)
     unfinished: dict[str, int] = field(default_factory=dict)  # by folder
 
-    def labels(self) -> dict[Curve, str]:
-        """A short name of each curve: the method, and what else differs between curves."""
+    def labels(self, without: tuple[str, ...] = ()) -> dict[Curve, str]:
+        """A short name of each curve: the method, and what else differs, but for `without`."""
         curves = sorted({*map(curve_of, self.runs), *map(curve_of, self.published_costs)})
-        names = ("method", "settings", "arch", "dataset", "layer_type", "folder")
+        axes = ("method", "settings", "arch", "dataset", "layer_type", "folder")
+        names = [name for name in axes if name not in without]
         varying = [n for n in names if n == "method" or len({getattr(c, n) for c in curves}) > 1]
         return {c: ", ".join(filter(None, (getattr(c, n) for n in varying))) for c in curves}
 
@@ -318,7 +319,10 @@ def gather(sources: list[Path]) -> Facts:
             + "; python -m launch status FOLDER shows the state of each run"
         )
     for path, name in zip(tables, _short_names(tables), strict=True):
+        before = len(facts.runs) + len(facts.published_costs)
         _read_published(path, name.removesuffix(".csv"), facts, known)
+        if len(facts.runs) + len(facts.published_costs) == before:
+            facts.skipped.append(f"{path}: no figure of the sweeps' data sets and networks")
     if not (facts.runs or facts.dense or facts.published_costs):
         raise UserError(f"{sources[0]}: no figure to report; give a sweep folder or another CSV")
     return facts

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bip.files import atomic_write_bytes
-from launch.report.figures import colours
+from launch.report.figures import looks
 from launch.report.gather import Curve, Facts, Row, curve_of
 from launch.report.tables import columns
 
 _TEMPLATE = Path(__file__).with_name("page.html")
+_LOOK = ("colour", "marker", "dash")
 _NAMES = len(columns(Curve))
 
 
@@ -32,14 +33,14 @@ def _iso(value: Any) -> str:
 
 def _data(facts: Facts, title: str) -> dict[str, Any]:
     tables = facts.tables()
-    labels, looks = facts.labels(), colours(facts)
+    labels, look = facts.labels(), looks(facts)
     rows = [row for _, found in tables.values() for row in found if isinstance(row, Curve)]
     curves = [*dict.fromkeys([*labels, *map(curve_of, rows)])]
     numbers = {curve: at for at, curve in enumerate(curves)}
     described = [
         asdict(curve)
         | {"label": labels.get(curve, curve.method)}
-        | dict(zip(("colour", "marker"), looks.get(curve, ("#777777", "o")), strict=True))
+        | dict(zip(_LOOK, look.get(curve, ("#777777", "o", "solid")), strict=True))
         for curve in curves
     ]
     return {
@@ -67,5 +68,5 @@ def summary(facts: Facts) -> str:
     parts = [f"{len(own)} finished runs"] if own else []
     parts += [f"{published} published figures"] if published else []
     parts += [f"{sum(facts.unfinished.values())} unfinished"] if facts.unfinished else []
-    parts += [f"{len(facts.skipped)} not readable"] if facts.skipped else []
+    parts += [f"{len(facts.skipped)} skipped"] if facts.skipped else []
     return ", ".join(parts)

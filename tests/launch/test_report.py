@@ -227,7 +227,7 @@ def test_published_figures_have_a_source_and_can_be_reported(tmp_path: Path) -> 
     assert all(row.source for row in facts.runs)
     ticket = next(
         t for t in facts.tickets()
-        if (t.folder, t.dataset, t.arch, t.method) == ("bip", "CIFAR10", "resnet20s", "imp")
+        if (t.folder, t.dataset, t.arch, t.method) == ("bip_paper", "CIFAR10", "resnet20s", "imp")
     )  # fmt: skip
     assert (ticket.sparsity, ticket.top1, ticket.dense_top1) == (0.672, 92.22, 92.12)
     assert main(["report", *map(str, PUBLISHED), "--out", str(tmp_path)]) == 0
@@ -240,6 +240,7 @@ def test_published_figures_of_other_networks_are_left_out(series: Path, tmp_path
     own.write_text(head + "Digits,digits_net,unstructured,bip,0.9,97,98,,a paper\n")
     facts = gather([series, own, *PUBLISHED])
     assert {row.folder for row in facts.runs} == {series.name, "paper"}
+    assert {Path(line.split(":")[0]) for line in facts.skipped} == {*PUBLISHED}
 
 
 HEAD = "dataset,arch,layer_type,method,sparsity,top1,dense_top1,minutes,source\n"
