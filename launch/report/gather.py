@@ -559,7 +559,7 @@ def _method(run: Run) -> str:
 def _differing(runs: list[Run], identities: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """By method, the settings in which runs of one network, k and seed differ.
 
-    A setting that depends on k alone is no other curve: the rounds of a method, say.
+    A setting that depends on k alone, such as the budget of a method's rounds, splits no curve.
     """
     found: dict[str, set[str]] = {_method(run): set() for run in runs}
     known = [(run, identities[run.run_id]) for run in runs if run.run_id in identities]
