@@ -1,4 +1,4 @@
-"""python -m bip train | evaluate | export | inspect | compare | archs | data"""
+"""python -m bip train | evaluate | profile | export | inspect | compare | archs | data"""
 
 import os
 import sys
@@ -28,6 +28,19 @@ def evaluate(*argv: str) -> None:
     from bip.evaluation import evaluation_config
 
     run.train(evaluation_config([*argv], f"{cli.program(*NAMES)} evaluate"))
+
+
+def profile(*argv: str) -> None:
+    """where an iteration's time goes, beside dense steps"""
+    from bip.config import RunConfig, build_config, merge
+    from bip.profiling import ProfileOptions, profile_run
+
+    name = f"{cli.program(*NAMES)} profile"
+    flags = cli.parse_flags([ProfileOptions, RunConfig], [*argv], name, "Time iterations of a run.")
+    options = ProfileOptions.of(flags)
+    flags = {key: value for key, value in flags.items() if key in RunConfig.model_fields}
+    where = str(flags.get("configs") or "")
+    profile_run(build_config(merge(flags), where, flags), options)
 
 
 def export(*argv: str) -> int:
@@ -74,7 +87,7 @@ def data(*argv: str) -> int:
 
 COMMANDS: dict[str, cli.Command] = {
     command.__name__: command
-    for command in (train, evaluate, export, inspect, compare, archs, data)
+    for command in (train, evaluate, profile, export, inspect, compare, archs, data)
 }
 
 

@@ -1,4 +1,4 @@
-"""python -m launch series | status | list | logs | resume | cancel | doctor"""
+"""python -m launch series | status | report | list | logs | resume | cancel | doctor"""
 
 import sys
 from functools import partial
@@ -26,6 +26,7 @@ from launch.table import table
 
 Folder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
 RunName = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")]
+Folders = Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER...")]
 NAMES = ("launch", "bip-launch")  # of the package, and of the console script
 
 
@@ -38,6 +39,7 @@ def main(argv: list[str], command: list[str] = TRAIN) -> int:
         "series": partial(series, command=command),
         "status": status,
         "list": list_sweeps,
+        "report": report,
         "logs": logs,
         "resume": partial(resume, command=command),
         "cancel": cancel,
@@ -159,6 +161,23 @@ def list_sweeps(folder: Folder = Path("trained_models")) -> int:
     for line in lines_of_sweeps(folder):
         print(line)
     return ExitCode.DONE
+
+
+def report(folders: Folders, out: Path | None = None) -> None:
+    """Draw the finished runs of FOLDER...: figures, tables and one HTML page.
+
+    Args:
+        folders: RESULT_DIR/EXP_NAME of series, and CSVs of published figures to compare with.
+        out: folder of what is written (default: report/ in the first FOLDER).
+    """
+    from launch.report import report as write_report
+
+    if not folders:
+        raise UserError("folders: missing; give FOLDER..., each RESULT_DIR/EXP_NAME of a series")
+    first = folders[0]
+    if out is None and first.suffix == ".csv":
+        raise UserError("out: missing; give --out DIR, as the first argument is no sweep folder")
+    write_report([*folders], out or first / "report")
 
 
 def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = ("configs/**/*.yml", "slurm/task.sh", "slurm/profiles/*", "slurm/templates/*")
+SHIPPED = (
+    "configs/**/*.yml",
+    "configs/**/*.csv",
+    "slurm/task.sh",
+    "slurm/profiles/*",
+    "slurm/templates/*",
+)
 Run = Callable[[str], subprocess.CompletedProcess[str]]
 
 
@@ -64,7 +70,7 @@ def test_it_holds_all_source_files_and_all_shipped_files(wheel: Path) -> None:
     code = {str(path.relative_to(ROOT)) for part in ("bip", "launch")
             for path in (ROOT / part).rglob("*.py")}  # fmt: skip
     files = {str(path.relative_to(ROOT)) for part in SHIPPED for path in ROOT.glob(part)}
-    missing = (code | {"bip/py.typed", "launch/py.typed"}) - packed
+    missing = (code | {"bip/py.typed", "launch/py.typed", "launch/report/page.html"}) - packed
     assert not missing, "a package without __init__.py?"
     assert {f"bip/_files/{name}" for name in files} <= packed
     assert {name.split("/")[0] for name in packed if ".dist-info" not in name} == {"bip", "launch"}

@@ -1,0 +1,648 @@
+"""What a report shows, as plain tables: read from sweep folders and CSVs of published figures.
+
+A curve is what one line of a figure shows: a method on one network, data set and layer type, in one
+folder, under one set of other settings. Accuracies are in percent, sparsity and keep ratios are
+fractions, times are in seconds unless the name has another unit.
+"""
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bip.config import RunConfig, build_config, read_yaml
+from bip.data import sets
+from bip.errors import UserError
+from bip.files import read_json, read_jsonl
+from bip.methods import find
+from bip.shipped import given_or_shipped
+from launch.sweep import Run, Sweep
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PUBLISHED = (
+    "dataset", "arch", "layer_type", "method", "sparsity", "top1", "dense_top1", "minutes",
+    "source",
+)  # fmt: skip
+# Settings along a curve, or those that name it in columns of their own.
+_NOT_SETTINGS = {"k", "seed", "source_run", "rewind_net", "dataset", "arch", "layer_type"}
+_NOT_SETTINGS |= {"trainer", "exp_mode"}
+
+
+@dataclass(frozen=True, order=True)
+class Curve:
+    """The names of one curve. `settings`: those that differ between runs of this method."""
+
+    folder: str
+    dataset: str
+    arch: str
+    layer_type: str
+    method: str
+    settings: str
+
+
+@dataclass(frozen=True)
+class RunRow(Curve):
+    """One finished run, or one published figure."""
+
+    k: float
+    seed: int | None
+    run_id: str
+    kept: int | None
+    total: int | None
+    sparsity: float
+    top1: float
+    top5: float | None
+    epochs: int | None
+    forward_backwards: int | None  # from the dense network on
+    seconds: float | None
+    ranks: int | None
+    device: str
+    attempts: int | None
+    source: str
+
+    @property
+    def curve(self) -> Curve:
+        return curve_of(self)
+
+
+@dataclass(frozen=True)
+class CurveRow(Curve):
+    """The runs of a curve at one k. `top1_std` is the sample deviation; None for one seed."""
+
+    k: float
+    sparsity: float
+    seeds: int
+    top1_mean: float
+    top1_std: float | None
+    dense_top1: float | None
+
+
+@dataclass(frozen=True)
+class TicketRow(Curve):
+    """A curve's winning ticket: its sparsest k whose mean accuracy is at least the dense one.
+
+    `k`, `sparsity` and `top1` are None where no k matches the dense accuracy.
+    """
+
+    dense_top1: float
+    dense_std: float | None
+    dense_seeds: int
+    k: float | None
+    sparsity: float | None
+    top1: float | None
+
+
+@dataclass(frozen=True)
+class TrainingRow(Curve):
+    """An epoch of a run: test accuracy and loss, and the mean loss of its logged batches."""
+
+    k: float
+    seed: int
+    run_id: str
+    epoch: int
+    test_top1: float
+    test_loss: float | None
+    train_loss: float | None
+
+
+@dataclass(frozen=True)
+class AttemptRow:
+    """An attempt of any run of a sweep. Times are UTC; `end` is None where none was recorded."""
+
+    folder: str
+    run_id: str
+    number: int
+    start: datetime
+    end: datetime | None
+    waited: float | None  # seconds since the end of the attempt before
+    cause: str
+    host: str
+
+
+@dataclass(frozen=True)
+class LayerRow(Curve):
+    """What a run keeps of a layer."""
+
+    k: float
+    seed: int
+    run_id: str
+    position: int
+    layer: str
+    kept: int
+    total: int
+    keep_ratio: float
+
+
+@dataclass(frozen=True)
+class CostRow(Curve):
+    """What a curve cost. Means are over runs; `device_hours` (ranks x time) is the sum of all."""
+
+    runs: int
+    epochs_mean: float | None
+    forward_backwards_mean: float | None
+    seconds_mean: float | None
+    device_hours: float | None
+    device: str
+
+
+@dataclass(frozen=True)
+class OverlapRow:
+    """IoU of two masks of one seed: `kind` is "methods" (one k) or "neighbours" (one curve)."""
+
+    kind: str
+    a: str
+    b: str
+    k_a: float
+    k_b: float
+    seed: int
+    iou: float
+
+
+Row = RunRow | CurveRow | TicketRow | TrainingRow | AttemptRow | LayerRow | CostRow | OverlapRow
+
+
+@dataclass
+class Facts:
+    """All tables of a report, and what could not be read or is not finished."""
+
+    runs: list[RunRow] = field(default_factory=list)
+    dense: list[RunRow] = field(default_factory=list)
+    training: list[TrainingRow] = field(default_factory=list)
+    attempts: list[AttemptRow] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    overlaps: list[OverlapRow] = field(default_factory=list)
+    published_dense: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    published_costs: list[CostRow] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    unfinished: dict[str, int] = field(default_factory=dict)  # by folder
+
+    def labels(self, without: tuple[str, ...] = ()) -> dict[Curve, str]:
+        """A short name of each curve: the method, and what else differs, but for `without`."""
+        curves = sorted({*map(curve_of, self.runs), *map(curve_of, self.published_costs)})
+        axes = ("method", "settings", "arch", "dataset", "layer_type", "folder")
+        names = [name for name in axes if name not in without]
+        varying = [n for n in names if n == "method" or len({getattr(c, n) for c in curves}) > 1]
+        return {c: ", ".join(filter(None, (getattr(c, n) for n in varying))) for c in curves}
+
+    def tables(self) -> dict[str, tuple[type[Row], list[Row]]]:
+        """Every table by its name: the type of its rows, and the rows."""
+        return {
+            "runs": (RunRow, [*self.dense, *self.runs]),
+            "curves": (CurveRow, [*self.curves()]),
+            "tickets": (TicketRow, [*self.tickets()]),
+            "training": (TrainingRow, [*self.training]),
+            "attempts": (AttemptRow, [*self.attempts]),
+            "layers": (LayerRow, [*self.layers]),
+            "costs": (CostRow, [*self.costs()]),
+            "overlaps": (OverlapRow, [*self.overlaps]),
+        }
+
+    def dense_top1(self, curve: Curve) -> list[float]:
+        """Accuracies of the dense networks beside a curve: its folder's, else those of others."""
+        same = [r for r in self.dense if (r.dataset, r.arch) == (curve.dataset, curve.arch)]
+        own = [r.top1 for r in same if r.folder == curve.folder]
+        published = self.published_dense.get((curve.folder, curve.dataset, curve.arch))
+        if published is not None:
+            return [published]
+        return own or [r.top1 for r in same]
+
+    def curves(self) -> list[CurveRow]:
+        rows = []
+        for (curve, k), runs in _grouped(self.runs, lambda r: (r.curve, r.k)):
+            mean, std = mean_std([run.top1 for run in runs])
+            dense = self.dense_top1(curve)
+            sparsity = statistics.fmean(run.sparsity for run in runs)
+            base = statistics.fmean(dense) if dense else None
+            rows.append(CurveRow(*_names(curve), k, sparsity, len(runs), mean, std, base))
+        return sorted(rows, key=lambda row: (curve_of(row), -row.k))
+
+    def tickets(self) -> list[TicketRow]:
+        rows = []
+        for curve, points in _grouped(self.curves(), curve_of):
+            if not (dense := self.dense_top1(curve)):
+                continue
+            mean, std = mean_std(dense)
+            won = [row for row in points if row.top1_mean >= mean]
+            best = min(won, key=lambda row: row.k, default=None)
+            found = (best.k, best.sparsity, best.top1_mean) if best else (None, None, None)
+            rows.append(TicketRow(*_names(curve), mean, std, len(dense), *found))
+        return rows
+
+    def costs(self) -> list[CostRow]:
+        rows = []
+        for curve, runs in _grouped([*self.dense, *self.runs], curve_of):
+            timed = [run for run in runs if run.seconds is not None and run.ranks is not None]
+            if not timed:
+                continue
+            hours = sum((r.seconds or 0) * (r.ranks or 0) for r in timed) / 3600
+            devices = ", ".join(sorted({run.device for run in timed}))
+            epochs = _mean(run.epochs for run in timed)
+            spent = _mean(run.forward_backwards for run in timed)
+            seconds = _mean(run.seconds for run in timed)
+            row = CostRow(*_names(curve), len(timed), epochs, spent, seconds, hours, devices)
+            rows.append(row)
+        return rows + self.published_costs
+
+
+def curve_of(row: Curve) -> Curve:
+    """The curve that a row belongs to."""
+    return Curve(*_names(row))
+
+
+def _names(row: Curve) -> tuple[str, str, str, str, str, str]:
+    return (row.folder, row.dataset, row.arch, row.layer_type, row.method, row.settings)
+
+
+def mean_std(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample deviation (None for one value)."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def _mean(values: Iterable[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _grouped(rows: Iterable[Any], key: Any) -> list[tuple[Any, list[Any]]]:
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for row in rows:
+        found[key(row)].append(row)
+    return [*found.items()]
+
+
+class _Result(BaseModel):
+    """What a report needs of result.json."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+    dataset: str
+    sparsity: float
+    top1: float
+    top5: float | None = None
+    kept: int | None = None
+    total: int | None = None
+    epochs: int | None = None
+    forward_backwards: int | None = None
+    seconds: float | None = None
+    attempts: int | None = None
+    mask_sha256: str | None = None
+
+
+def gather(sources: list[Path]) -> Facts:
+    """Read sweep folders, and CSVs of published figures.
+
+    Figures of networks and data sets that no sweep has are left out if there is a sweep. A run that
+    cannot be read is skipped and named. Raises UserError for no sweep folder, a CSV without the
+    right columns, or if there is nothing to show.
+    """
+    facts = Facts()
+    given = list(dict.fromkeys(given_or_shipped(path).resolve() for path in sources))
+    tables = [path for path in given if path.suffix.lower() == ".csv" and not path.is_dir()]
+    folders = [path for path in given if path not in tables]
+    for folder, name in zip(folders, _short_names(folders), strict=True):
+        _Reader(Sweep(folder), name, facts).read()
+    known = {(r.dataset, r.arch, r.layer_type) for r in facts.runs} if folders else None
+    if folders and not facts.runs and not facts.dense:
+        where = ", ".join(map(str, sources))
+        raise UserError(
+            f"{where}: no finished run to report"
+            + (f" ({facts.skipped[0]})" if facts.skipped else "")
+            + "; python -m launch status FOLDER shows the state of each run"
+        )
+    for path, name in zip(tables, _short_names(tables), strict=True):
+        before = len(facts.runs) + len(facts.published_costs)
+        _read_published(path, name.removesuffix(".csv"), facts, known)
+        if len(facts.runs) + len(facts.published_costs) == before:
+            facts.skipped.append(f"{path}: no figure of the sweeps' data sets and networks")
+    if not (facts.runs or facts.dense or facts.published_costs):
+        raise UserError(f"{sources[0]}: no figure to report; give a sweep folder or another CSV")
+    return facts
+
+
+def _short_names(folders: list[Path]) -> list[str]:
+    """The last part of each path; more of it where two are alike."""
+    for parts in range(1, max((len(folder.parts) for folder in folders), default=1)):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len({*names}) == len(names):
+            return names
+    return [str(folder) for folder in folders]
+
+
+class _Reader:
+    """Reads one sweep into `facts`."""
+
+    def __init__(self, sweep: Sweep, name: str, facts: Facts) -> None:
+        self.sweep, self.name, self.facts = sweep, name, facts
+        self.masks: dict[Curve, dict[tuple[float, int], _Mask]] = {}
+
+    def read(self) -> None:
+        runs = self.sweep.runs()
+        configs = {run.run_id: found for run in runs if (found := self._config(run))}
+        identities = {run_id: config.identity() for run_id, config in configs.items()}
+        differing = _differing(runs, identities)
+        outside: dict[Path, Curve] = {}
+        for run in runs:
+            self._read_attempts(run)
+            if run.run_id not in identities:
+                continue
+            dataset = str(identities[run.run_id]["dataset"])
+            values = [f"{n} {identities[run.run_id].get(n)}" for n in differing[_method(run)]]
+            layer_type = run.layer_type
+            method, settings = _method(run), ", ".join(values)
+            curve = Curve(self.name, dataset, run.arch, layer_type, method, settings)
+            source = self._source(run, configs[run.run_id])
+            if run.stage == "prune" and source is not None:
+                outside.setdefault(source, curve)
+            if not self.sweep.is_done(run):
+                count = self.facts.unfinished.get(self.name, 0)
+                self.facts.unfinished[self.name] = count + 1
+                continue
+            row = self._row(run, curve)
+            if row is None:
+                continue
+            (self.facts.dense if run.stage == "pretrain" else self.facts.runs).append(row)
+            self._read_training(row)
+        for source, curve in outside.items():
+            self._read_dense(source, curve)
+        self.facts.overlaps += _overlaps(self.masks)
+
+    def _skip(self, what: str, error: object) -> None:
+        self.facts.skipped.append(f"{self.name}/{what}: {error}")
+
+    def _config(self, run: Run) -> RunConfig | None:
+        path = self.sweep.folder / run.config
+        try:
+            return build_config(read_yaml(path), str(path))
+        except (UserError, OSError) as error:
+            self._skip(run.run_id, error)
+            return None
+
+    def _source(self, run: Run, config: RunConfig) -> Path | None:
+        """The run folder of the dense network, if another sweep has trained it."""
+        if run.needs or config.source_net is None:
+            return None
+        folder = config.source_net.absolute().parent.parent
+        return None if self.sweep.folder in folder.parents else folder
+
+    def _row(self, run: Run, curve: Curve) -> RunRow | None:
+        folder = self.sweep.folder / run.folder
+        starts = [r for r in _records(folder / "attempts.jsonl") if r.get("event") == "start"]
+        last = starts[-1] if starts else {}
+        try:
+            result = _read_result(folder)
+        except (UserError, OSError) as error:
+            self._skip(run.run_id, error)
+            return None
+        row = RunRow(
+            *_names(curve), float(run.k), run.seed, run.run_id, result.kept, result.total,
+            result.sparsity, result.top1, result.top5, result.epochs, result.forward_backwards,
+            result.seconds, _whole(last.get("world")), str(last.get("device", "")).split(":")[0],
+            result.attempts, str(folder),
+        )  # fmt: skip
+        if result.mask_sha256 is not None:
+            self._read_mask(row, folder, result.mask_sha256)
+        return row
+
+    def _read_dense(self, folder: Path, curve: Curve) -> None:
+        """A dense network that this sweep did not train itself."""
+        if not (folder / "result.json").is_file():
+            return
+        try:
+            result = _read_result(folder)
+        except (UserError, OSError) as error:
+            self._skip(folder.name, error)
+            return
+        if result.mask_sha256 is None and result.sparsity == 0:
+            names = (self.name, curve.dataset, curve.arch, "dense", "dense", "")
+            row = RunRow(
+                *names, 1.0, None, folder.name, result.kept, result.total, 0.0, result.top1,
+                result.top5, result.epochs, result.forward_backwards, None, None, "",
+                result.attempts, str(folder),
+            )  # fmt: skip
+            self.facts.dense.append(row)
+
+    def _read_training(self, row: RunRow) -> None:
+        losses: dict[int, list[float]] = defaultdict(list)
+        records = [*_records(Path(row.source) / "metrics.jsonl")]
+        for record in records:
+            epoch, loss = _whole(record.get("epoch")), _number(record.get("loss"))
+            if record.get("event") == "step" and epoch is not None and loss is not None:
+                losses[epoch].append(loss)
+        for record in records:
+            epoch, top1 = _whole(record.get("epoch")), _number(record.get("top1"))
+            if record.get("event") == "epoch" and epoch is not None and top1 is not None:
+                self.facts.training.append(
+                    TrainingRow(
+                        *_names(row), row.k, row.seed or 0, row.run_id, epoch, top1,
+                        _number(record.get("loss")), _mean(losses[epoch]),
+                    )
+                )  # fmt: skip
+
+    def _read_attempts(self, run: Run) -> None:
+        rows: list[AttemptRow] = []
+        for record in _records(self.sweep.folder / run.folder / "attempts.jsonl"):
+            try:
+                time = datetime.fromisoformat(record["time"]).astimezone(UTC)
+            except (KeyError, TypeError, ValueError):
+                continue
+            if record.get("event") == "start":
+                before = rows[-1].end if rows else None
+                waited = (time - before).total_seconds() if before else None
+                host, number = str(record.get("host", "")), len(rows) + 1
+                cause = "no end recorded"
+                rows.append(
+                    AttemptRow(self.name, run.run_id, number, time, None, waited, cause, host)
+                )
+            elif record.get("event") == "end" and rows and rows[-1].end is None:
+                last = rows[-1]
+                rows[-1] = AttemptRow(
+                    self.name, run.run_id, last.number, last.start, time, last.waited,
+                    str(record.get("cause", "")), last.host,
+                )  # fmt: skip
+        self.facts.attempts += rows
+
+    def _read_mask(self, row: RunRow, folder: Path, digest: str) -> None:
+        try:
+            mask = _Mask.read(folder / "checkpoint" / "checkpoint.pth.tar", digest)
+        except (UserError, OSError) as error:
+            self._skip(row.run_id, error)
+            return
+        self.masks.setdefault(row.curve, {})[row.k, row.seed or 0] = mask
+        for position, (layer, kept, total) in enumerate(mask.layers):
+            self.facts.layers.append(
+                LayerRow(
+                    *_names(row), row.k, row.seed or 0, row.run_id, position,
+                    layer.removesuffix(".weight"), kept, total, kept / total,
+                )
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """A mask, packed to bits, and (name, kept, total) of each layer."""
+
+    bits: "np.ndarray[Any, Any]"
+    layers: list[tuple[str, int, int]]
+
+    @classmethod
+    def read(cls, path: Path, digest: str) -> "_Mask":
+        """Read only the mask of a checkpoint, and check it by its digest in result.json."""
+        import torch
+
+        from bip.training.checkpoint import hash_tensors, layer_masks
+
+        try:  # mapped: the weights are not read
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            found = hash_tensors({"mask": state["mask"]})
+            parts = layer_masks(state)
+        except Exception as error:  # an unpickler may raise anything on a damaged file
+            if isinstance(error, OSError):
+                raise
+            raise UserError(f"{path}: not a readable checkpoint; its layers are left out") from None
+        if found != digest:
+            raise UserError(f"{path}: its mask is not that of result.json; left out")
+        layers = [(name, int(m.sum()), m.numel()) for name, m in parts.items()]
+        return cls(state["mask"].numpy().copy(), layers)
+
+    def iou(self, other: "_Mask") -> float | None:
+        """|both| / |either|; None for masks of other layers."""
+        import numpy as np
+
+        if [(n, t) for n, _, t in self.layers] != [(n, t) for n, _, t in other.layers]:
+            return None
+        either = int(np.bitwise_count(self.bits | other.bits).sum())
+        return int(np.bitwise_count(self.bits & other.bits).sum()) / either if either else 1.0
+
+
+def _overlaps(masks: dict[Curve, dict[tuple[float, int], _Mask]]) -> Iterator[OverlapRow]:
+    named = {c: ", ".join(filter(None, (c.method, c.settings))) for c in masks}
+    if len({*named.values()}) < len(named):
+        named = {c: f"{named[c]}, {c.arch}, {c.dataset}, {c.layer_type}" for c in masks}
+    curves = [*masks]
+    for at, a in enumerate(curves):
+        mine = masks[a]
+        for seed in sorted({seed for _, seed in mine}):
+            ks = sorted((k for k, s in mine if s == seed), reverse=True)
+            for large, small in pairwise(ks):
+                found = mine[large, seed].iou(mine[small, seed])
+                if found is not None:
+                    yield OverlapRow("neighbours", named[a], named[a], large, small, seed, found)
+        for b in curves[at + 1 :]:
+            if (a.dataset, a.arch, a.layer_type) != (b.dataset, b.arch, b.layer_type):
+                continue
+            for k, seed in sorted(mine.keys() & masks[b].keys(), reverse=True):
+                found = mine[k, seed].iou(masks[b][k, seed])
+                if found is not None:
+                    yield OverlapRow("methods", named[a], named[b], k, k, seed, found)
+
+
+def _method(run: Run) -> str:
+    """The method's own name; a fine-tuned network is a curve of its own."""
+    if run.stage == "pretrain":
+        return "dense"
+    try:
+        name = find(run.trainer, "prune").name
+    except ValueError:
+        name = run.trainer
+    return name if run.stage == "prune" else f"{name} + finetune"
+
+
+def _differing(runs: list[Run], identities: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """By method, the settings in which runs of one network, k and seed differ.
+
+    A setting that depends on k alone, such as the budget of a method's rounds, splits no curve.
+    """
+    found: dict[str, set[str]] = {_method(run): set() for run in runs}
+    known = [(run, identities[run.run_id]) for run in runs if run.run_id in identities]
+    alike = _grouped(
+        known, lambda r: (_method(r[0]), r[0].arch, r[0].layer_type, r[0].k, r[0].seed)
+    )
+    for (method, *_), same in alike:
+        names = {name for _, identity in same for name in identity} - _NOT_SETTINGS
+        # Lists are not hashable, so values are compared as text.
+        found[method] |= {n for n in names if len({repr(one.get(n)) for _, one in same}) > 1}
+    return {method: sorted(names) for method, names in found.items()}
+
+
+def _read_result(folder: Path) -> _Result:
+    try:
+        return _Result.model_validate(read_json(folder / "result.json"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"])) or "content"
+        raise UserError(f"result.json: {key}: {first['msg']}") from None
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; lines that are none are skipped."""
+    return (record for record in read_jsonl(path) if isinstance(record, dict))
+
+
+def _number(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if is_number else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _read_published(
+    path: Path, name: str, facts: Facts, known: set[tuple[str, str, str]] | None
+) -> None:
+    """Add a CSV's figures: of all networks, or of the (dataset, arch, layer_type) in `known`."""
+    try:
+        with open(path, newline="") as stream:
+            rows = [*csv.DictReader(stream)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    for line, row in enumerate(rows, 2):
+        if lacking := [column for column in PUBLISHED if row.get(column) is None]:
+            raise UserError(
+                f"{path}: line {line}: no column {lacking[0]}; a CSV of published figures has the "
+                f"columns {','.join(PUBLISHED)}"
+            )
+        numbers = {n: _cell(path, line, n, row[n]) for n in PUBLISHED[4:8]}
+        if not row["source"]:
+            raise UserError(f"{path}: line {line}: source: empty; name where the figure is from")
+        dataset = sets.canonical(row["dataset"])
+        where = (dataset, row["arch"], row["layer_type"])
+        if known is not None and where not in known:
+            continue
+        curve = Curve(name, *where, row["method"], "")
+        sparsity, top1, minutes = numbers["sparsity"], numbers["top1"], numbers["minutes"]
+        if numbers["dense_top1"] is not None:
+            facts.published_dense[name, dataset, row["arch"]] = numbers["dense_top1"]
+        if minutes is not None:
+            times = (1, None, None, 60 * minutes, minutes / 60, row["source"])
+            facts.published_costs.append(CostRow(*_names(curve), *times))
+        if top1 is None:
+            continue
+        if sparsity is None or not 0 <= sparsity < 1:
+            raise UserError(f"{path}: line {line}: sparsity: needs a fraction from 0 to below 1")
+        k = round(1 - sparsity, 6)
+        facts.runs.append(
+            RunRow(
+                *_names(curve), k, None, "", None, None, sparsity, top1, None, None, None, None,
+                None, "", None, row["source"],
+            )
+        )  # fmt: skip
+
+
+def _cell(path: Path, line: int, name: str, text: str) -> float | None:
+    try:
+        value = float(text) if text else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{path}: line {line}: {name}: needs a number, not {text!r}")
+    return value
