@@ -54,7 +54,7 @@ def open_image(data: bytes) -> Image.Image:
     """Read an image's header with Pillow; pixels are decoded on first use.
 
     Raises:
-        DECODE_ERRORS: not an image of the six formats in `bip.data.stores.folder.IMAGE_SUFFIXES`.
+        DECODE_ERRORS: not an image of the six formats in `bip.data.trees.IMAGE_SUFFIXES`.
     """
     return Image.open(BytesIO(data), formats=_FORMATS)
 

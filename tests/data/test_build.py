@@ -16,7 +16,7 @@ from bip.data.stores.folder import FolderStore
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.tools.build import build_lmdb
 from bip.data.tools.check import info
-from bip.data.tools.layouts import ZipTree
+from bip.data.trees import ZipTree
 from tests.data.conftest import as_folder, read_all, refused
 from tests.data.test_layouts import sizes
 

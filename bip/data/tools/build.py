@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
+from bip.data.layouts import Split, describe_left_out, different_classes, find_splits
 from bip.data.stores.base import DamagedImage
 from bip.data.stores.environment import open_environment, size_of
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.stores.published import PublishedStore
 from bip.data.stores.writer import LmdbWriter
-from bip.data.tools.layouts import Split, Tree, find_splits, open_tree, read_image
+from bip.data.trees import Tree, open_tree, read_image
 from bip.errors import UserError
 
 _T = TypeVar("_T")
@@ -89,15 +90,19 @@ def build_lmdb(
         raise UserError("short_side must not be negative, and quality must be 1 to 100")
     with open_tree(src) as tree:
         splits = find_splits(tree)
+        left_out = describe_left_out(tree.left_out)
         if not splits:
+            found = f"; it has {', '.join(left_out)}" if left_out else ""
             raise UserError(
-                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it"
+                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it{found}"
             )
         first, expected = next(iter(splits.items()))
         for name, split in splits.items():
-            if split.classes != expected.classes:
-                odd = sorted(set(split.classes) ^ set(expected.classes))[0]
-                raise UserError(f"{src}: class {odd!r} is only in one of {first}/ and {name}/")
+            odd = different_classes(expected.classes, split.classes)
+            if odd is not None:
+                raise UserError(f"{src}: class {odd} is only in one of {first}/ and {name}/")
+        for phrase in left_out:
+            console.print(f"warning: {src}: left out {phrase}")
         _make_folder(out)
         missing, estimates = {}, {}
         for name, split in splits.items():
