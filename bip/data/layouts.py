@@ -206,7 +206,7 @@ def different_classes(first: list[str], second: list[str]) -> str | None:
 def _leave_out(tree: Tree, name: str) -> None:
     suffix = PurePosixPath(name).suffix.lower()
     if name[-1:] != "/" and suffix not in _TEXTS:
-        tree.left_out[name] = f"{suffix} file" if suffix else "file without a suffix"
+        tree.left_out[name] = f"{suffix} file, not read" if suffix else "file without a suffix"
 
 
 def _because(left_out: dict[str, str]) -> str:

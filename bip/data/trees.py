@@ -64,8 +64,9 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """A name with bytes that are not UTF-8 written as \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A name on one line, with bytes that are not UTF-8 written as \\xNN."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 class Tree(Protocol):
@@ -143,12 +144,19 @@ class FolderTree:
             if first != name:
                 self.left_out[name] = f"the same folder as {first}"
                 continue
-            yield name
+            if name:
+                yield name
             for entry in sorted(_scan(place), key=lambda entry: entry.name):
                 inner = name + entry.name
                 kind = _kind(entry)
+                if kind == "dangling" and is_image(inner):
+                    target = os.readlink(self.root / inner)
+                    raise UserError(
+                        f"{printable(entry.path)}: links to {printable(target)}, which does not "
+                        "exist; restore that file or remove the link"
+                    )
                 if kind != "folder":
-                    yield f"{inner}/" if kind == "dangling" and not is_image(inner) else inner
+                    yield f"{inner}/" if kind == "dangling" else inner
                 elif is_system(entry.name):  # often unreadable, or as large as the rest
                     yield f"{inner}/"
                 else:
@@ -366,9 +374,7 @@ def open_tree(src: Path) -> Iterator[Tree]:
             elif tarfile.is_tarfile(src) or src.suffix.lower() == ".tar":
                 tree = TarTree(src, stream)
             else:
-                raise UserError(
-                    f"{src}: neither a folder nor a .zip nor a .tar; unpack it and give the folder"
-                )
+                raise UserError(f"{src}: neither a folder nor a .zip nor a .tar; unpack it first")
         except (zipfile.BadZipFile, tarfile.TarError, OSError) as error:
             kind = ".zip" if isinstance(error, zipfile.BadZipFile) else src.suffix or "file"
             raise UserError(f"{src}: not a readable {kind} ({error})") from error

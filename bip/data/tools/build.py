@@ -24,7 +24,7 @@ from bip.data.stores.environment import open_environment, size_of
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.stores.published import PublishedStore
 from bip.data.stores.writer import LmdbWriter
-from bip.data.trees import Tree, open_tree, read_image
+from bip.data.trees import Tree, open_tree, printable, read_image
 from bip.errors import UserError
 
 _T = TypeVar("_T")
@@ -84,7 +84,7 @@ def build_lmdb(
         UserError: unknown layout, splits with different classes, a file that is not an image, a
             different store in OUT, a full disk.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     options = Options(short_side, quality, check)
     if short_side < 0 or not 1 <= quality <= 100:
         raise UserError("short_side must not be negative, and quality must be 1 to 100")
@@ -92,9 +92,10 @@ def build_lmdb(
         splits = find_splits(tree)
         left_out = describe_left_out(tree.left_out)
         if not splits:
-            found = f"; it has {', '.join(left_out)}" if left_out else ""
+            found = f"; it has {', '.join(left_out)}: unpack or arrange it" if left_out else ""
             raise UserError(
-                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it{found}"
+                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it{found}; "
+                "for ImageNet see: python -m bip data prepare-imagenet"
             )
         first, expected = next(iter(splits.items()))
         for name, split in splits.items():
@@ -138,7 +139,7 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
         raise UserError(f"{out}: exists; remove it or choose another name")
     environment = open_environment(src, in_order=True)  # the store shares it
     source = _StoreImages(PublishedStore(src), Options(check=check))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     _make_folder(out.parent)
     _report_sizes({out: (len(source), size_of(environment.env))}, 0, console)
     _write(out, None, source, None, skip_bad, 0, console)
@@ -190,20 +191,20 @@ def make_ready(data: bytes, name: str, options: Options) -> Ready:
         with decode.open_image(data) as image:
             size = image.height, image.width
             if image.format == "JPEG" and image.mode == "CMYK":
-                repaired = "CMYK JPEG"
+                repaired = "CMYK JPEG repaired"
             elif PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") and image.format != "JPEG":
-                repaired = f"{image.format} named as JPEG"
+                repaired = f"{image.format} named as JPEG repaired"
             if repaired:
                 data = _as_jpeg(image, 95)
+            elif decode.is_deep(image):
+                repaired = f"16-bit {image.format} scaled to 8 bits"  # when it is decoded
     if options.short_side and min(size) > options.short_side:
         with decode.open_image(data) as image:
             scale = options.short_side / min(size)
             height, width = (max(1, round(side * scale)) for side in size)
             image.draft(image.mode, (width, height))
-            small = image if image.mode in ("L", "RGB") else image.convert("RGB")
-            data = _as_jpeg(
-                small.resize((width, height), Image.Resampling.LANCZOS), options.quality
-            )
+            small = _plain(image).resize((width, height), Image.Resampling.LANCZOS)
+            data = _as_jpeg(small, options.quality)
             size = height, width
     if options.check:
         decode.decode(data, 3)
@@ -212,9 +213,12 @@ def make_ready(data: bytes, name: str, options: Options) -> Ready:
 
 def _as_jpeg(image: Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
-    plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    plain.save(stream, "JPEG", quality=quality)
+    _plain(image).save(stream, "JPEG", quality=quality)
     return stream.getvalue()
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image if image.mode in ("L", "RGB") else decode.convert(image, "RGB")
 
 
 def _make_folder(folder: Path) -> None:
@@ -348,6 +352,7 @@ def _write(
                             f"{name}: cannot be read ({error.strerror}); the same command resumes "
                             "from here"
                         ) from error
+                    name = printable(name)
                     console.print(f"{name}: {why}")
                     writer.skip(name, why)
                 else:
@@ -373,7 +378,7 @@ def _summary(path: Path, writer: LmdbWriter) -> str:
     stored = writer.done - len(writer.skipped)
     size = path.stat().st_size / 1e6
     parts = [f"{path}: {stored} images, {len(writer.classes)} classes, {size:.0f} MB"]
-    parts += [f"{count} x {what} repaired" for what, count in sorted(writer.repaired.items())]
+    parts += [f"{count} x {what}" for what, count in sorted(writer.repaired.items())]
     if writer.skipped:
         parts.append(f"{len(writer.skipped)} skipped")
     saved = writer.source_bytes - writer.image_bytes
