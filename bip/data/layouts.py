@@ -308,9 +308,12 @@ class _Labels:
 
         Raises UserError if it may be of two images.
         """
-        for table in (self._whole, self._stems):
-            for at, field in enumerate(fields):
-                *folders, file = _composed(field.strip()).replace("\\", "/").split("/")
+        paths = [_composed(field.strip()).replace("\\", "/") for field in fields]
+        # A number in the line of an image that is not here is no image's name.
+        stems = {} if any(map(is_image, paths)) else self._stems
+        for table in (self._whole, stems):
+            for at, path in enumerate(paths):
+                *folders, file = path.split("/")
                 splits = [folder for folder in folders if folder in SPLITS]
                 if file not in table or (splits and splits[-1] != self._split):
                     continue
