@@ -68,6 +68,7 @@ def build_lmdb(
     SRC is a folder, .zip or uncompressed .tar with train/CLASS/IMAGE and (or) test/ or val/ of the
     same form, perhaps below other folders. Or it has a val/ without class folders but with
     annotations, like ImageNet and TinyImageNet; or it is a set's own archive, like CIFAR's.
+    `bip.data.layouts` has the rules; what it leaves out is counted and named.
     Classes are numbered, and images stored, in sorted order. Bytes are unchanged, except CMYK JPEGs
     and other formats named .jpg, which become RGB JPEGs. A store with the same classes and count is
     kept. A build that was interrupted resumes when the command is repeated; it detects files that
