@@ -25,6 +25,8 @@ def expanded(value: str, key: str, env: Mapping[str, str] = os.environ) -> str:
             raise UserError(f"{key}: {value}: {name} is not set on this machine; set it")
         return env[name]
 
+    if os.path.exists(value):  # a folder of such a name
+        return value
     if value.startswith("~"):
         home = env.get("HOME") if value[1:2] in ("", "/") else None
         value = home + value[1:] if home else os.path.expanduser(value)

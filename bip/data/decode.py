@@ -23,6 +23,7 @@ _MODES = {1: "L", 3: "RGB"}
 _COLORSPACES = {1: "GRAY", 3: "RGB"}
 _JPEG_START = b"\xff\xd8\xff"
 _MAX_SCALE = 8  # libjpeg's
+_LONGEST = 32  # times the short side: of longer images only the middle is resized for a test
 # The second byte of the segments that may occur in a JPEG with Huffman codes.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _PROGRESSIVE, _SCAN, _END = 0xC2, 0xDA, 0xD9
@@ -54,9 +55,28 @@ def open_image(data: bytes) -> Image.Image:
     """Read an image's header with Pillow; pixels are decoded on first use.
 
     Raises:
-        DECODE_ERRORS: not an image of the six formats in `bip.data.stores.folder.IMAGE_SUFFIXES`.
+        DECODE_ERRORS: not an image of the six formats in `bip.data.trees.IMAGE_SUFFIXES`.
     """
     return Image.open(BytesIO(data), formats=_FORMATS)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether its pixels are 16-bit numbers, which Pillow's `convert` clips to 255."""
+    return image.mode.startswith("I")
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """`image` in "L" or "RGB"; 16-bit pixels are scaled to 8 bits.
+
+    Raises:
+        DECODE_ERRORS: damaged, or its pixels are floating-point numbers of no known range.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 bits")
+    if is_deep(image):
+        pixels = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((pixels * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8))
+    return image.convert(mode)
 
 
 def plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
@@ -139,7 +159,7 @@ def decode(data: bytes, channels: int, scale: int = 1) -> NDArray[np.uint8]:
         except ValueError:
             pass  # Pillow accepts what is harmless and raises on the rest
     with open_image(data) as image:
-        pixels = np.array(image.convert(_MODES[channels]))
+        pixels = np.array(convert(image, _MODES[channels]))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
@@ -154,10 +174,40 @@ def test_view(pixels: NDArray[np.uint8], image_dim: int, zoom: float) -> NDArray
     Returns:
         Shape (channels, image_dim, image_dim).
     """
-    size, (top, left) = test_geometry(pixels.shape[0], pixels.shape[1], image_dim, zoom)
-    planes = resize(torch.from_numpy(pixels).permute(2, 0, 1), *size)
-    planes = planes[:, top : top + image_dim, left : left + image_dim]
+    size, corner = test_geometry(pixels.shape[0], pixels.shape[1], image_dim, zoom)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1)
+    planes = resize_window(planes, size, corner, image_dim)
     return np.ascontiguousarray(planes.numpy())
+
+
+def resize_window(
+    planes: Tensor, size: tuple[int, int], corner: tuple[int, int], image_dim: int
+) -> Tensor:
+    """Resize to `size`, then crop image_dim x image_dim at `corner` (top, left).
+
+    A very long image that this would enlarge, perhaps to gigabytes, is cropped first. Its window
+    is then right to half a pixel of the enlarged image.
+
+    Args:
+        planes: uint8, shape (channels, any, any).
+    """
+    top, left = corner
+    before, axis = list(planes.shape[1:]), 0 if size[0] > size[1] else 1
+    if max(size) > _LONGEST * min(size) and size[axis] > before[axis]:
+        scale = size[axis] / before[axis]
+        start = max(0, int(corner[axis] / scale) - 2)
+        stop = min(before[axis], int((corner[axis] + image_dim) / scale) + 3)
+        planes = functional.interpolate(
+            planes.narrow(axis + 1, start, stop - start)[None],
+            scale_factor=[size[0] / before[0], size[1] / before[1]],
+            mode="bilinear",
+            antialias=True,
+        )[0]
+        moved = round(corner[axis] - start * scale)
+        top, left = (moved, left) if axis == 0 else (top, moved)
+    else:
+        planes = resize(planes, *size)
+    return planes[:, top : top + image_dim, left : left + image_dim]
 
 
 def test_geometry(

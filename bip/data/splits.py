@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from bip.data.layouts import describe_left_out, different_classes
 from bip.data.loaders import loader_class
 from bip.data.options import DataOptions
 from bip.data.reader import Layout, Split
@@ -15,6 +16,7 @@ from bip.data.stores.folder import FolderStore
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.stores.published import open_store
 from bip.data.stores.staging import network_filesystem, stage
+from bip.data.trees import is_system
 from bip.errors import UserError
 from bip.files import raise_passing
 from bip.machine import expanded
@@ -50,7 +52,7 @@ def open_split(name: str, data_dir: Path, train: bool, layout: Layout = "any") -
         if layout in ("any", "folder"):
             folders = [root / split for split in splits if (root / split).is_dir()]
             if folders:  # the test/ folders of ImageNet and TinyImageNet have no labels
-                return FolderStore(next(filter(_has_classes, folders), folders[0]))
+                return FolderStore(next(filter(_has_classes, folders), folders[-1]))
     raise UserError(_not_found(spec, data_dir, splits, layout))
 
 
@@ -59,7 +61,7 @@ def _has_classes(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:
             return any(
-                entry.name != "images" and not entry.name.startswith(".") and entry.is_dir()
+                entry.name != "images" and not is_system(entry.name) and entry.is_dir()
                 for entry in entries
             )
     except OSError as error:
@@ -112,12 +114,11 @@ def _layout(options: DataOptions) -> Layout:
 
 def _check_classes(options: DataOptions, train: list[str], test: list[str]) -> None:
     dataset, data_dir = options.dataset, options.data_dir
-    if train != test:
-        odd = sorted(set(train) ^ set(test)) or train
+    odd = different_classes(train, test)
+    if odd is not None:
         raise UserError(
             f"data_dir: the training and test splits of {dataset} in {data_dir} have different "
-            f"classes ({len(train)} and {len(test)}; {odd[0]!r} differs); for a split without "
-            f"class folders build a store: python -m bip data build-lmdb {data_dir} OUT"
+            f"classes ({len(train)} and {len(test)}; {odd} differs); add or remove its images"
         )
     if len(train) != options.classes:
         raise UserError(
@@ -181,6 +182,9 @@ def local_copy(split: Split, options: DataOptions, in_memory: bool, first: bool)
                 f"store first: python -m bip data build-lmdb {split.path.parent} OUT"
             )
         return open_store(stage(split.path, stage_to), split.classes)
+    if isinstance(split, FolderStore) and first:
+        for phrase in describe_left_out(split.left_out):
+            print(f"warning: {split.path}: left out {phrase}")
     kind = network_filesystem(split.path)
     if kind is not None and first and not in_memory:
         hint = "build an LMDB store" if isinstance(split, FolderStore) else "give --stage-to DIR"

@@ -21,7 +21,7 @@ from bip.data.stores.lmdb import LmdbStore
 from bip.data.tools.prepare import prepare_imagenet
 from bip.errors import UserError
 from tests.data.conftest import as_folder, opened, refused
-from tests.data.test_layouts import CLASSES, kaggle_xml, tiny
+from tests.data.test_layouts import CLASSES, kaggle_xml
 
 
 def test_digits_are_scikit_learns() -> None:
@@ -81,23 +81,14 @@ def test_lmdb_comes_before_folder_and_val_counts_as_test(imagenet: Path, tmp_pat
             assert split.path == root / found
 
 
-@pytest.mark.parametrize(
-    ("layout", "name", "place"),
-    [
-        (tiny, "TinyImageNet", "tiny-imagenet-200"),
-        (kaggle_xml, "ImageNet", "ILSVRC/Data/CLS-LOC"),
-    ],
-)
-def test_images_that_lie_flat_get_the_build_command(
-    tmp_path: Path, layout: Any, name: str, place: str
-) -> None:
-    """As TinyImageNet and ImageNet are unpacked."""
-    root = as_folder(tmp_path / "src", layout())
-    with refused("build a store: python -m bip data build-lmdb"):
-        opened(dataset=name, num_classes=3, data_dir=root / place, batch_size=4)
+def test_annotations_that_lie_elsewhere_get_the_build_command(tmp_path: Path) -> None:
+    """As Kaggle's ImageNet is unpacked."""
+    root, place = as_folder(tmp_path / "src", kaggle_xml()), "ILSVRC/Data/CLS-LOC"
+    with refused("val/: its images lie in no class folders", "build-lmdb"):
+        opened(dataset="ImageNet", num_classes=3, data_dir=root / place, batch_size=4)
     prepare_imagenet(root, tmp_path / "out")
     (tmp_path / "out" / "test").symlink_to(root / place / "test")
-    assert open_split(name, tmp_path / "out", False).classes == CLASSES
+    assert open_split("ImageNet", tmp_path / "out", False).classes == CLASSES
 
 
 @pytest.mark.parametrize(

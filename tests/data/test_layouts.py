@@ -279,12 +279,12 @@ def test_huge_files_are_reported_and_not_read(
     huge, read = f"train/{CLASSES[0]}/0_huge.JPEG", zipfile.ZipFile.read
     files = train_files("") | {huge: bytes(3_000_000)}
 
-    def checked(archive: zipfile.ZipFile, name: str) -> bytes:
-        assert archive.getinfo(name).file_size < 2_000_000
-        return read(archive, name)
+    def checked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+        assert member.file_size < 2_000_000
+        return read(archive, member)
 
-    monkeypatch.setattr("bip.data.tools.layouts.MAX_BYTES", 2_000_000)
-    monkeypatch.setattr("bip.data.stores.folder.MAX_BYTES", 2_000_000)
+    for module in ("layouts", "trees", "stores.folder"):
+        monkeypatch.setattr(f"bip.data.{module}.MAX_BYTES", 2_000_000)
     monkeypatch.setattr(zipfile.ZipFile, "read", checked)
     for number, packed in enumerate((as_folder, as_zip, as_tar)):
         src, out = packed(tmp_path / f"src{number}", files), tmp_path / f"out{number}"

@@ -289,7 +289,7 @@ def test_folder_store(tmp_path: Path) -> None:
 
 
 def test_an_empty_tree_is_refused(tmp_path: Path) -> None:
-    with refused("no CLASS/IMAGE", "build-lmdb"):
+    with refused("holds no image", "add its images"):
         FolderStore(tmp_path)
 
 

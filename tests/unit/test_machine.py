@@ -72,6 +72,8 @@ def test_paths_are_expanded_and_the_nodes_own_is_kept(
     assert config.result_dir == tmp_path / "scratch" / "runs"
     assert config.data_dir == tmp_path / "data"
     assert str(config.stage_to) == paths["stage_to"], "it is expanded on the node"
+    (tmp_path / "$odd~").mkdir()
+    assert expanded(str(tmp_path / "$odd~"), "data_dir") == str(tmp_path / "$odd~")
     with pytest.raises(UserError, match=r"data_dir: .*NOT_SET is not set"):
         load_config([*words, "--data-dir", "$NOT_SET/x"])
 

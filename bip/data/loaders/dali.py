@@ -213,7 +213,7 @@ class DaliLoader(Loader):
             planes = torch.from_numpy(np.asarray(images.at(row))).permute(2, 0, 1)
             height, width = samples.size[row].astype(int).tolist()
             top, left = samples.window[row].tolist()
-            planes = decode.resize(planes, height, width)[:, top : top + dim, left : left + dim]
+            planes = decode.resize_window(planes, (height, width), (top, left), dim)
             out[row] = planes.flip(-1) if samples.flip[row] else planes
 
         list(pool.map(view, range(len(images))))  # reads all results, which raises their errors

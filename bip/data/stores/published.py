@@ -1,14 +1,17 @@
 """The published LMDB layout, read without running code from it: `PublishedStore`, `open_store`.
 
 Keys b"__len__" and b"__keys__" hold a pickled count and a pickled list of keys, every other key a
-pickled (image bytes, label). Unpickling can run any code, so `load_plain` accepts plain data only.
+pickled (image bytes, label). Unpickling can run any code, so `load_plain` accepts plain data only,
+of any protocol, and the integers of NumPy.
 """
 
 import io
 import pickle
 import pickletools
+import re
+import shlex
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import lmdb
 import numpy as np
@@ -19,27 +22,92 @@ from bip.data.stores.lmdb import HEADER_KEY, LmdbStore
 from bip.errors import UserError
 from bip.files import raise_passing
 
-Plain = bytes | str | int | tuple["Plain", ...] | list["Plain"]
+Plain = bytes | bytearray | str | int | tuple["Plain", ...] | list["Plain"]
 
 _MAX_INT = 128  # bits
 _MAX_DEPTH = 32  # of lists and tuples in each other
 _MAX_KEY = 511  # bytes, LMDB's
-_FEW = 64  # opcodes; pickle writes about ten for (bytes, label), three for each of many keys
+_FEW = 128  # opcodes; pickle writes up to 80 for (bytes, label), 12 for each of many keys
 _OPCODES = frozenset(
     [
         *("PROTO", "FRAME", "STOP", "MARK", "MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET"),
         *("LONG_BINGET", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINUNICODE"),
         *("BINUNICODE", "BINUNICODE8", "BININT", "BININT1", "BININT2", "LONG1", "EMPTY_LIST"),
         *("APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
+        *("NEWTRUE", "NEWFALSE", "NONE", "BYTEARRAY8", "INT", "LONG", "STRING", "BINSTRING"),
+        *("SHORT_BINSTRING", "UNICODE", "LIST", "PUT", "GET"),
+        *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),  # of the names in `_NAMES` only
     ]
+)
+# Commands that make a store of other kinds readable; they trust its content.
+_ADD_KEYS = (
+    "e=lmdb.open({path!r},subdir={folder},map_size=1<<40);t=e.begin(write=True);"
+    "k=[k for k,_ in t.cursor()];t.put(b'__keys__',pickle.dumps(k));"
+    "t.put(b'__len__',pickle.dumps(len(k)));t.commit()"
+)
+_FROM_ARROW = (
+    "s=lmdb.open({path!r},subdir={folder},readonly=True,lock=False);"
+    "t=lmdb.open('NEW.lmdb',subdir=False,map_size=1<<40).begin(write=True);"
+    "[t.put(k,pickle.dumps(pyarrow.deserialize(v))) for k,v in s.begin().cursor()];t.commit()"
 )
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses to look up any name, so it cannot load code."""
+def _encode(text: str, encoding: str) -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise ValueError(f"it is encoded in {encoding}")
+    return text.encode("latin-1")
 
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise ValueError(f"it names {module}.{name}")
+
+def _bytes(*parts: object) -> bytes:
+    match parts:
+        case ():
+            return b""
+        case (bytes() as data,):
+            return data
+        case (str() as text, str() as encoding):
+            return _encode(text, encoding)
+    raise ValueError("it makes bytes of something else")
+
+
+class _Dtype:
+    """The type of a NumPy integer, as "i8"."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code, self.order = code, "<"
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        self.order = str(state[1])
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> int:
+    code = dtype.code if type(dtype) is _Dtype else ""
+    if not re.fullmatch("[iub][1248]", code) or len(data) != int(code[1]):
+        raise ValueError("it holds a NumPy number that is no integer")
+    order: Literal["big", "little"] = "big" if dtype.order == ">" else "little"
+    return int.from_bytes(data, order, signed=dtype.code[0] == "i")
+
+
+# What pickle writes instead of plain data, and harmless functions that do the same.
+_NAMES: dict[tuple[str, str], Any] = {
+    ("_codecs", "encode"): _encode,
+    **{
+        (module, name): _bytes
+        for module in ("builtins", "__builtin__")
+        for name in ("bytes", "bytearray")
+    },
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Looks up no name but those in `_NAMES`, so it cannot load code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise ValueError(f"it names {module}.{name}")
+        return _NAMES[module, name]
 
     def persistent_load(self, pid: object) -> NoReturn:
         raise ValueError("it refers to another object")
@@ -48,7 +116,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def load_plain(
     data: bytes | memoryview, max_opcodes: int = _FEW, max_bytes: int = MAX_BYTES
 ) -> Plain:
-    """The value of a pickle (protocol 3 to 5) that holds only bytes, str, int, tuple and list.
+    """The value of a pickle that holds only bytes, str, int, tuple and list.
 
     The opcodes are checked before anything is loaded, because pickle would allocate gigabytes for
     a large length or memo index. pickletools compares lengths with the data; memo indices are
@@ -68,11 +136,11 @@ def load_plain(
             if opcode.name not in _OPCODES:
                 raise ValueError(f"opcode {opcode.name} is not plain data")
             if isinstance(argument, int):
-                if opcode.name.endswith("BINPUT") and argument > max_opcodes:
+                if opcode.name.endswith("PUT") and argument > max_opcodes:
                     raise ValueError(f"memo index {argument}")
                 if argument.bit_length() > _MAX_INT:
                     raise ValueError("it holds a huge integer")
-        value = _PlainUnpickler(io.BytesIO(data)).load()
+        value = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()  # of Python 2
     except MemoryError:  # lengths are checked, so memory is really short
         raise
     except Exception as error:  # pickle does not document what damaged data raise
@@ -89,7 +157,7 @@ def _check_plain(value: object) -> None:
         for item in level:
             if type(item) in (list, tuple):
                 containers[id(item)] = item  # type: ignore[assignment]
-            elif type(item) not in (bytes, str, int):
+            elif type(item) not in (bytes, bytearray, str, int, bool):
                 raise ValueError(f"pickle not loaded: it holds a {type(item).__name__}")
         if not containers:
             return
@@ -113,7 +181,7 @@ class PublishedStore(LmdbFile):
         self.classes = classes or []
         self._any_label = classes is None
         count = self._load(b"__len__", int)
-        keys = self._load(b"__keys__", list)
+        keys = [k.encode() if type(k) is str else k for k in self._load(b"__keys__", list)]
         if count != len(keys) or not all(type(key) is bytes for key in keys):
             raise UserError(f"{path}: __len__ is {count}, but there are {len(keys)} __keys__")
         if max(map(len, keys), default=0) > _MAX_KEY or len(set(keys)) != count:
@@ -140,9 +208,9 @@ class PublishedStore(LmdbFile):
             raise IndexError(index)
         value = self._load(self._key(index), tuple, self.name(index))
         match value:
-            case (bytes() as data, int() as label) if self._fits(label):
-                return data, label
-            case (bytes(), int() as label):
+            case (bytes() | bytearray() as data, int() as label) if self._fits(label):
+                return bytes(data), int(label)
+            case (bytes() | bytearray(), int() as label):
                 raise DamagedImage(
                     f"{self.path}: record {index} has label {label}, but there are "
                     f"{len(self.classes)} classes; give the right --num-classes"
@@ -162,11 +230,19 @@ class PublishedStore(LmdbFile):
             with self._env().begin(buffers=True) as transaction:
                 found = transaction.get(key)
                 if found is None:
-                    raise UserError(f"{what}: missing; build the store again")
+                    add = _command(self.path, "lmdb,pickle", _ADD_KEYS)
+                    hint = f", or if it is whole, add it: {add}" if key == b"__len__" else ""
+                    raise UserError(f"{what}: missing; build the store again{hint}")
+                if key == b"__len__" and bytes(found[:4]) == b"\x01\0\0\0":
+                    command = _command(self.path, "lmdb,pickle,pyarrow", _FROM_ARROW)
+                    raise UserError(
+                        f"{self.path}: is written by pyarrow; convert it: "
+                        f"pip install 'pyarrow<14' && {command}"
+                    )
                 limits = (_FEW, MAX_BYTES)
                 if kind is list:  # of keys; there are at most as many as records
                     entries = transaction.stat()["entries"]
-                    limits = (3 * entries + _FEW, (_MAX_KEY + 9) * entries + MAX_BYTES)
+                    limits = (12 * entries + _FEW, (_MAX_KEY + 9) * entries + MAX_BYTES)
                 value = load_plain(found, *limits)
         except lmdb.Error as error:
             raise_passing(error, what)
@@ -175,9 +251,21 @@ class PublishedStore(LmdbFile):
             raise DamagedImage(
                 f"{what}: cannot be read ({error}); build the store again"
             ) from error
-        if type(value) is not kind:
+        if type(value) is not kind and not (kind is tuple and type(value) is list):
             raise DamagedImage(f"{what}: not a {kind.__name__}; build the store again")
         return value
+
+
+def _is_pair(data: bytes) -> bool:
+    try:
+        return isinstance(load_plain(data), tuple | list)
+    except ValueError:
+        return False
+
+
+def _command(path: Path, modules: str, script: str) -> str:
+    script = script.format(path=str(path), folder=path.is_dir())
+    return f"python -c {shlex.quote(f'import {modules};{script}')}"
 
 
 def open_store(
@@ -197,8 +285,10 @@ def open_store(
     try:
         with environment.env.begin() as transaction:
             header, length = transaction.get(HEADER_KEY), transaction.get(b"__len__")
+            with transaction.cursor() as cursor:
+                first = cursor.value() if cursor.first() else b""
     except lmdb.Error as error:
         raise_passing(error, path)
         raise UserError(f"{path}: unreadable ({error}); build it again") from error
-    published = header is None and length is not None
+    published = header is None and (length is not None or _is_pair(first))
     return PublishedStore(path, classes) if published else LmdbStore(path)

@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bip.data import decode
+from bip.data.layouts import Split, describe_left_out, different_classes, find_splits
 from bip.data.stores.base import DamagedImage
 from bip.data.stores.environment import open_environment, size_of
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.stores.published import PublishedStore
 from bip.data.stores.writer import LmdbWriter
-from bip.data.tools.layouts import Split, Tree, find_splits, open_tree, read_image
+from bip.data.trees import Tree, open_tree, printable, read_image
 from bip.errors import UserError
 
 _T = TypeVar("_T")
@@ -67,6 +68,7 @@ def build_lmdb(
     SRC is a folder, .zip or uncompressed .tar with train/CLASS/IMAGE and (or) test/ or val/ of the
     same form, perhaps below other folders. Or it has a val/ without class folders but with
     annotations, like ImageNet and TinyImageNet; or it is a set's own archive, like CIFAR's.
+    `bip.data.layouts` has the rules; what it leaves out is counted and named.
     Classes are numbered, and images stored, in sorted order. Bytes are unchanged, except CMYK JPEGs
     and other formats named .jpg, which become RGB JPEGs. A store with the same classes and count is
     kept. A build that was interrupted resumes when the command is repeated; it detects files that
@@ -83,21 +85,26 @@ def build_lmdb(
         UserError: unknown layout, splits with different classes, a file that is not an image, a
             different store in OUT, a full disk.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     options = Options(short_side, quality, check)
     if short_side < 0 or not 1 <= quality <= 100:
         raise UserError("short_side must not be negative, and quality must be 1 to 100")
     with open_tree(src) as tree:
         splits = find_splits(tree)
+        left_out = describe_left_out(tree.left_out)
         if not splits:
+            found = f"; it has {', '.join(left_out)}: unpack or arrange it" if left_out else ""
             raise UserError(
-                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it"
+                f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it{found}; "
+                "for ImageNet see: python -m bip data prepare-imagenet"
             )
         first, expected = next(iter(splits.items()))
         for name, split in splits.items():
-            if split.classes != expected.classes:
-                odd = sorted(set(split.classes) ^ set(expected.classes))[0]
-                raise UserError(f"{src}: class {odd!r} is only in one of {first}/ and {name}/")
+            odd = different_classes(expected.classes, split.classes)
+            if odd is not None:
+                raise UserError(f"{src}: class {odd} is only in one of {first}/ and {name}/")
+        for phrase in left_out:
+            console.print(f"warning: {src}: left out {phrase}")
         _make_folder(out)
         missing, estimates = {}, {}
         for name, split in splits.items():
@@ -133,7 +140,7 @@ def convert(src: Path, out: Path, check: bool = False, skip_bad: bool = False) -
         raise UserError(f"{out}: exists; remove it or choose another name")
     environment = open_environment(src, in_order=True)  # the store shares it
     source = _StoreImages(PublishedStore(src), Options(check=check))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     _make_folder(out.parent)
     _report_sizes({out: (len(source), size_of(environment.env))}, 0, console)
     _write(out, None, source, None, skip_bad, 0, console)
@@ -185,20 +192,20 @@ def make_ready(data: bytes, name: str, options: Options) -> Ready:
         with decode.open_image(data) as image:
             size = image.height, image.width
             if image.format == "JPEG" and image.mode == "CMYK":
-                repaired = "CMYK JPEG"
+                repaired = "CMYK JPEG repaired"
             elif PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") and image.format != "JPEG":
-                repaired = f"{image.format} named as JPEG"
+                repaired = f"{image.format} named as JPEG repaired"
             if repaired:
                 data = _as_jpeg(image, 95)
+            elif decode.is_deep(image):
+                repaired = f"16-bit {image.format} scaled to 8 bits"  # when it is decoded
     if options.short_side and min(size) > options.short_side:
         with decode.open_image(data) as image:
             scale = options.short_side / min(size)
             height, width = (max(1, round(side * scale)) for side in size)
             image.draft(image.mode, (width, height))
-            small = image if image.mode in ("L", "RGB") else image.convert("RGB")
-            data = _as_jpeg(
-                small.resize((width, height), Image.Resampling.LANCZOS), options.quality
-            )
+            small = _plain(image).resize((width, height), Image.Resampling.LANCZOS)
+            data = _as_jpeg(small, options.quality)
             size = height, width
     if options.check:
         decode.decode(data, 3)
@@ -207,9 +214,12 @@ def make_ready(data: bytes, name: str, options: Options) -> Ready:
 
 def _as_jpeg(image: Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
-    plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
-    plain.save(stream, "JPEG", quality=quality)
+    _plain(image).save(stream, "JPEG", quality=quality)
     return stream.getvalue()
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    return image if image.mode in ("L", "RGB") else decode.convert(image, "RGB")
 
 
 def _make_folder(folder: Path) -> None:
@@ -343,6 +353,7 @@ def _write(
                             f"{name}: cannot be read ({error.strerror}); the same command resumes "
                             "from here"
                         ) from error
+                    name = printable(name)
                     console.print(f"{name}: {why}")
                     writer.skip(name, why)
                 else:
@@ -368,7 +379,7 @@ def _summary(path: Path, writer: LmdbWriter) -> str:
     stored = writer.done - len(writer.skipped)
     size = path.stat().st_size / 1e6
     parts = [f"{path}: {stored} images, {len(writer.classes)} classes, {size:.0f} MB"]
-    parts += [f"{count} x {what} repaired" for what, count in sorted(writer.repaired.items())]
+    parts += [f"{count} x {what}" for what, count in sorted(writer.repaired.items())]
     if writer.skipped:
         parts.append(f"{len(writer.skipped)} skipped")
     saved = writer.source_bytes - writer.image_bytes

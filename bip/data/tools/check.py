@@ -65,7 +65,7 @@ def verify(path: Path, workers: int = 0) -> None:
     Raises:
         UserError: records are damaged (the first ones are printed), or do not fit the header.
     """
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     damaged = 0
     for file in _stores(path):
         count, before = 0, damaged

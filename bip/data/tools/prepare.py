@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from bip.data.tools.layouts import FolderTree, find_splits
+from bip.data.layouts import find_splits
+from bip.data.trees import FolderTree
 from bip.errors import UserError
 
 _STEPS = """\
