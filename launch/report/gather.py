@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from bip.config import RunConfig, build_config, read_yaml
+from bip.config import RunConfig, build_config
 from bip.data import sets
 from bip.errors import UserError
 from bip.files import read_json, read_jsonl
 from bip.methods import find
 from bip.shipped import given_or_shipped
+from bip.yaml_file import read_yaml
 from launch.sweep import Run, Sweep
 
 if TYPE_CHECKING:
