@@ -1,5 +1,7 @@
 """BiP-HPC: bi-level-optimization pruning. `load_compact` reads what `bip export` wrote."""
 
+from __future__ import annotations
+
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -147,7 +147,7 @@ def test_a_perturbed_rank_ends_training(case: str, source: Path, tmp_path: Path)
         found = re.fullmatch(named, message)
         assert found is not None, message
         assert step <= int(found[1]) <= step + 2 * (what == "mask")
-    (folder,) = tmp_path.glob("*/*/*")
+    (folder,) = (path.parent for path in tmp_path.glob("*/*/*/attempts.jsonl"))
     assert list(read_jsonl(folder / "attempts.jsonl"))[-1]["cause"].startswith("error: ")
     assert not list(folder.glob("checkpoint/*")), "what differs is not saved"
 
@@ -358,7 +358,7 @@ def test_ranks_stop_together_and_others_go_on(
     expected = run_ranks(before, run_or_stop, whole, settings, -1, 0)
     losses, masks = [], []
     for folder in (parts, whole):
-        (path,) = folder.glob("*/*/*")
+        (path,) = (path.parent for path in folder.glob("*/*/*/attempts.jsonl"))
         finished = Finished(path, {})
         losses.append(finished.losses)
         masks.append(torch.cat([mask.flatten() for mask in finished.masks.values()]))

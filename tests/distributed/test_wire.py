@@ -97,7 +97,9 @@ def measure(group: Group, layer_type: str, scope: str, layers: int) -> dict[str,
             else None
         )
         mode = {"exp_mode": "prune", "trainer": "bilevel", "layer_type": layer_type}
-        config = make_config(**(mode if pruned else {"exp_mode": "pretrain"}))
+        config = make_config(
+            **(mode if pruned else {"exp_mode": "pretrain", "layer_type": "dense", "k": 1})
+        )
         run = ForwardBackward(
             config, network, wrap(network, group.device), group.rank, group.device
         )

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bip.export import iou
 
 from bip import run
 from bip.attempts import Attempts
+from bip.exporting.compare import iou
 from bip.files import atomic_write_json
 from bip.training.checkpoint import layer_masks, read_checkpoint
 from launch.__main__ import main

@@ -378,7 +378,7 @@ def resume(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What runs read is not looked at before submission."""
-    monkeypatch.setattr("launch.slurm.executor.check_inputs", lambda configs: {"digits_net": 9})
+    monkeypatch.setattr("launch.slurm.executor.check_inputs", lambda *_: {"digits_net": 9})
 
 
 def test_waiting_tasks_that_need_somebody_are_shown_with_what_to_do(

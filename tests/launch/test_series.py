@@ -30,7 +30,7 @@ def plan(*argv: str, configs: Path | str = DIGITS / "bip.yml", ranks: int = 1) -
 
 
 def setting(file: str, key: str) -> Any:
-    return read_yaml(DIGITS / file)[key]
+    return float(read_yaml(DIGITS / file)[key])
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bip import models
 from bip.errors import UserError
 from launch.local.executor import LocalExecutor
 from launch.local.worker import run_environment
@@ -224,7 +225,8 @@ def test_a_planned_run_never_changes_its_source(fake: FakeSweep, tmp_path: Path)
     """Another --source-net is refused, unless the RUN_ID tells the two apart."""
     one, other = tmp_path / "one.pth", tmp_path / "other.pth"
     for number, path in enumerate((one, other)):
-        torch.save({"state_dict": {}, "number": number}, path)
+        weights = models.build("digits_net", 10, 1).state_dict()
+        torch.save({"state_dict": weights, "number": number}, path)
     assert fake.series("--series", "0.5", "--source-net", str(one)) == 0
     before = {path: path.read_bytes() for path in fake.folder.glob("points/*")}
     code = fake.series("--series", "0.5", "--source-net", str(other))

@@ -37,7 +37,7 @@ def pruned(
     request: pytest.FixtureRequest, dense: Finished, tmp_path_factory: pytest.TempPathFactory
 ) -> Finished:
     folder = tmp_path_factory.mktemp("metrics")
-    settings = SHORT | {"layer_type": request.param, "source_net": dense.newest}
+    settings = SHORT | {"layer_type": request.param, "source_net": dense.newest, "mask_until": 1}
     return train("bip", folder, **settings)
 
 

@@ -98,7 +98,7 @@ def test_mask_lr_and_its_schedule_act(source: Path, tmp_path: Path) -> None:
     runs = {
         (rate, schedule): train(
             "bip", tmp_path, source_net=source, max_steps=8, mask_lr=rate,
-            mask_lr_schedule=schedule, mask_wd=0,
+            mask_lr_schedule=schedule, mask_wd=0, mask_until=1,
         )
         for rate, schedule in [(0.1, "step"), (0.1, "cosine"), (0.4, "step"), (0, "step")]
     }  # fmt: skip

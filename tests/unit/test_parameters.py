@@ -106,6 +106,7 @@ def test_the_ratio_of_the_two_terms_is_logged(
     ratios = {}
     for lr2, print_freq in ((1e-4, 1), (1e-1, 1), (1e-4, 3)):
         settings = {"max_steps": 7, "lr2": lr2, "print_freq": print_freq, "accelerate": accelerate}
+        settings["mask_until"] = 1
         finished = train("bip", tmp_path / str(print_freq), source_net=source, **settings)
         ratios[lr2, print_freq] = {
             record["step"]: record["implicit_over_direct"] for record in finished.records()
