@@ -363,6 +363,9 @@ class _Reader:
             source = self._source(run, configs[run.run_id])
             if run.stage == "prune" and source is not None:
                 outside.setdefault(source, curve)
+            if damage := self.sweep.damage(run):
+                self._skip(run.run_id, damage)
+                continue
             if not self.sweep.is_done(run):
                 count = self.facts.unfinished.get(self.name, 0)
                 self.facts.unfinished[self.name] = count + 1
