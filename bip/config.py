@@ -49,6 +49,7 @@ from bip.settings import (
     Rate,
     Schedule,
     Setting,
+    is_true,
     setting,
 )
 from bip.shipped import given_or_shipped
@@ -324,7 +325,7 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _pretrained_names_a_source(cls, values: Any) -> Any:
-        if not values.get("pretrained"):
+        if not is_true(values.get("pretrained")):
             return values
         arch = str(values.get("arch"))
         library = "timm" if arch.startswith("timm/") else "torchvision"
@@ -650,10 +651,16 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
     if unknown := [key for key in from_file if key not in RunConfig.model_fields]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], known_keys())}")
     values = {key: value for key, value in from_file.items() if value is not None} | flags
-    for name in paths():
-        if name in values and name != "stage_to":  # that is a folder of the run's node
-            values[name] = expanded(str(values[name]), name)
-    return values
+    return expand_paths(values)
+
+
+def expand_paths(values: dict[str, Any]) -> dict[str, Any]:
+    """The values with ~ and variables in paths replaced, but for the folder of the run's node.
+
+    Raises UserError naming the key of a variable that is not set.
+    """
+    own = [name for name in paths() if values.get(name) is not None and name != "stage_to"]
+    return values | {name: expanded(str(values[name]), name) for name in own}
 
 
 def check_inputs(config: RunConfig) -> None:

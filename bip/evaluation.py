@@ -7,6 +7,7 @@ from bip.checkpoint_path import LIBRARIES, k_in_name
 from bip.cli import parse_flags
 from bip.config import RunConfig, build_config, check_inputs, merge, with_source_facts
 from bip.errors import UserError
+from bip.settings import is_true
 from bip.training import sources
 from bip.training.checkpoint import read_checkpoint
 from bip.training.sources import State
@@ -15,7 +16,7 @@ from bip.training.sources import State
 # elsewhere, so it names no folder to write to.
 _OF_THE_RUN = {
     "configs", "source_net", "source_key", "resume", "rewind_net", "rewind_epoch", "stage_to",
-    "max_steps", "budget", "reset_head", "pretrained", "result_dir", "exp_name",
+    "max_steps", "budget", "rewind", "warmup_epochs", "reset_head", "pretrained", "result_dir", "exp_name",
 }  # fmt: skip
 
 _OF_THE_IMAGES = ("dataset", "image_dim", "num_classes", "normalize")
@@ -45,7 +46,7 @@ def evaluation_config(argv: list[str], prog: str) -> RunConfig:
     elif path is not None and not (source and source.is_file()):
         raise UserError(f"{path}: no such file; give a checkpoint or a run folder")
     elif source and not given.get("resume") and source.is_file():
-        state = read_checkpoint(source, given.get("source_key"), bool(given.get("skip_objects")))
+        state = read_checkpoint(source, given.get("source_key"), is_true(given.get("skip_objects")))
         recorded = _recorded(state, source, given)
     config = build_config(recorded | given, str(source or given.get("resume") or ""), flags)
     check_inputs(config)

@@ -47,9 +47,9 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
         raise UserError(f"{key}: holds the network {arch}, but arch is {config.arch}")
     before = state["config"]
     pruned = config.method.starts_from == "pruned"
-    if pruned and before["exp_mode"] == "pretrain":
+    if pruned and not is_pruned(before):
         raise UserError(f"{key}: holds a dense network; finetune starts from a pruned one")
-    if before["exp_mode"] != "pretrain":
+    if is_pruned(before):
         if config.method.in_rounds and not config.evaluate:
             _check_round(config, before, key)
             return
@@ -63,11 +63,17 @@ def check_source(config: RunConfig, state: State, key: str = "source_net") -> No
                 + remedy * (config.exp_mode == "finetune")
             )
     for name, mine in (("layer_type", config.layer_type), ("k", config.k_text)):
-        if before["exp_mode"] != "pretrain" and before[name] != mine:
+        if is_pruned(before) and before[name] != mine:
             raise UserError(
                 f"{key}: was pruned with {name} {before[name]}, but {name} is {mine}; "
                 "they must be the same"
             )
+
+
+def is_pruned(recorded: dict[str, Any]) -> bool:
+    """Whether the run of these settings ended with a mask. (`transfer` fine-tunes without one.)"""
+    dense = recorded.get("layer_type", "dense") == "dense"
+    return recorded.get("exp_mode", "pretrain") != "pretrain" and not dense
 
 
 def _check_foreign(config: RunConfig, state: State, key: str) -> None:
@@ -89,8 +95,15 @@ def _check_foreign(config: RunConfig, state: State, key: str) -> None:
                 "k-1.0 in its file name)"
             )
         return
-    elif not (pruned and config.method.has_mask):
+    elif not pruned:
         return
+    elif not config.method.has_mask:
+        if named == 1:
+            return
+        raise UserError(
+            f"{key}: {path} has scores or a mask, so it is a pruned network; evaluate it with "
+            "--exp-mode prune, its --layer-type and --k"
+        )
     recorded = state["facts"].get("k")
     for k, source in ((recorded, "it records"), (named, "its name says")):
         if k is not None and not agrees(config.k, Decimal(k)):

@@ -38,6 +38,8 @@ def expanded(value: str, key: str, env: Mapping[str, str] = os.environ) -> str:
 def for_shell(value: str, key: str) -> str:
     """`value` for a shell script, which replaces ~ and variables where it runs, as `expanded`."""
     home = re.match("~(?=/|$)", value)
+    if value.startswith("~") and not home:
+        raise UserError(f"{key}: {value}: write the home folder of another user out")
     parts, at = ['"$HOME"'] if home else [], home.end() if home else 0
     for found in _VARIABLE.finditer(value):
         name = found[1] or found[2]

@@ -19,7 +19,13 @@ from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.rendezvous import MEETING, join
 from bip.distributed.signals import StopRequest
 from bip.errors import UserError
-from bip.identity import check_source, compare_starts, start_facts, with_source_of_resume
+from bip.identity import (
+    check_source,
+    compare_starts,
+    is_pruned,
+    start_facts,
+    with_source_of_resume,
+)
 from bip.methods.base import Parts
 from bip.pruning.layout import find_followers, find_prunable
 from bip.pruning.scores import among_kept, initialise_scores
@@ -226,8 +232,7 @@ class Run:
     def _spent_before(self) -> int:
         """Forward-backwards from the dense network to the pruned one that the run starts from."""
         before = self.source or {}
-        is_pruned = before.get("config", {}).get("exp_mode", "pretrain") != "pretrain"
-        return int(before.get("forward_backwards", 0)) if is_pruned else 0
+        return int(before.get("forward_backwards", 0)) if is_pruned(before.get("config", {})) else 0
 
     def _has_local_batch_norm(self) -> bool:
         """Whether batch-norm uses the statistics of each rank's own part of a batch."""

@@ -12,7 +12,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, TypeAdapter, ValidationError
 
 if TYPE_CHECKING:
     from bip.config import RunConfig
@@ -70,6 +70,14 @@ def setting(
     """A field. `...` as the default: it must be given. `idle` gets the RunConfig."""
     about = Setting(group, numbers, idle, choices, before)
     return Field(default, description=help, json_schema_extra={"setting": about}, **field)  # type: ignore[dict-item]
+
+
+def is_true(value: Any) -> bool:
+    """Whether a value as it is written (`yes`, `off`, True, None) switches something on."""
+    try:
+        return TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
 
 
 class MethodSettings(BaseModel):

@@ -34,7 +34,6 @@ def check_inputs(configs: Sequence[RunConfig], ranks: int) -> dict[str, int]:
 
 
 def _check_network(config: RunConfig, classes: int, ranks: int) -> int:
-
     from bip import models
     from bip.pruning.layout import find_prunable
 
@@ -77,14 +76,14 @@ def _check_sources(configs: Sequence[RunConfig]) -> None:
             continue
         if str(path).startswith(LIBRARIES):
             continue
-        if path not in states:
+        if (path, config.source_key) not in states:
             state = read_checkpoint(path, config.source_key, config.skip_objects)
             if "foreign" in state:
                 _check_fit(config, state)
             else:
                 state = {name: state[name] for name in ("arch", "config")}
-            states[path] = state
-        check_source(config, states[path])
+            states[path, config.source_key] = state
+        check_source(config, states[path, config.source_key])
 
 
 def _check_fit(config: RunConfig, state: dict[str, Any]) -> None:

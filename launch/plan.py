@@ -15,6 +15,7 @@ from bip.config import (
     RunConfig,
     build_config,
     check_inputs,
+    expand_paths,
     input_files,
     merge,
     with_source_facts,
@@ -227,6 +228,7 @@ class _Planner:
     ) -> None:
         self.options, self.grid = options, grid
         self.ranks = ranks
+        run_flags = expand_paths(run_flags)  # no shell does it in --result-dir=~/runs
         main_file = run_flags.pop("configs", None)
         self.main_file = given_or_shipped(main_file) if main_file else None
         self.flags = run_flags
@@ -245,9 +247,17 @@ class _Planner:
             raise UserError(f"{twice[0]}: --series gives it too; keep one of the two")
         self.main = merge({"configs": self.main_file} if self.main_file else {}) | run_flags
         self.stages = self._stages()
-        self.budget: int | None = self.main.get("budget")
+        self.budget = self._whole_budget()
         self.axes = self._axes()
         self._check_sources()
+
+    def _whole_budget(self) -> int | None:
+        if (written := self.main.get("budget")) is None:
+            return None
+        try:
+            return int(written)
+        except ValueError:
+            raise UserError(f"budget: must be a whole number, not {written!r}") from None
 
     def _stages(self) -> list[Mode]:
         own_mode = self.main.get("exp_mode")

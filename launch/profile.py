@@ -152,7 +152,9 @@ class SlurmProfile(Profile):
     @classmethod
     def _no_key_twice(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:
         options = {name.replace("-", "_"): value for name, value in options.items()}
-        for name in options:
+        for name, value in options.items():
+            if str(value).lower() in ("yes", "no", "on", "off"):
+                raise ValueError(f"{name}: write true or false, not {value}")
             if name in cls.model_fields:
                 raise ValueError(f"{name} is a key of the profile; give it there")
             if name in _OURS:

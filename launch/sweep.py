@@ -239,7 +239,7 @@ class Sweep:
         if config.run_folder.absolute() != (self.folder / config.exp_mode / run_id).absolute():
             raise UserError(
                 f"{path}: writes to {config.run_folder.parents[1]}, not to {self.folder}; the "
-                "sweep folder was moved"
+                "sweep folder was moved: move it back, or plan it again with launch series"
             )
         return config
 

@@ -110,7 +110,9 @@ def join(
             for _ in range(50):
                 stop.raise_if_set()
                 time.sleep(0.1)
-            raise RankError(f"{holder} left while the ranks met ({_line(error)})") from error
+            raise RankError(
+                f"ranks: {holder} left before all met in time ({_line(error)})"
+            ) from error
     return Group(ranks, device, holder)
 
 
@@ -258,14 +260,22 @@ def _connect(
             return TCPStore(host, port, ranks.world, is_master=False, timeout=CONNECTING)
         except OSError as error:
             if time.monotonic() > deadline:
-                raise RankError(f"{name}: nobody answers at {host} port {port} ({error})") from None
+                raise _late(name, host, port, error) from None
             time.sleep(0.2)
-        except RuntimeError:
+        except RuntimeError as error:
             refused += 1
-            if refused == 3:
+            if refused == 3 and name == "MASTER_ADDR":
                 raise UserError(
-                    f"{name}: at {host} port {port} another program answers; set another port"
+                    f"MASTER_PORT: at {host} port {port} another program answers; set another port"
                 ) from None
+            if time.monotonic() > deadline:
+                raise _late(name, host, port, error) from None
+
+
+def _late(name: str, host: str, port: int, error: Exception) -> RankError:
+    return RankError(
+        f"ranks: nobody answered at {host} port {port} ({name}) in time ({_line(error)})"
+    )
 
 
 def _srun_store(

@@ -85,12 +85,13 @@ def read_model(path: Path, given: Facts | None = None) -> Model:
     assert facts.channels is not None
     network = models.build(facts.arch, facts.num_classes, facts.channels).eval()
     state = sources.fit(state, network, str(path))
-    epoch = state.get("progress", {}).get("epoch", state.get("epoch", 0))
+    epoch = state.get("epoch", 0)
     config = state.get("config") or state.get("facts", {}).get("config", {})
     if facts.layer_type is None:
         restore_model(network, None, state, str(path))
         return Model(path, facts, network, config, epoch)
-    layout = find_prunable(network, facts.layer_type, sources.prunes_stem(state, network))
+    stem = facts.layer_type == "channel" and sources.prunes_stem(state, network)
+    layout = find_prunable(network, facts.layer_type, stem)
     assert facts.k is not None
     pruned = PrunedParameters(network, layout, Decimal(facts.k), facts.scope or "global")
     restore_model(network, pruned, state, str(path))

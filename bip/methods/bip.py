@@ -46,7 +46,8 @@ class TwoLevels(MethodSettings):
         before="alternate",
     )  # fmt: skip
     mask_until: float = setting(
-        BILEVEL, 0.5, "part of training in which the mask moves; then the weights alone do",
+        BILEVEL, 0.5, "part of training in which the mask moves, by the schedule of mask_lr; then the weights "
+        "alone do",
         before=1.0, ge=0, le=1,
     )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores")
@@ -109,6 +110,7 @@ class Bip(Method):
     def step(self, iteration: int) -> list[Report]:
         if iteration >= self._final_from(self.parts.config, self.parts.clock.iterations):
             self.lower.mask_is_final = True
+            self.upper.term_norms = None  # of no step any more
             return self.lower.step(iteration)
         if self.own.levels == "simultaneous":
             return self._step_both(iteration)
@@ -133,8 +135,12 @@ class Bip(Method):
 
 
 def mask_rate(config: RunConfig, iteration: int, clock: Clock) -> float:
-    """`mask_lr` at an iteration. (HYDRA's scores use `lr`.)"""
+    """`mask_lr` at an iteration: its schedule takes as long as the mask moves.
+
+    (HYDRA's scores use `lr`.)
+    """
     from bip.training.optim import schedule_factor
 
-    own, done = TwoLevels.of(config), iteration / clock.iterations
+    own = TwoLevels.of(config)
+    done = min(1.0, iteration / (own.mask_until * clock.iterations))
     return own.mask_lr * schedule_factor(own.mask_lr_schedule, done, config.drops)

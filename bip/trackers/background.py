@@ -1,5 +1,6 @@
 """A tracker in a thread: training never waits for it, and goes on when it fails."""
 
+import contextlib
 import importlib
 import queue
 import threading
@@ -35,7 +36,7 @@ class Background:
     def __init__(self, name: str, make: Callable[[], Tracker]) -> None:
         self.name, self.make = name, make
         self.calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(_MOST)
-        self.failed = False
+        self.failed = self.fell_behind = False
         self.thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self.thread.start()
 
@@ -44,8 +45,10 @@ class Background:
 
     def close(self, result: dict[str, Any] | None) -> None:
         """Send what is left, then end; `join` waits for that."""
-        self._put(lambda tracker: tracker.close(result))
-        self._put(None)
+        for call in (lambda tracker: tracker.close(result), None):
+            with contextlib.suppress(queue.Full):
+                if not self.failed:
+                    self.calls.put(call, timeout=3)
 
     def join(self, deadline: float) -> None:
         """Wait until all is sent, at most until `deadline` (monotonic)."""
@@ -58,7 +61,9 @@ class Background:
             try:
                 self.calls.put_nowait(call)
             except queue.Full:
-                self._warn("is too slow; later numbers are left out")
+                if not self.fell_behind:
+                    print(_warning(f"{self.name} is too slow; numbers are left out"), flush=True)
+                self.fell_behind = True
 
     def _work(self) -> None:
         try:

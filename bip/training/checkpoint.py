@@ -133,6 +133,12 @@ def restore_model(
         for name, value in state["state_dict"].items()
         if name.endswith(SCORES)
     }
+    for name in masks.keys() - {tensor.name for tensor in pruned.layout.tensors}:
+        if not bool(masks[name].all()):
+            raise UserError(
+                f"{where}: prunes {name} too, which this run would leave dense; give it as "
+                "--source-net"
+            )
     for tensor in pruned.layout.tensors:
         name = tensor.name.removesuffix("weight") + SCORES
         if tensor.name not in masks or name not in scores or scores[name].shape != tensor.shape:

@@ -272,6 +272,7 @@ class Loop:
         """The content of a model's file: the network, its mask, settings and progress."""
         return model_state(self.config, self.network, self.pruned) | {
             "progress": asdict(self.progress),
+            "epoch": self.progress.iteration // self.clock.per_epoch,
             "data": self.data.identity,
             "forward_backwards": self.forward_backwards,
         }

@@ -399,7 +399,7 @@ class _Reader:
 
     def _row(self, run: Run, curve: Curve) -> RunRow | None:
         folder = self.sweep.folder / run.folder
-        starts = [r for r in _records(folder / "attempts.jsonl") if r.get("event") == "start"]
+        starts = [r for r in read_jsonl(folder / "attempts.jsonl") if r.get("event") == "start"]
         last = starts[-1] if starts else {}
         try:
             result = _read_result(folder)
@@ -436,7 +436,7 @@ class _Reader:
 
     def _read_training(self, row: RunRow) -> None:
         losses: dict[int, list[float]] = defaultdict(list)
-        records = [*_records(Path(row.source) / "metrics.jsonl")]
+        records = [*read_jsonl(Path(row.source) / "metrics.jsonl")]
         for record in records:
             epoch, loss = _whole(record.get("epoch")), _number(record.get("loss"))
             if record.get("event") == "step" and epoch is not None and loss is not None:
@@ -453,7 +453,7 @@ class _Reader:
 
     def _read_attempts(self, run: Run) -> None:
         rows: list[AttemptRow] = []
-        for record in _records(self.sweep.folder / run.folder / "attempts.jsonl"):
+        for record in read_jsonl(self.sweep.folder / run.folder / "attempts.jsonl"):
             try:
                 time = datetime.fromisoformat(record["time"]).astimezone(UTC)
             except (KeyError, TypeError, ValueError):
@@ -584,11 +584,6 @@ def _read_result(folder: Path) -> _Result:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "content"
         raise UserError(f"result.json: {key}: {first['msg']}") from None
-
-
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; lines that are none are skipped."""
-    return (record for record in read_jsonl(path) if isinstance(record, dict))
 
 
 def _number(value: Any) -> float | None:

@@ -284,7 +284,10 @@ def submit_array(
 
     executor = _executor(folder, profile, sweep.folder.absolute(), task_list, taken)
     parameters = sbatch_parameters(sweep, profile, array, code, submitted, facts)
-    comment = parameters["additional_parameters"].setdefault("comment", f"bip-{_stamp(now)}")
+    further = parameters["additional_parameters"]
+    # Of this array alone, so that no other is cancelled by it.
+    comment = " ".join(filter(None, [further.get("comment"), f"bip-{_stamp(now)}"]))
+    further["comment"] = comment
     executor.update_parameters(**parameters)
     # A task may start at once and must not find an old failure record.
     paths = [sweep.failure_path(run_id) for task in array.tasks for run_id in task]

@@ -148,9 +148,7 @@ class SlurmExecutor:
         record = known.get(task, {})
         began = 0.0
         with contextlib.suppress(ValueError):
-            began = (
-                datetime.fromisoformat(record.get("start", "")).timestamp() - 60
-            )  # clocks differ
+            began = datetime.fromisoformat(record.get("start", "")).timestamp()
         logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
         clocks = 60.0  # of the nodes and of the file system may differ by so many seconds
         own = [path for path in logs if path.stat().st_mtime >= began - clocks]

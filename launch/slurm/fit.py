@@ -199,7 +199,11 @@ def node_refusals(task: Task, name: str, nodes: Sequence[Record]) -> tuple[list[
 
 def _tres(text: str) -> dict[str, float]:
     pairs = (part.partition("=") for part in text.split(",") if "=" in part)
-    return {n: megabytes(v) if n == "mem" else float(v) for n, _, v in pairs if v[:1].isdigit()}
+    return {
+        n: megabytes(v) if n == "mem" else float(v)
+        for n, _, v in pairs
+        if v.isdecimal() or (n == "mem" and v[:1].isdigit())
+    }
 
 
 def accounting_refusals(task: Task, records: Sequence[tuple[str, Record]]) -> Iterator[str]:

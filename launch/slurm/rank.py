@@ -82,13 +82,15 @@ def run_point(
 
 def classify(error: Exception) -> tuple[str, str]:
     """(how an error ended the run, for `events`; its message). Prints the traceback of a bug."""
-    from bip.errors import LostWorker, RankError, UserError
+    from bip.errors import ExitCode, LostWorker, RankError, UserError, outcome
     from bip.files import may_pass
 
     if isinstance(error, (RankError, LostWorker)):
         return events.PEERS, f"error: {error}"
     if isinstance(error, UserError):
         return events.INPUT, f"error: {error}"
+    if isinstance(error, OSError) and (known := outcome(error)) and known[0] == ExitCode.USER:
+        return events.INPUT, known[1]
     import traceback
 
     traceback.print_exception(error)

@@ -75,7 +75,7 @@ def test_waiting_for_the_master_ends_by_a_signal_and_in_time(tmp_path: Path) -> 
     began = time.monotonic()
     with pytest.raises(Stopped):
         join(tmp_path, env, stop=stop)
-    with pytest.raises(RankError, match="MASTER_ADDR: nobody answers"):
+    with pytest.raises(RankError, match=r"ranks: nobody answered .*MASTER_ADDR"):
         join(tmp_path, env, patience=timedelta(seconds=0.5))
     assert time.monotonic() - began < 60
 

@@ -133,5 +133,8 @@ def load_sparse(path: Path, arch: str | None = None) -> nn.Module:
     for name in is_csr:
         network.get_submodule(name.removesuffix(".weight"))._buffers["weight"] = state[name]
     rest = {name: value for name, value in state.items() if name not in is_csr}
-    network.load_state_dict(rest, strict=False)
+    missing, unexpected = network.load_state_dict(rest, strict=False)
+    odd = sorted({*missing} ^ {*is_csr}) + sorted(unexpected)
+    if odd:
+        raise UserError(f"{path}: does not fit the network {arch}: {odd[0]}; give its own --arch")
     return network
