@@ -16,7 +16,8 @@ from bip.training.sources import State
 # elsewhere, so it names no folder to write to.
 _OF_THE_RUN = {
     "configs", "source_net", "source_key", "resume", "rewind_net", "rewind_epoch", "stage_to",
-    "max_steps", "budget", "rewind", "warmup_epochs", "reset_head", "pretrained", "result_dir", "exp_name",
+    "max_steps", "budget", "rewind", "warmup_epochs", "reset_head", "pretrained", "result_dir",
+    "exp_name",
 }  # fmt: skip
 
 _OF_THE_IMAGES = ("dataset", "image_dim", "num_classes", "normalize")

@@ -46,8 +46,8 @@ class TwoLevels(MethodSettings):
         before="alternate",
     )  # fmt: skip
     mask_until: float = setting(
-        BILEVEL, 0.5, "part of training in which the mask moves, by the schedule of mask_lr; then the weights "
-        "alone do",
+        BILEVEL, 0.5,
+        "part of training in which the mask moves, by mask_lr_schedule; then the weights alone do",
         before=1.0, ge=0, le=1,
     )  # fmt: skip
     mask_lr: Rate = setting(BILEVEL, 0.1, "learning rate of BiP's scores")
