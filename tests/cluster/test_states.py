@@ -44,6 +44,7 @@ def test_the_states_of_a_series(
     assert f"scontrol release {tasks[second]}" in comes_to_be(second, "held")["reason"]
     cluster.run("scontrol", "release", tasks[second])
     comes_to_be(second, "waiting")
+    cluster.run("scontrol", "hold", tasks[second])  # else it would take the node of the first
 
     cluster.run("scontrol", "suspend", tasks[first])
     comes_to_be(first, "suspended")
