@@ -109,7 +109,8 @@ def test_every_method_survives_a_preemption(
         last = pruned.run_folder / "checkpoint" / "model_best.pth.tar"
         assert sweep.series("Digits/finetune.yml", *series, last) == 0
         runs = {run_id: config.method.name for run_id, config in sweep.runs().items()}
-        assert sorted(runs.values()) == sorted(methods())
+        # `transfer` is what `dense` does, from a dense network.
+        assert sorted(runs.values()) == sorted({*methods()} - {"transfer"})
         frozen: dict[str, int] = {}
 
         def all_frozen() -> bool:
@@ -226,7 +227,7 @@ def test_failure_is_not_requeued_blocks_its_stage_and_is_resumed(
     cluster.wait(lambda: {r["state"] for r in sweep.status(capsys)} == {"failed", "blocked"}, "it")
     rows = sweep.status(capsys)
     assert [row["state"] for row in rows] == ["failed"] + 4 * ["blocked"]
-    assert rows[0]["reason"].startswith("error: environment:")
+    assert rows[0]["reason"].startswith("error: RANK:")
     cluster.wait_for_empty_queue()
     assert not sweep.attempts(rows[0]["run_id"], "requeue")
 
