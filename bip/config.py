@@ -659,8 +659,12 @@ def expand_paths(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError naming the key of a variable that is not set.
     """
-    own = [name for name in paths() if values.get(name) is not None and name != "stage_to"]
-    return values | {name: expanded(str(values[name]), name) for name in own}
+    values = dict(values)
+    for name in paths():
+        if (value := values.get(name)) is not None and name != "stage_to":
+            text = expanded(str(value), name)
+            values[name] = Path(text) if isinstance(value, Path) else text
+    return values
 
 
 def check_inputs(config: RunConfig) -> None:

@@ -95,15 +95,8 @@ def _check_foreign(config: RunConfig, state: State, key: str) -> None:
                 "k-1.0 in its file name)"
             )
         return
-    elif not pruned:
+    elif not (pruned and config.method.has_mask):
         return
-    elif not config.method.has_mask:
-        if named == 1:
-            return
-        raise UserError(
-            f"{key}: {path} has scores or a mask, so it is a pruned network; evaluate it with "
-            "--exp-mode prune, its --layer-type and --k"
-        )
     recorded = state["facts"].get("k")
     for k, source in ((recorded, "it records"), (named, "its name says")):
         if k is not None and not agrees(config.k, Decimal(k)):

@@ -134,7 +134,7 @@ def restore_model(
         if name.endswith(SCORES)
     }
     for name in masks.keys() - {tensor.name for tensor in pruned.layout.tensors}:
-        if not bool(masks[name].all()):
+        if name in weights and not bool(masks[name].all()):
             raise UserError(
                 f"{where}: prunes {name} too, which this run would leave dense; give it as "
                 "--source-net"

@@ -128,6 +128,8 @@ def test_several_ranks_follow_one_at_every_step(
     if kind != "pretrain":
         layer_type = settings.get("layer_type", "unstructured")
         settings |= {"k": 0.3} | source_for(kind, source, pruned_runs[layer_type].newest)
+    if kind == "bip":
+        settings |= {"mask_until": 1}
     if kind not in ("pretrain", "bip", "hydra"):
         settings |= {"lr": 0.02}  # at their 0.1 the frozen network diverges, and rounding with it
     ((one, steps, _),) = run_ranks(1, trajectory, kind, tmp_path / "one", settings)

@@ -18,7 +18,7 @@ CLOCK = Clock(iterations=400, per_epoch=20)  # 20 epochs
 
 def rates(level: str, **settings: object) -> list[float]:
     """The rate of each iteration of CLOCK."""
-    config = make_config(epochs=20, **settings)
+    config = make_config(epochs=20, mask_until=1, **settings)
     rate = lower_rate if level == "lower" else mask_rate
     return [rate(config, i, CLOCK) for i in range(CLOCK.iterations)]
 
@@ -35,7 +35,7 @@ def test_cosine_goes_from_the_rate_to_zero(level: str, name: str) -> None:
     assert values[100] == pytest.approx(0.3 * (0.5 + math.sqrt(0.125)))
     assert all(a > b > 0 for a, b in itertools.pairwise(values))
     rate = lower_rate if level == "lower" else mask_rate
-    end = rate(make_config(epochs=20, **settings), 400, CLOCK)
+    end = rate(make_config(epochs=20, mask_until=1, **settings), 400, CLOCK)
     assert end == pytest.approx(0, abs=1e-15)
 
 
