@@ -20,7 +20,6 @@ from torch import nn
 
 from bip.errors import UserError
 from bip.models import library
-from bip.models.library import TIMM, TORCHVISION
 
 OTHERS = ("torchvision/NAME", "timm/NAME", "package.module:function")
 
@@ -47,9 +46,9 @@ def build(arch: str, num_classes: int, channels: int = 3) -> nn.Module:
     if arch in families():
         constructor: Callable[..., nn.Module] = families()[arch].NETWORKS[arch]
         return constructor(num_classes=num_classes, channels=channels)
-    if arch.startswith(TORCHVISION) and bare in library.torchvision_names():
+    if arch.startswith(library.TORCHVISION) and bare in library.torchvision_names():
         return library.from_torchvision(bare, num_classes, channels)
-    if arch.startswith(TIMM) and bare in library.timm_names():
+    if arch.startswith(library.TIMM) and bare in library.timm_names():
         return library.from_timm(bare, num_classes, channels)
     if ":" in arch:
         return library.from_function(arch, num_classes, channels)
@@ -73,9 +72,9 @@ def _suggestion(arch: str) -> str:
 
     Numbers in a name are sizes: names that differ in them are other networks, so none is suggested.
     """
-    prefix = next((p for p in (TORCHVISION, TIMM) if arch.startswith(p)), "")
+    prefix = next((p for p in (library.TORCHVISION, library.TIMM) if arch.startswith(p)), "")
     known = {
-        TORCHVISION: library.torchvision_names, TIMM: library.timm_names, "": names
+        library.TORCHVISION: library.torchvision_names, library.TIMM: library.timm_names, "": names
     }[prefix]()  # fmt: skip
     bare = arch.removeprefix(prefix)
     alike = [name for name in known if _numbers(name) == _numbers(bare)]
@@ -84,7 +83,7 @@ def _suggestion(arch: str) -> str:
     if prefix:
         return f"{meant}; `bip archs '{prefix}*'` lists the names"
     if not meant and arch in library.torchvision_names():
-        meant = f" (torchvision has one: '{TORCHVISION}{arch}')"
+        meant = f" (torchvision has one: '{library.TORCHVISION}{arch}')"
     return f"{meant}; `bip archs` lists the names; besides {', '.join(OTHERS)}"
 
 

@@ -8,7 +8,6 @@ from tyro.conf import Positional
 from bip import models
 from bip.errors import UserError
 from bip.models import library
-from bip.models.library import TIMM, TORCHVISION
 from bip.models.resnet_imagenet import TORCHVISION as WITH_CAPITALS
 from bip.pruning.layout import find_prunable
 
@@ -42,20 +41,20 @@ def archs(pattern: Positional[str] = "", classes: int = CLASSES) -> None:
 def _matching(pattern: str) -> Iterator[str]:
     known = list(models.names())
     if pattern:
-        known += [TORCHVISION + name for name in library.torchvision_names()]
-    if pattern.startswith(TIMM):
-        known += [TIMM + name for name in library.timm_names()]
+        known += [library.TORCHVISION + name for name in library.torchvision_names()]
+    if pattern.startswith(library.TIMM):
+        known += [library.TIMM + name for name in library.timm_names()]
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     return (name for name in known if fnmatch.fnmatchcase(name, glob))
 
 
 def _source(name: str) -> tuple[str, str]:
     """(where the network comes from, side of the images that it was made for)."""
-    if name.startswith(TIMM):
-        side = library.timm().get_pretrained_cfg(name.removeprefix(TIMM)).input_size[-1]
+    if name.startswith(library.TIMM):
+        side = library.timm().get_pretrained_cfg(name.removeprefix(library.TIMM)).input_size[-1]
         return "timm", str(side)
-    if name.startswith(TORCHVISION):
-        return "torchvision", _crop_size(name.removeprefix(TORCHVISION))
+    if name.startswith(library.TORCHVISION):
+        return "torchvision", _crop_size(name.removeprefix(library.TORCHVISION))
     source = "torchvision" if name in WITH_CAPITALS else "published names"
     if name == "digits_net":
         source = "this project"

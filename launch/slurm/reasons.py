@@ -27,7 +27,7 @@ _WAITING: list[tuple[str, str]] = [
      f"starts after that, or {_CHANGE} with less time"),
     (r"ReqNodeNotAvail|DOWN, DRAINED", "nodes that it needs are down, drained or "
      "reserved; it starts when they are back; sinfo -R shows why"),
-    (r"ReservationDeleted|Reservation$", "its reservation has not begun, or is gone; "
+    (r"ReservationDeleted|Reservation$", "its reservation has not started, or is gone; "
      f"{_CHANGE} with another reservation"),
     (r"DependencyNeverSatisfied", "what it waits for has failed; resume submits both again"),
     (r"(QOS|Assoc).*(Minutes|RunMin|UsageThreshold|Billing)", "the budget of the account or QOS is "

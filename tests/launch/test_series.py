@@ -245,6 +245,21 @@ def test_option_without_effect_warns(dense: Path) -> None:
     assert any(line.startswith("mask_lr: no effect") for line in warnings)
 
 
+def test_budget_and_paths_of_a_file_are_read_as_those_of_flags(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bip.yml").write_text((DIGITS / "bip.yml").read_text() + "budget: 441\n")
+    line = ("--series", "0.1", "--stages", "pretrain,prune", "--result-dir=~/runs")
+    files = ("--pretrain-configs", str(DIGITS / "pretrain.yml"))
+    _, prune = plan(*line, *files, configs=tmp_path / "bip.yml").runs
+    assert prune.config.budget == 441
+    assert prune.config.result_dir == tmp_path / "runs"
+    (tmp_path / "bip.yml").write_text((DIGITS / "bip.yml").read_text() + "budget: many\n")
+    with pytest.raises(UserError, match=r"budget: .*'many'"):
+        plan(*line, *files, configs=tmp_path / "bip.yml")
+
+
 def test_stage_files_can_be_named(tmp_path: Path) -> None:
     values = read_yaml(DIGITS / "pretrain.yml") | {"epochs": 4}
     (tmp_path / "other.yml").write_text(yaml.safe_dump(values))

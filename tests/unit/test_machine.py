@@ -95,6 +95,14 @@ def test_a_name_is_taken_as_it_is_written(text: str, tmp_path: Path) -> None:
         load_config(["--configs", str(path)])
 
 
+def test_what_is_switched_off_in_a_file_is_off(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text((CONFIGS / "pretrain.yml").read_text() + "pretrained: no\nskip_objects: off\n")
+    config = load_config(["--configs", str(path)])
+    assert config.source_net is None
+    assert not config.pretrained
+
+
 def test_a_profile_keeps_its_texts(tmp_path: Path) -> None:
     path = tmp_path / "p.yml"
     path.write_text("executor: slurm\naccount: 00123\ntime: 90\nenv: {A: 1.10, B: on}\n")
