@@ -184,11 +184,13 @@ class Job:
 
 
 def jobs(seeds: int) -> Iterator[Job]:
-    """Whole seeds first, so that any part of the table has its rivals beside it."""
-    for seed in range(1, seeds + 1):
-        for contender in contenders():
-            for layer_type, k in contender.cases:
-                yield Job(contender, layer_type, k, seed)
+    """The rows of all cases first, a whole seed at a time, so that each has its rivals beside it."""
+    for last in (False, True):
+        for seed in range(1, seeds + 1):
+            for contender in contenders():
+                if (contender.cases == [ABLATED]) == last:
+                    for layer_type, k in contender.cases:
+                        yield Job(contender, layer_type, k, seed)
 
 
 def table(done: dict[str, dict[str, Any]], seeds: int) -> dict[str, Any]:
