@@ -184,7 +184,7 @@ class Job:
 
 
 def jobs(seeds: int) -> Iterator[Job]:
-    """The rows of all cases first, a whole seed at a time, so that each has its rivals beside it."""
+    """The rows of all cases first, seed by seed, so that each has its rivals beside it."""
     for last in (False, True):
         for seed in range(1, seeds + 1):
             for contender in contenders():
