@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from bip import models
+from bip.building import build_network, build_pruned
 from bip.config import RunConfig, check_inputs
-from bip.data.batches import Data, open_data
+from bip.data.batches import open_data
 from bip.data.options import DataOptions
 from bip.data.splits import stage_data
 from bip.distributed.control import Control
@@ -27,12 +27,9 @@ from bip.identity import (
     with_source_of_resume,
 )
 from bip.methods.base import Parts
-from bip.pruning.layout import find_followers, find_prunable
-from bip.pruning.scores import among_kept, initialise_scores
-from bip.pruning.state import PrunedParameters
 from bip.run_folder import Progress, RunFolder, read_result
 from bip.training import sources
-from bip.training.checkpoint import State, layer_masks, read_checkpoint, restore_model
+from bip.training.checkpoint import State, read_checkpoint, restore_model
 from bip.training.finish import finish
 from bip.training.forward import ForwardBackward
 from bip.training.loop import Loop
@@ -93,94 +90,18 @@ class Run:
         compare_starts(start_facts(config, group), group)
         self.source = self.folder.read_source()
         with group.together():
-            self.data = self._open_data()
-            self.network = self._build_network()
+            options = DataOptions.of(config)
+            self.data = open_data(options, group.rank, group.world, group.device)
+            self.network, self.source = build_network(config, self.data, group, self.source)
         self.folder.data_identity = self.data.identity
         compare_starts(self.data.identity | {"loader": self.data.loader}, group)
         for tensor in [*self.network.parameters(), *self.network.buffers()]:
             group.broadcast_(tensor.data)
-        self.pruned = self._build_pruned()
+        self.pruned = build_pruned(config, self.network, self.data, group, self.source)
         self.control = Control(group)
         if group.is_first and self.source is not None:
             for line in sources.notes(self.source, config, self.pruned):
                 print(line)
-
-    def _open_data(self) -> Data:
-        group = self.group
-        return open_data(DataOptions.of(self.config), group.rank, group.world, group.device)
-
-    def _build_network(self) -> nn.Module:
-        config = self.config
-        torch.manual_seed(config.seed)
-        network = models.build(config.arch, DataOptions.of(config).classes, self.data.channels)
-        models.check_image_size(network, config.arch, self.data.channels, self.data.image_dim)
-        if config.trains_on_one_image(self.group.world):
-            models.check_batch_of_one(network, config.arch, self.data.channels, self.data.image_dim)
-        if config.scale_rand_init and "scale_rand_init" not in config.idle():
-            models.scale_initial_weights(network, float(config.k))
-        if self.source is not None:
-            self.source = sources.fit(
-                self.source, network, str(config.source_net), config.reset_head
-            )
-            restore_model(network, None, self.source, str(config.source_net))
-        if config.sync_bn:
-            network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
-        if self.group.device.type == "cuda":
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network.to(self.group.device)
-
-    def _build_pruned(self) -> PrunedParameters | None:
-        """θ, scores and mask as the method starts them; None for a dense network."""
-        config, method = self.config, self.config.method
-        if not method.has_mask:
-            return None
-        assert config.layer_type != "dense", "RunConfig refuses it"
-        stem = False
-        takes_mask = method.starts_from == "pruned" or config.evaluate
-        if self.source is not None and config.layer_type == "channel" and takes_mask:
-            stem = sources.prunes_stem(self.source, self.network)
-        layout = find_prunable(self.network, config.layer_type, stem)
-        pruned = PrunedParameters(
-            self.network, layout, config.k, config.ranking_scope, self.group,
-            balanced=config.ranking == "balanced" and config.ranking_scope == "global",
-        )  # fmt: skip
-        dim = self.data.image_dim
-        sample = torch.zeros(2, self.data.channels, dim, dim, device=self.group.device)
-        pruned.followers = find_followers(self.network, layout, sample)
-        if not takes_mask:
-            # Drawn on the CPU, so that the scores do not depend on the device.
-            scores = torch.empty(layout.size)
-            torch.manual_seed(config.seed + 1)
-            initialise_scores(
-                scores, pruned.weights.detach().cpu(), layout,
-                method.score_init or config.score_init, config.score_gain,
-            )  # fmt: skip
-            if self.source is not None and (masks := layer_masks(self.source)):
-                before = torch.cat([masks[t.name].flatten() for t in layout.tensors])
-                scores = among_kept(scores, before)
-            with torch.no_grad():
-                pruned.scores.copy_(scores)
-            self.group.broadcast_(pruned.scores.data)
-            pruned.update_mask()
-            self._rewind(pruned)
-            pruned.write_z()
-        elif self.source is not None:
-            restore_model(self.network, pruned, self.source, str(config.source_net))
-            pruned.write_followers()
-        return pruned
-
-    def _rewind(self, pruned: PrunedParameters) -> None:
-        """Weights, biases and batch-norm go back to a checkpoint, under the mask as it is."""
-        config = self.config
-        path = config.method.rewinds_to(config)
-        if path is None:
-            return
-        state = self.group.ask_first(lambda: read_checkpoint(path))
-        check_source(config, state, "rewind_net")
-        restore_model(self.network, None, state, str(path))
-        with torch.no_grad():
-            for view, z in zip(pruned.views(pruned.weights), pruned.z, strict=True):
-                view.copy_(z)
 
     def evaluate(self) -> dict[str, Any]:
         """Accuracy of --source-net, or of the checkpoint of --resume, on the test images."""

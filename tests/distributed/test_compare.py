@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from bip import run as run_module
 from bip.config import load_config
 from bip.data.stores.writer import LmdbWriter
 from bip.distributed import control as control_module
@@ -155,16 +156,18 @@ def test_a_perturbed_rank_ends_training(case: str, source: Path, tmp_path: Path)
 def begin_unlike(group: Group, result_dir: Path, source: Path) -> list[int]:
     """Hashes of a run's state, whose network rank 1 has built otherwise."""
 
-    class Unlike(Run):
-        def _build_network(self) -> nn.Module:
-            network = super()._build_network()
-            if group.rank == 1:
-                with torch.no_grad():
-                    for tensor in [*network.parameters(), *network.buffers()]:
-                        tensor += 1
-            return network
+    build = run_module.build_network
 
-    run = Unlike(load_config(arguments("bip", result_dir, source_net=source)), group)
+    def unlike(*args: Any) -> Any:
+        network, source = build(*args)
+        if group.rank == 1:
+            with torch.no_grad():
+                for tensor in [*network.parameters(), *network.buffers()]:
+                    tensor += 1
+        return network, source
+
+    run_module.build_network = unlike
+    run = Run(load_config(arguments("bip", result_dir, source_net=source)), group)
     state = run_state(run.network, run.pruned, {}, buffers=True)
     group.barrier()  # a rank that leaves at once would fail the other's connection
     return [int(hash_tensor(tensor)) for _, tensor in state]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bip.building import build_network
 from bip.config import load_config
 from bip.distributed.group import Group, Ranks
 from bip.methods.at_start import PrunedAtStart
@@ -35,7 +36,7 @@ def prepared(name: str, folder: Path, group: Group = ALONE, **settings: object) 
 
 def fresh(run: Run) -> nn.Module:
     """The network as it was initialised."""
-    return Run(run.config, ALONE)._build_network().train()
+    return build_network(run.config, run.data, ALONE, None)[0].train()
 
 
 def test_snip_scores_by_the_gradient_of_connections_that_are_one(tmp_path: Path) -> None:
