@@ -70,7 +70,7 @@ def contenders() -> list[Contender]:
         Contender("imp, 3 rounds", "imp", rounds=3),
         Contender("gmp", "gmp", ("--mask-every", "10")),
         Contender("acdc", "acdc"),
-        Contender("acdc, last phase 0.5", "acdc", ("--acdc-last", "0.5")),
+        Contender("acdc, k per layer", "acdc", ("--scope", "layer"), cases=[ABLATED]),
         Contender("feather", "feather"),
         Contender("bip", "bip"),
         Contender("bip simultaneous", "bip", both),
