@@ -13,9 +13,12 @@ from bip.config import RunConfig
 from bip.errors import ExitCode, UserError
 from launch import logs as run_logs
 from launch import watch as watching
+from launch.checks import Settings
+from launch.doctor import diagnose, lines_of, verdict
 from launch.executor import Executor, executor_for, executors_of
 from launch.grid import split_lists
 from launch.listing import lines_of_sweeps
+from launch.local.executor import SAVE_SECONDS
 from launch.local.worker import TRAIN
 from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
@@ -201,7 +204,7 @@ def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
     return ExitCode.DONE
 
 
-def cancel(folder: Path, save_seconds: int = 120) -> int:
+def cancel(folder: Path, save_seconds: int = SAVE_SECONDS) -> int:
     """End the waiting runs of FOLDER, then make the running ones save and stop.
 
     Args:
@@ -219,21 +222,37 @@ def cancel(folder: Path, save_seconds: int = 120) -> int:
     return ExitCode.DONE
 
 
-def doctor(profile: Path, probe: bool = False, folder: Path = Path("trained_models")) -> int:
+def doctor(
+    profile: Path,
+    probe: bool = False,
+    folder: Path = Path("trained_models"),
+    configs: Path | None = None,
+    arch: str | None = None,
+    data_dir: Path | None = None,
+) -> int:
     """Report what the machines of PROFILE will do to a sweep. Exit code 1 if they cannot run it.
 
     Args:
         profile: the profile's file.
-        probe: also start a test task on the compute nodes.
+        probe: also start test tasks on the compute nodes, and check them instead of this machine.
         folder: result folder that the tasks must be able to read.
+        configs: settings of a run, whose images are read and whose save is timed.
+        arch: its network (default: that of configs).
+        data_dir: its images (default: those of configs).
     """
-    findings = executor_for(Sweep(folder), load_profile(profile)).examine(probe)
-    code = ExitCode.DONE
-    for finding in findings:
-        print(f"{finding.level:8} {finding.text}")
-        if finding.level == "error":
-            code = ExitCode.FAILED
-    return code
+    facts = load_profile(profile)
+    texts = {"configs": configs, "arch": arch, "data_dir": data_dir}
+    given = {name: str(value) for name, value in texts.items() if value is not None}
+    if given and configs is None:
+        raise UserError(f"{min(given)}: needs --configs FILE, the settings of a run")
+    settings = Settings(str(folder), facts.ranks, **given)
+    _ = settings.config  # raises UserError
+    found = []
+    for finding in diagnose(executor_for(Sweep(folder), facts), settings, probe):
+        print(lines_of(finding), flush=True)
+        found.append(finding)
+    print(verdict(found, settings))
+    return ExitCode.FAILED if any(f.level == "error" for f in found) else ExitCode.DONE
 
 
 def _prepare(sweep: Sweep, executor: Executor, configs: list[RunConfig], runs: list[Run]) -> None:
