@@ -241,11 +241,11 @@ def doctor(
         data_dir: its images (default: those of configs).
     """
     facts = load_profile(profile)
-    texts = {"configs": configs, "arch": arch, "data_dir": data_dir}
-    given = {name: str(value) for name, value in texts.items() if value is not None}
-    if given and configs is None:
-        raise UserError(f"{min(given)}: needs --configs FILE, the settings of a run")
-    settings = Settings(str(folder), facts.ranks, **given)
+    if configs is None and (arch or data_dir):
+        key = "arch" if arch else "data_dir"
+        raise UserError(f"{key}: needs --configs FILE, the settings of a run")
+    names = (str(path) if path else None for path in (configs, data_dir))
+    settings = Settings(str(folder), facts.ranks, None, next(names), arch, next(names))
     _ = settings.config  # raises UserError
     found = []
     for finding in diagnose(executor_for(Sweep(folder), facts), settings, probe):
