@@ -67,8 +67,6 @@ def series(*argv: str, command: list[str]) -> int:
         "as in --lr 0.1,0.01, multiplies the series.",
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
-    if flags.get("fail_fast") and not flags.get("wait", True):
-        raise UserError("fail_fast: needs the launcher to stay; leave --no-wait or it out")
     plan = make_plan(flags, profile.ranks, lists)
     for note in plan.notes:
         print(note)
@@ -270,6 +268,8 @@ def _submit(
     """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
     look_again = sweep.command("status")
     try:
+        sweep.jobs.mkdir(exist_ok=True)
+        sweep.fail_fast.touch() if fail_fast else sweep.fail_fast.unlink(missing_ok=True)
         count = executor.submit(run_ids, keep_code)
         if not stay:
             print(f"{count} runs submitted in {sweep.folder}; to see their state: {look_again}")
