@@ -39,6 +39,10 @@ from launch.slurm.reasons import advices, how_it_ended
 from launch.slurm.snapshot import ROOT
 from launch.sweep import IN_QUEUE, LEFT_QUEUE, STUCK, Place, Run, State, Sweep
 
+_PASSING = {
+    "COMPLETING": "SLURM is ending its last attempt",
+    "CONFIGURING": "SLURM is preparing its nodes",
+}
 _HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
@@ -233,4 +237,6 @@ def _state(queued: slurm.Queued, advice: str | None) -> State:
         return State("running", f"SLURM has suspended task {queued.task}", "suspended")
     if queued.state == "PENDING":
         return State("waiting", f"{IN_QUEUE} ({queued.reason})")
-    return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
+    if queued.state == "RUNNING":
+        return State("running", "running")
+    return State("waiting", _PASSING.get(queued.state, queued.state.lower()))
