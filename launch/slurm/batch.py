@@ -276,8 +276,7 @@ class Run:
             is_done = any(self.folder.glob(f"*/{name}/result.json"))
             if not is_done and not note.exists():
                 _write(note, json.dumps({**why, "time": time.time()}) + "\n")
-        with contextlib.suppress(SlurmError):  # of arrays that SLURM has forgotten
-            ask("scancel", *sorted({str(array["job"]) for array in arrays}))
+        ask("scancel", *sorted({str(array["job"]) for array in arrays}))
 
     def _append(self, note: Any) -> None:
         _write(self.before, json.dumps(note) + "\n", "a")
@@ -367,7 +366,9 @@ def main(command: str, *arguments: str) -> None:
         sweep_run = Run(names[0], names[1], *map(int, names[2:])) if names else None
         verdict = Step(int(code), float(lasted), sweep_run).end()
         if verdict == "final" and sweep_run is not None:
-            sweep_run.cancel_others()
+            # Whatever is damaged or forgotten there does not change what becomes of this run.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlurmError):
+                sweep_run.cancel_others()
         print(verdict)
 
 

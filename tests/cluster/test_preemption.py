@@ -158,7 +158,7 @@ def test_what_never_starts_is_named_before_and_after_submission(
     assert main(doctor) == 0
     out = capsys.readouterr().out
     assert "tasks start on" in out
-    for tried in ("ranks: two met by gloo", "images: 32 of Digits", "save: 1 MB"):
+    for tried in ("ranks: two met by gloo", "of Digits read by the loader memory", "save: 1 MB"):
         assert tried in out, "on a node"
     assert out.splitlines()[-1].startswith("verdict  safe")
     assert sweep.series("Digits/pretrain.yml", "--epochs", 1) == 0
