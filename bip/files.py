@@ -49,6 +49,14 @@ def result_dir_error(folder: Path, error: OSError) -> Exception:
     )
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def fsync_folder(folder: Path) -> None:
     """Make the folder's entries (new names, renames) durable."""
     descriptor = os.open(folder, os.O_RDONLY)

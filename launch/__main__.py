@@ -13,9 +13,12 @@ from bip.config import RunConfig
 from bip.errors import ExitCode, UserError
 from launch import logs as run_logs
 from launch import watch as watching
+from launch.checks import Settings
+from launch.doctor import diagnose, lines_of, verdict
 from launch.executor import Executor, executor_for, executors_of
 from launch.grid import split_lists
 from launch.listing import lines_of_sweeps
+from launch.local.executor import SAVE_SECONDS
 from launch.local.worker import TRAIN
 from launch.plan import SeriesOptions, make_plan
 from launch.profile import load_profile
@@ -64,8 +67,6 @@ def series(*argv: str, command: list[str]) -> int:
         "as in --lr 0.1,0.01, multiplies the series.",
     )
     profile = load_profile(flags.get("profile"), flags.get("parallelism"))
-    if flags.get("fail_fast") and not flags.get("wait", True):
-        raise UserError("fail_fast: needs the launcher to stay; leave --no-wait or it out")
     plan = make_plan(flags, profile.ranks, lists)
     for note in plan.notes:
         print(note)
@@ -201,7 +202,7 @@ def logs(folder: Path, run: RunName = "", follow: bool = False) -> int:
     return ExitCode.DONE
 
 
-def cancel(folder: Path, save_seconds: int = 120) -> int:
+def cancel(folder: Path, save_seconds: int = SAVE_SECONDS) -> int:
     """End the waiting runs of FOLDER, then make the running ones save and stop.
 
     Args:
@@ -219,21 +220,37 @@ def cancel(folder: Path, save_seconds: int = 120) -> int:
     return ExitCode.DONE
 
 
-def doctor(profile: Path, probe: bool = False, folder: Path = Path("trained_models")) -> int:
+def doctor(
+    profile: Path,
+    probe: bool = False,
+    folder: Path = Path("trained_models"),
+    configs: Path | None = None,
+    arch: str | None = None,
+    data_dir: Path | None = None,
+) -> int:
     """Report what the machines of PROFILE will do to a sweep. Exit code 1 if they cannot run it.
 
     Args:
         profile: the profile's file.
-        probe: also start a test task on the compute nodes.
+        probe: also start test tasks on the compute nodes, and check them instead of this machine.
         folder: result folder that the tasks must be able to read.
+        configs: settings of a run, whose images are read and whose save is timed.
+        arch: its network (default: that of configs).
+        data_dir: its images (default: those of configs).
     """
-    findings = executor_for(Sweep(folder), load_profile(profile)).examine(probe)
-    code = ExitCode.DONE
-    for finding in findings:
-        print(f"{finding.level:8} {finding.text}")
-        if finding.level == "error":
-            code = ExitCode.FAILED
-    return code
+    facts = load_profile(profile)
+    if configs is None and (arch or data_dir):
+        key = "arch" if arch else "data_dir"
+        raise UserError(f"{key}: needs --configs FILE, the settings of a run")
+    names = (str(path) if path else None for path in (configs, data_dir))
+    settings = Settings(str(folder), facts.ranks, None, next(names), arch, next(names))
+    _ = settings.config  # raises UserError
+    found = []
+    for finding in diagnose(executor_for(Sweep(folder), facts), settings, probe):
+        print(lines_of(finding), flush=True)
+        found.append(finding)
+    print(verdict(found, settings))
+    return ExitCode.FAILED if any(f.level == "error" for f in found) else ExitCode.DONE
 
 
 def _prepare(sweep: Sweep, executor: Executor, configs: list[RunConfig], runs: list[Run]) -> None:
@@ -251,6 +268,8 @@ def _submit(
     """Submit the runs; if `stay`, show their progress. Returns 1 if not all are done."""
     look_again = sweep.command("status")
     try:
+        sweep.jobs.mkdir(exist_ok=True)
+        sweep.fail_fast.touch() if fail_fast else sweep.fail_fast.unlink(missing_ok=True)
         count = executor.submit(run_ids, keep_code)
         if not stay:
             print(f"{count} runs submitted in {sweep.folder}; to see their state: {look_again}")

@@ -56,6 +56,9 @@ class Executor(Protocol):
     def examine(self, probe: bool) -> Iterator[Finding]:
         """Report what will happen to a sweep. With `probe`, also from a test task."""
 
+    def python(self, probe: bool) -> list[str]:
+        """The words that start Python on this machine; with `probe`, where the runs will be."""
+
 
 def executor_for(sweep: Sweep, profile: AnyProfile, command: list[str] = TRAIN) -> Executor:
     """The executor that a profile names; `command` trains one local run."""

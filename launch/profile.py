@@ -52,10 +52,14 @@ def _minutes(value: object) -> object:
 
 @dataclass(frozen=True)
 class Finding:
-    """A finding about a profile's machines. An error fails every run; a warning may cost work."""
+    """A finding about a profile's machines. An error fails every run; a warning may cost work.
+
+    `text` begins with its subject and a colon. `seconds`: what it leaves a run to save.
+    """
 
     level: Literal["ok", "warning", "error"]
     text: str
+    seconds: float | None = None
 
 
 class Profile(BaseModel):

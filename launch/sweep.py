@@ -3,6 +3,7 @@
     series.json           the ledger: every run that ever belonged to the sweep
     points/RUN_ID.yml     a run's configuration
     jobs/queue.json       the runs that local workers are to do now, and how many at once
+    jobs/fail_fast        exists while a failed run cancels the others
     jobs/profile.json     the profile of the last submission
     jobs/arrays.jsonl     the SLURM arrays that were submitted
     jobs/RUN_ID.lock      held (flock) by a local run's worker and by the run itself
@@ -257,6 +258,11 @@ class Sweep:
 
     def failure_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.failed"
+
+    @property
+    def fail_fast(self) -> Path:
+        """Exists while a failure is to cancel the other runs, whether the launcher stays or not."""
+        return self.jobs / "fail_fast"
 
     def loss_path(self, run_id: str) -> Path:
         return self.jobs / f"{run_id}.lost"

@@ -39,7 +39,9 @@ class Tracker(base.Tracker):
 
     def close(self, result: dict[str, Any] | None) -> None:
         self.run.summary.update(result or {})
-        self.run.finish(exit_code=0)
+        if result is None:  # W&B shows it as preempted; the next attempt goes on with it
+            self.run.mark_preempting()
+        self.run.finish(exit_code=0 if result is not None else 1)
 
 
 def _has_key() -> bool:

@@ -71,13 +71,13 @@ class Loop:
         self._end_epoch_if_due()
         started, before = time.monotonic(), self.progress.seconds
         saved = started
-        means, speed = RunningMean(), Throughput(self.group.world)
         self.stopwatch.sample(self.clock.per_epoch)
         if self.progress.iteration == 0:
             self.method.prepare()
             self._keep_to_rewind_if_due()
         if self.progress.iteration % self.clock.per_epoch == 0:
             self._note_mask()
+        means, speed = RunningMean(), Throughput(self.group.world)  # without `prepare`
         for iteration in range(self.progress.iteration, self.clock.iterations):
             with self.stopwatch.step(iteration):
                 reports = self.method.step(iteration)

@@ -19,6 +19,7 @@ from launch.profile import Finding, LocalProfile
 from launch.sweep import FINAL, Lock, Place, Queue, Run, Sweep
 
 _A_YEAR_IN_MINUTES = 366 * 24 * 60
+SAVE_SECONDS = 120  # that `launch cancel` gives a run
 KILL_SECONDS = 15.0  # loader processes may outlive a killed run by some seconds
 
 
@@ -125,7 +126,13 @@ class LocalExecutor:
         threads = profile.parallelism * profile.ntasks_per_node * profile.cpus_per_task
         sizes = f"{profile.parallelism} runs x {profile.ntasks_per_node} ranks x "
         sizes += f"{profile.cpus_per_task} threads on {cpus} CPUs of this machine"
-        yield Finding("warning" if threads > cpus else "ok", sizes)
+        yield Finding("warning" if threads > cpus else "ok", f"CPUs: {sizes}")
+        text = f"launch cancel: a run has {SAVE_SECONDS} s to save (--save-seconds)"
+        yield Finding("ok", text, seconds=SAVE_SECONDS)
+
+    def python(self, probe: bool) -> list[str]:
+        env = {k: expanded(v, f"env: {k}") for k, v in self.profile.env.items()}
+        return ["env", *(f"{name}={value}" for name, value in env.items()), sys.executable]
 
 
 def _start_apart(sweep: Sweep, count: int) -> None:

@@ -125,9 +125,23 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
                 sweep.mark_cancelled(run.run_id, f" ({_how_it_stopped(lines)})")
             else:
                 sweep.fail(run.run_id, _reason(code, lines))
+                if sweep.fail_fast.exists():
+                    _cancel_others(sweep)
     finally:
         claim.close()
     return True
+
+
+def _cancel_others(sweep: Sweep) -> None:
+    """In a process of its own, as this worker is one of those that it stops."""
+    with open(sweep.jobs / "submit.log", "ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "launch", "cancel", str(sweep.folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _wait(process: "subprocess.Popen[bytes]", run: RunProcess, stop: StopRequest) -> int:

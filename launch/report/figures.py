@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bip.errors import UserError
-from launch.report.gather import Curve, Facts, curve_of, mean_std
+from launch.report.rows import Curve, Facts, curve_of, mean_std
 
 # Okabe and Ito's colours, then some of Tol's, which readers with any colour vision distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933",

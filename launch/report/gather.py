@@ -1,16 +1,10 @@
-"""What a report shows, as plain tables: read from sweep folders and CSVs of published figures.
-
-A curve is what one line of a figure shows: a method on one network, data set and layer type, in one
-folder, under one set of other settings. Accuracies are in percent, sparsity and keep ratios are
-fractions, times are in seconds unless the name has another unit.
-"""
+"""Read sweep folders, and CSVs of published figures, into the tables of a report (`rows`)."""
 
 import csv
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +19,19 @@ from bip.files import read_json, read_jsonl
 from bip.methods import find
 from bip.shipped import given_or_shipped
 from bip.yaml_file import read_yaml
+from launch.report.rows import (
+    AttemptRow,
+    CostRow,
+    Curve,
+    Facts,
+    LayerRow,
+    OverlapRow,
+    RunRow,
+    TrainingRow,
+    grouped,
+    known_mean,
+    names_of,
+)
 from launch.sweep import Run, Sweep
 
 if TYPE_CHECKING:
@@ -37,248 +44,6 @@ PUBLISHED = (
 # Settings along a curve, or those that name it in columns of their own.
 _NOT_SETTINGS = {"k", "seed", "source_run", "rewind_net", "dataset", "arch", "layer_type"}
 _NOT_SETTINGS |= {"trainer", "exp_mode"}
-
-
-@dataclass(frozen=True, order=True)
-class Curve:
-    """The names of one curve. `settings`: those that differ between runs of this method."""
-
-    folder: str
-    dataset: str
-    arch: str
-    layer_type: str
-    method: str
-    settings: str
-
-
-@dataclass(frozen=True)
-class RunRow(Curve):
-    """One finished run, or one published figure."""
-
-    k: float
-    seed: int | None
-    run_id: str
-    kept: int | None
-    total: int | None
-    sparsity: float
-    top1: float
-    top5: float | None
-    epochs: int | None
-    forward_backwards: int | None  # from the dense network on
-    seconds: float | None
-    ranks: int | None
-    device: str
-    attempts: int | None
-    source: str
-
-    @property
-    def curve(self) -> Curve:
-        return curve_of(self)
-
-
-@dataclass(frozen=True)
-class CurveRow(Curve):
-    """The runs of a curve at one k. `top1_std` is the sample deviation; None for one seed."""
-
-    k: float
-    sparsity: float
-    seeds: int
-    top1_mean: float
-    top1_std: float | None
-    dense_top1: float | None
-
-
-@dataclass(frozen=True)
-class TicketRow(Curve):
-    """A curve's winning ticket: its sparsest k whose mean accuracy is at least the dense one.
-
-    `k`, `sparsity` and `top1` are None where no k matches the dense accuracy.
-    """
-
-    dense_top1: float
-    dense_std: float | None
-    dense_seeds: int
-    k: float | None
-    sparsity: float | None
-    top1: float | None
-
-
-@dataclass(frozen=True)
-class TrainingRow(Curve):
-    """An epoch of a run: test accuracy and loss, and the mean loss of its logged batches."""
-
-    k: float
-    seed: int
-    run_id: str
-    epoch: int
-    test_top1: float
-    test_loss: float | None
-    train_loss: float | None
-
-
-@dataclass(frozen=True)
-class AttemptRow:
-    """An attempt of any run of a sweep. Times are UTC; `end` is None where none was recorded."""
-
-    folder: str
-    run_id: str
-    number: int
-    start: datetime
-    end: datetime | None
-    waited: float | None  # seconds since the end of the attempt before
-    cause: str
-    host: str
-
-
-@dataclass(frozen=True)
-class LayerRow(Curve):
-    """What a run keeps of a layer."""
-
-    k: float
-    seed: int
-    run_id: str
-    position: int
-    layer: str
-    kept: int
-    total: int
-    keep_ratio: float
-
-
-@dataclass(frozen=True)
-class CostRow(Curve):
-    """What a curve cost. Means are over runs; `device_hours` (ranks x time) is the sum of all."""
-
-    runs: int
-    epochs_mean: float | None
-    forward_backwards_mean: float | None
-    seconds_mean: float | None
-    device_hours: float | None
-    device: str
-
-
-@dataclass(frozen=True)
-class OverlapRow:
-    """IoU of two masks of one seed: `kind` is "methods" (one k) or "neighbours" (one curve)."""
-
-    kind: str
-    a: str
-    b: str
-    k_a: float
-    k_b: float
-    seed: int
-    iou: float
-
-
-Row = RunRow | CurveRow | TicketRow | TrainingRow | AttemptRow | LayerRow | CostRow | OverlapRow
-
-
-@dataclass
-class Facts:
-    """All tables of a report, and what could not be read or is not finished."""
-
-    runs: list[RunRow] = field(default_factory=list)
-    dense: list[RunRow] = field(default_factory=list)
-    training: list[TrainingRow] = field(default_factory=list)
-    attempts: list[AttemptRow] = field(default_factory=list)
-    layers: list[LayerRow] = field(default_factory=list)
-    overlaps: list[OverlapRow] = field(default_factory=list)
-    published_dense: dict[tuple[str, str, str], float] = field(default_factory=dict)
-    published_costs: list[CostRow] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    unfinished: dict[str, int] = field(default_factory=dict)  # by folder
-
-    def labels(self, without: tuple[str, ...] = ()) -> dict[Curve, str]:
-        """A short name of each curve: the method, and what else differs, but for `without`."""
-        curves = sorted({*map(curve_of, self.runs), *map(curve_of, self.published_costs)})
-        axes = ("method", "settings", "arch", "dataset", "layer_type", "folder")
-        names = [name for name in axes if name not in without]
-        varying = [n for n in names if n == "method" or len({getattr(c, n) for c in curves}) > 1]
-        return {c: ", ".join(filter(None, (getattr(c, n) for n in varying))) for c in curves}
-
-    def tables(self) -> dict[str, tuple[type[Row], list[Row]]]:
-        """Every table by its name: the type of its rows, and the rows."""
-        return {
-            "runs": (RunRow, [*self.dense, *self.runs]),
-            "curves": (CurveRow, [*self.curves()]),
-            "tickets": (TicketRow, [*self.tickets()]),
-            "training": (TrainingRow, [*self.training]),
-            "attempts": (AttemptRow, [*self.attempts]),
-            "layers": (LayerRow, [*self.layers]),
-            "costs": (CostRow, [*self.costs()]),
-            "overlaps": (OverlapRow, [*self.overlaps]),
-        }
-
-    def dense_top1(self, curve: Curve) -> list[float]:
-        """Accuracies of the dense networks beside a curve: its folder's, else those of others."""
-        same = [r for r in self.dense if (r.dataset, r.arch) == (curve.dataset, curve.arch)]
-        own = [r.top1 for r in same if r.folder == curve.folder]
-        published = self.published_dense.get((curve.folder, curve.dataset, curve.arch))
-        if published is not None:
-            return [published]
-        return own or [r.top1 for r in same]
-
-    def curves(self) -> list[CurveRow]:
-        rows = []
-        for (curve, k), runs in _grouped(self.runs, lambda r: (r.curve, r.k)):
-            mean, std = mean_std([run.top1 for run in runs])
-            dense = self.dense_top1(curve)
-            sparsity = statistics.fmean(run.sparsity for run in runs)
-            base = statistics.fmean(dense) if dense else None
-            rows.append(CurveRow(*_names(curve), k, sparsity, len(runs), mean, std, base))
-        return sorted(rows, key=lambda row: (curve_of(row), -row.k))
-
-    def tickets(self) -> list[TicketRow]:
-        rows = []
-        for curve, points in _grouped(self.curves(), curve_of):
-            if not (dense := self.dense_top1(curve)):
-                continue
-            mean, std = mean_std(dense)
-            won = [row for row in points if row.top1_mean >= mean]
-            best = min(won, key=lambda row: row.k, default=None)
-            found = (best.k, best.sparsity, best.top1_mean) if best else (None, None, None)
-            rows.append(TicketRow(*_names(curve), mean, std, len(dense), *found))
-        return rows
-
-    def costs(self) -> list[CostRow]:
-        rows = []
-        for curve, runs in _grouped([*self.dense, *self.runs], curve_of):
-            timed = [run for run in runs if run.seconds is not None and run.ranks is not None]
-            if not timed:
-                continue
-            hours = sum((r.seconds or 0) * (r.ranks or 0) for r in timed) / 3600
-            devices = ", ".join(sorted({run.device for run in timed}))
-            epochs = _mean(run.epochs for run in timed)
-            spent = _mean(run.forward_backwards for run in timed)
-            seconds = _mean(run.seconds for run in timed)
-            row = CostRow(*_names(curve), len(timed), epochs, spent, seconds, hours, devices)
-            rows.append(row)
-        return rows + self.published_costs
-
-
-def curve_of(row: Curve) -> Curve:
-    """The curve that a row belongs to."""
-    return Curve(*_names(row))
-
-
-def _names(row: Curve) -> tuple[str, str, str, str, str, str]:
-    return (row.folder, row.dataset, row.arch, row.layer_type, row.method, row.settings)
-
-
-def mean_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample deviation (None for one value)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-def _mean(values: Iterable[Any]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _grouped(rows: Iterable[Any], key: Any) -> list[tuple[Any, list[Any]]]:
-    found: dict[Any, list[Any]] = defaultdict(list)
-    for row in rows:
-        found[key(row)].append(row)
-    return [*found.items()]
 
 
 class _Result(BaseModel):
@@ -407,7 +172,7 @@ class _Reader:
             self._skip(run.run_id, error)
             return None
         row = RunRow(
-            *_names(curve), float(run.k), run.seed, run.run_id, result.kept, result.total,
+            *names_of(curve), float(run.k), run.seed, run.run_id, result.kept, result.total,
             result.sparsity, result.top1, result.top5, result.epochs, result.forward_backwards,
             result.seconds, _whole(last.get("world")), str(last.get("device", "")).split(":")[0],
             result.attempts, str(folder),
@@ -446,8 +211,8 @@ class _Reader:
             if record.get("event") == "epoch" and epoch is not None and top1 is not None:
                 self.facts.training.append(
                     TrainingRow(
-                        *_names(row), row.k, row.seed or 0, row.run_id, epoch, top1,
-                        _number(record.get("loss")), _mean(losses[epoch]),
+                        *names_of(row), row.k, row.seed or 0, row.run_id, epoch, top1,
+                        _number(record.get("loss")), known_mean(losses[epoch]),
                     )
                 )  # fmt: skip
 
@@ -484,7 +249,7 @@ class _Reader:
         for position, (layer, kept, total) in enumerate(mask.layers):
             self.facts.layers.append(
                 LayerRow(
-                    *_names(row), row.k, row.seed or 0, row.run_id, position,
+                    *names_of(row), row.k, row.seed or 0, row.run_id, position,
                     layer.removesuffix(".weight"), kept, total, kept / total,
                 )
             )  # fmt: skip
@@ -567,9 +332,7 @@ def _differing(runs: list[Run], identities: dict[str, dict[str, Any]]) -> dict[s
     """
     found: dict[str, set[str]] = {_method(run): set() for run in runs}
     known = [(run, identities[run.run_id]) for run in runs if run.run_id in identities]
-    alike = _grouped(
-        known, lambda r: (_method(r[0]), r[0].arch, r[0].layer_type, r[0].k, r[0].seed)
-    )
+    alike = grouped(known, lambda r: (_method(r[0]), r[0].arch, r[0].layer_type, r[0].k, r[0].seed))
     for (method, *_), same in alike:
         names = {name for _, identity in same for name in identity} - _NOT_SETTINGS
         # Lists are not hashable, so values are compared as text.
@@ -623,7 +386,7 @@ def _read_published(
             facts.published_dense[name, dataset, row["arch"]] = numbers["dense_top1"]
         if minutes is not None:
             times = (1, None, None, 60 * minutes, minutes / 60, row["source"])
-            facts.published_costs.append(CostRow(*_names(curve), *times))
+            facts.published_costs.append(CostRow(*names_of(curve), *times))
         if top1 is None:
             continue
         if sparsity is None or not 0 <= sparsity < 1:
@@ -631,7 +394,7 @@ def _read_published(
         k = round(1 - sparsity, 6)
         facts.runs.append(
             RunRow(
-                *_names(curve), k, None, "", None, None, sparsity, top1, None, None, None, None,
+                *names_of(curve), k, None, "", None, None, sparsity, top1, None, None, None, None,
                 None, "", None, row["source"],
             )
         )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 from bip.files import atomic_write_bytes
 from launch.report.figures import looks
-from launch.report.gather import Curve, Facts, Row, curve_of
+from launch.report.rows import Curve, Facts, Row, curve_of
 from launch.report.tables import columns
 
 _TEMPLATE = Path(__file__).with_name("page.html")

@@ -29,7 +29,7 @@ from typing import Any
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from bip.slurm import SlurmError, kill_wait, own_restarts, own_task, show_task
+from bip.slurm import SlurmError, ask, kill_wait, own_restarts, own_task, show_task
 from launch.slurm import deaths, events
 from launch.slurm.client import requeue
 from launch.slurm.events import Decision, Facts, decide
@@ -262,6 +262,22 @@ class Run:
             return str(error)
         return problem
 
+    def cancel_others(self) -> None:
+        """With --fail-fast, if this run has failed: mark and cancel the sweep's other runs."""
+        reason = str(_read_json(self.note).get("reason", ""))
+        jobs = self.note.parent
+        if not reason or reason.startswith("cancelled") or not (jobs / "fail_fast").exists():
+            return
+        arrays = [json.loads(line) for line in _read(jobs / "arrays.jsonl").splitlines()]
+        resume = f"python -m launch resume {shlex.quote(str(self.folder))} continues it"
+        why = {"reason": f"cancelled, as {self.run_id} failed (--fail-fast); {resume}"}
+        for name in {name for array in arrays for task in array["tasks"] for name in task}:
+            note = jobs / f"{name}.failed"
+            is_done = any(self.folder.glob(f"*/{name}/result.json"))
+            if not is_done and not note.exists():
+                _write(note, json.dumps({**why, "time": time.time()}) + "\n")
+        ask("scancel", *sorted({str(array["job"]) for array in arrays}))
+
     def _append(self, note: Any) -> None:
         _write(self.before, json.dumps(note) + "\n", "a")
 
@@ -348,7 +364,12 @@ def main(command: str, *arguments: str) -> None:
     else:
         code, lasted, *names = arguments
         sweep_run = Run(names[0], names[1], *map(int, names[2:])) if names else None
-        print(Step(int(code), float(lasted), sweep_run).end())
+        verdict = Step(int(code), float(lasted), sweep_run).end()
+        if verdict == "final" and sweep_run is not None:
+            # Whatever is damaged or forgotten there does not change what becomes of this run.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlurmError):
+                sweep_run.cancel_others()
+        print(verdict)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from bip.config import RunConfig
 from bip.data.stores.staging import network_filesystem
 from bip.errors import UserError
+from bip.files import existing
 from bip.slurm import KILL_WAIT
 from launch.profile import Finding, SlurmProfile
 from launch.slurm import client as slurm
@@ -159,7 +160,8 @@ def examine(profile: SlurmProfile, found: Limits | None = None) -> Iterator[Find
         where = f" in {partition['PartitionName']}" if len(partitions) > 1 else ""
         yield from _preemption(settings, partition, found, where)
     lead = f"{profile.signal_lead} s (up to 60 s more) before the limit of {profile.time} min"
-    yield Finding("ok", f"time limit: runs are signalled {lead}, save, and are requeued")
+    text = f"time limit: runs are signalled {lead}, save, and are requeued"
+    yield Finding("ok", text, seconds=profile.signal_lead)
     if settings.get("JobRequeue") == "0":
         yield Finding("ok", "JobRequeue=0: tasks ask for --requeue themselves")
     if "none" in settings.get("AccountingStorageType", "none"):
@@ -314,15 +316,7 @@ def _preemption(
     first = f"; never in the first {safe:.0f} s of an attempt (PreemptExemptTime)" if safe else ""
     level: Literal["ok", "warning"] = "ok" if seconds >= 30 else "warning"
     then = f"{signal}, then {seconds} s to finish a step and save ({kind}){first}"
-    yield Finding(level, f"preemption{where} ({mode}): {then}")
-
-
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that exists."""
-    folder = folder.absolute()
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
+    yield Finding(level, f"preemption{where} ({mode}): {then}", seconds=seconds)
 
 
 def check_place(folder: Path) -> str | None:
@@ -369,17 +363,14 @@ def _size(count: float) -> str:
     return next((f"{count / one:.1f} {unit}" for one, unit in units if count >= one), f"{count} B")
 
 
-def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
-    """Run the profile's python once on compute nodes and report what it finds. Waits in the queue
-    like a task.
-
-    The nodes look for a file that is made for them: a folder of that name may exist there too.
-    """
+def on_nodes(profile: SlurmProfile, nodes: int) -> list[str]:
+    """The words that start one process on each of so many compute nodes, as the tasks start."""
     words = [
         "srun",
         f"--time={min(5, profile.time)}",  # a partition may allow no more
-        f"--nodes={profile.nodes}",
+        f"--nodes={nodes}",
         "--ntasks-per-node=1",
+        f"--cpus-per-task={profile.cpus_per_task}",
         "--immediate=60",
     ]
     names = ("partition", "account", "qos", "constraint")
@@ -388,12 +379,20 @@ def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
         words.append(f"--reservation={reservation}")
     if profile.gpus_per_node:
         words.append(f"--gpus-per-node={profile.gpus_per_node}")
+    return [*words, *profile.srun_args]
+
+
+def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
+    """Run the profile's python once on compute nodes and report what it finds. Waits in the queue
+    like a task.
+
+    The nodes look for a file that is made for them: a folder of that name may exist there too.
+    """
     folder = existing(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".bip-probe-") as mark:
-            python = shlex.split(profile.python)
-            command = [*words, *profile.srun_args, *python, "-c", _PROBE, mark.name]
-            lines = slurm.ask(*command, timeout=180).splitlines()
+            words = [*on_nodes(profile, profile.nodes), *shlex.split(profile.python)]
+            lines = slurm.ask(*words, "-c", _PROBE, mark.name, timeout=180).splitlines()
     except slurm.SlurmError as error:
         busy = "; no node is free now: try again later" * ("busy" in str(error))
         yield Finding("error", f"a task on the compute nodes: {error}{busy}")
@@ -407,13 +406,15 @@ def probe_nodes(profile: SlurmProfile, folder: Path) -> Iterator[Finding]:
     for name, value in facts:
         if name == "folder":
             how = "is not seen" if value == "missing" else f"cannot be written ({value})"
-            yield Finding("error", f"{folder} {how} on a compute node; give a shared folder")
+            text = f"result_dir: {folder} {how} on a compute node; give a shared folder"
+            yield Finding("error", text)
         if name == "scontrol" and value == "none" and profile.requeue_by == "scontrol":
-            yield Finding("warning", "no scontrol in the tasks: give requeue_by: batch")
+            yield Finding("warning", "scontrol: not there in the tasks; give requeue_by: batch")
         if name == "torch":
             yield Finding("error", f"python: {profile.python} cannot run training: {value}")
         if name == "gpus" and int(value) < profile.gpus_per_node:
-            yield Finding("error", f"a node shows {value} GPUs, not {profile.gpus_per_node}")
+            text = f"gpus_per_node: a node shows {value} GPUs, not {profile.gpus_per_node}"
+            yield Finding("error", text)
 
 
 def preflight(

@@ -1,6 +1,7 @@
 """The executor for SLURM: a sweep's runs are tasks of arrays."""
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from pathlib import Path
 from bip.config import RunConfig
 from bip.errors import UserError
 from bip.files import read_jsonl
+from bip.machine import for_shell
 from launch.inputs import check_inputs
 from launch.printed import tail
 from launch.profile import Finding, SlurmProfile
@@ -25,10 +27,22 @@ from launch.slurm.arrays import (
     submitted_tasks,
 )
 from launch.slurm.chain import plan_arrays
-from launch.slurm.doctor import check_disk, check_place, examine, preflight, probe_nodes
+from launch.slurm.doctor import (
+    check_disk,
+    check_place,
+    examine,
+    on_nodes,
+    preflight,
+    probe_nodes,
+)
 from launch.slurm.reasons import advices, how_it_ended
+from launch.slurm.snapshot import ROOT
 from launch.sweep import IN_QUEUE, LEFT_QUEUE, STUCK, Place, Run, State, Sweep
 
+_PASSING = {
+    "COMPLETING": "SLURM is ending its last attempt",
+    "CONFIGURING": "SLURM is preparing its nodes",
+}
 _HELD = ("REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT")
 
 
@@ -203,6 +217,15 @@ class SlurmExecutor:
         if probe:
             yield from probe_nodes(self.profile, self.sweep.folder.absolute())
 
+    def python(self, probe: bool) -> list[str]:
+        if not probe:
+            return [sys.executable]
+        values = {"PYTHONPATH": str(ROOT)} | self.profile.env
+        exports = [f"export {name}={for_shell(v, f'env: {name}')}" for name, v in values.items()]
+        script = "\n".join(["set -e", *exports, *self.profile.setup, 'exec "$@"'])
+        words = [*on_nodes(self.profile, 1), "bash", "-c", script, "bash"]
+        return [*words, *shlex.split(self.profile.python)]
+
 
 def _state(queued: slurm.Queued, advice: str | None) -> State:
     if "held" in queued.reason.lower() or queued.state in _HELD:
@@ -214,4 +237,6 @@ def _state(queued: slurm.Queued, advice: str | None) -> State:
         return State("running", f"SLURM has suspended task {queued.task}", "suspended")
     if queued.state == "PENDING":
         return State("waiting", f"{IN_QUEUE} ({queued.reason})")
-    return State("running" if queued.state == "RUNNING" else "waiting", queued.state.lower())
+    if queued.state == "RUNNING":
+        return State("running", "running")
+    return State("waiting", _PASSING.get(queued.state, queued.state.lower()))

@@ -152,9 +152,15 @@ def test_what_never_starts_is_named_before_and_after_submission(
         "--probe",
         "--folder",
         str(sweep.folder / "not" / "yet"),
+        "--configs",
+        "configs/Digits/bip.yml",
     ]
     assert main(doctor) == 0
-    assert "tasks start on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tasks start on" in out
+    for tried in ("ranks: two met by gloo", "of Digits read by the loader memory", "save: 1 MB"):
+        assert tried in out, "on a node"
+    assert out.splitlines()[-1].startswith("verdict  safe")
     assert sweep.series("Digits/pretrain.yml", "--epochs", 1) == 0
     (row,) = sweep.status(capsys)
     task = sweep.task(row["run_id"])

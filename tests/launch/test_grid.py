@@ -159,9 +159,11 @@ def test_a_dry_run_shows_scripts_and_cost_and_submits_nothing(
     ] == []
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["launcher stays", "launcher is gone"])
 def test_fail_fast_cancels_the_others(
-    fake: FakeSweep, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    fake: FakeSweep, stays: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     fake.hold.touch()
     monkeypatch.setenv("FAKE_FAIL", "0.5")
     series = ("--series", "0.5,0.4,0.3,0.2", "--stages", "prune", "--parallelism", "2")
@@ -171,11 +173,11 @@ def test_fail_fast_cancels_the_others(
     from bip import models
 
     torch.save({"state_dict": models.build("digits_net", 10, 1).state_dict()}, source)
-    assert fake.series(*series, "--source-net", str(source), "--fail-fast") == 1
-    assert sorted(fake.states()) == ["cancelled", "cancelled", "cancelled", "failed"]
-    assert "fail_fast: prune k 0.5" in capsys.readouterr().out
+    words = [*series, "--source-net", str(source), "--fail-fast"]
+    assert fake.series(*words, *([] if stays else ["--no-wait"])) == int(stays)
+    until(lambda: sorted(fake.states()) == ["cancelled", "cancelled", "cancelled", "failed"])
     until(lambda: not Sweep(fake.folder).live_workers())
-    assert fake.series(*series, "--no-wait", "--fail-fast") == 2
+    assert ("fail_fast: prune k 0.5" in capsys.readouterr().out) == stays
 
 
 def test_list_shows_every_sweep_below_a_folder(

@@ -1,5 +1,8 @@
-"""The README's commands are the programs' own, with flags that exist; its first series runs."""
+"""The commands of the README and its pages are the programs' own, with flags that exist; the first
+series runs."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -15,12 +18,20 @@ from bip.__main__ import main as bip
 from launch.__main__ import main as launch
 from tests.launch.conftest import ROOT
 
+KNOWN = [("bip", name) for name in ("train", "evaluate", "export", "compare", "profile")]
+KNOWN += [("bip", "data build-lmdb"), ("bip", "data convert")]
+KNOWN += [("launch", name) for name in ("series", "status", "report", "logs", "cancel", "doctor")]
+FOREIGN = {"--cpus-per-task", "--gpus-per-node", "--ntasks-per-node", "--time"}  # of sbatch
+FOREIGN |= {"--no-deps"}  # of pip
 PROGRAMS = {"bip": bip, "launch": launch, "bip-launch": launch}
+
+
+PAGES = [ROOT / name for name in ("README.md", "configs/README.md", "slurm/README.md")]
 
 
 def commands() -> Iterator[list[str]]:
     """The words of each command in a shell block."""
-    text = (ROOT / "README.md").read_text()
+    text = "\n".join(page.read_text() for page in PAGES)
     for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words: list[str] = []
@@ -55,6 +66,30 @@ def test_a_command_has_flags_that_exist(
     known = re.findall(r"--[\w-]+", capsys.readouterr().out)
     flags = {word.split("=")[0] for word in rest if word.startswith("--")}
     assert {flag.replace("_", "-") for flag in flags} <= {*known}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Flags in its text are of a command of ours, or of a tool that it names; links and files."""
+    text = page.read_text()
+    known = {*FOREIGN}
+    for program, name in KNOWN:
+        with pytest.raises(SystemExit), contextlib.redirect_stdout(io.StringIO()) as out:
+            PROGRAMS[program]([*name.split(), "--help"])
+        known |= {*re.findall(r"--[\w-]+", out.getvalue())}
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    flags = {
+        flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*(?![\w.-])", prose)
+    }
+    assert flags <= known
+    named = re.findall(r"\]\(([^)#:]+)\)", text)
+    named += re.findall(r"`((?:bip|launch|configs|slurm|tests)/[\w./-]+)`", text)
+    named = [name for name in named if not re.search("NAME|FAMILY", name)]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_stays_short() -> None:
+    assert len(PAGES[0].read_text().splitlines()) <= 220
 
 
 def test_there_are_commands_of_both_programs_and_their_files_exist() -> None:

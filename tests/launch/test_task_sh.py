@@ -1,6 +1,7 @@
 """slurm/task.sh and launch/slurm/batch.py carry decisions out, with a fake scontrol and srun."""
 
 import contextlib
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -43,6 +44,27 @@ def test_no_answer_for_ten_minutes_a_refusal_and_a_cancel_are_final(fake: FakeSl
     assert fake.batch(75) == 1
     assert fake.calls("requeue") == 1
     assert f"cancelled; python -m launch resume {fake.sweep.folder}" in fake.note()
+
+
+@pytest.mark.parametrize("failed", ["error: lr: no", "cancelled; resume"])
+def test_fail_fast_cancels_the_others_without_a_launcher(fake: FakeSlurm, failed: str) -> None:
+    fake.command("scancel", '#!/bin/bash\necho "$@" >"${0%/*}/cancelled"\n')
+    arrays = [{"job": 7, "tasks": [[fake.name], ["b"]]}, {"job": "8", "tasks": [["done", "c"]]}]
+    lines = [json.dumps(array) + "\n" for array in arrays]
+    (fake.sweep.jobs / "arrays.jsonl").write_text("".join(lines))
+    (fake.sweep.folder / "prune" / "done").mkdir(parents=True)
+    (fake.sweep.folder / "prune" / "done" / "result.json").write_text("{}")
+    fake.sweep.fail_fast.touch()
+    assert fake.batch(1, failed=failed) == 1
+    noted = {path.stem for path in fake.sweep.jobs.glob("*.failed")}
+    if failed.startswith("cancelled"):
+        assert noted == {fake.name}
+        assert not (fake.bin / "cancelled").exists()
+        return
+    assert noted == {fake.name, "b", "c"}
+    assert (fake.bin / "cancelled").read_text() == "7 8\n"
+    reason = json.loads(fake.sweep.failure_path("c").read_text())["reason"]
+    assert reason.startswith(f"cancelled, as {fake.name} failed")
 
 
 @pytest.mark.parametrize(("state", "waits"), [("COMPLETING", False), ("RUNNING", True)])

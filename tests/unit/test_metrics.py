@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from bip.commit import git_commit
 from bip.config import load_config
 from bip.distributed.group import Group
 from bip.files import read_jsonl
+from bip.methods import methods
 from bip.pruning.facts import layer_facts
 from bip.trackers.background import Background
 from bip.trackers.base import Tracker
@@ -306,9 +308,43 @@ def test_wandb_writes_two_attempts_offline_as_one_run(
     written = [*run.folder.glob("wandb/offline-run-*/*.wandb")]
     assert len(written) == 2
     assert len({path.name for path in written}) == 1, "one ID"
-    newest = max(written, key=lambda path: path.stat().st_mtime).read_bytes()
-    assert b"train/loss" in newest
-    assert b"macs_kept" in newest, "the result is its summary"
+    first, last = sorted(written, key=lambda path: path.stat().st_mtime)
+    assert b"train/loss" in last.read_bytes()
+    assert b"macs_kept" in last.read_bytes(), "the result is its summary"
+    assert wandb_end(first) == (["preempting"], 1), "it shows as preempted, not as finished"
+    assert wandb_end(last) == ([], 0)
+
+
+def wandb_end(path: Path) -> tuple[list[str], int]:
+    """Whether an offline file marks its run as preempting, and the exit code in it."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, block, parts = path.read_bytes(), 7, 1 << 15, b""
+    kinds, code = [], -1
+    while at + 7 <= len(data):  # LevelDB's log format, after a header of 7 bytes
+        if (left := block - at % block) < 7:
+            at += left
+            continue
+        length, part = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        parts += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if part in (1, 4):  # whole, or the last part
+            record, parts = Record.FromString(parts), b""
+            kinds.append(record.WhichOneof("record_type"))
+            code = record.exit.exit_code if kinds[-1] == "exit" else code
+    return [kind for kind in kinds if kind == "preempting"], code
+
+
+def test_throughput_does_not_count_what_comes_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = methods()["random"].prepare
+    slow: Callable[[Any], None] = lambda method: (time.sleep(5), prepare(method))[1]  # noqa: E731
+    monkeypatch.setattr(methods()["random"], "prepare", slow)
+    run = train("random", tmp_path, k=0.3, batch_size=300, max_steps=2, print_freq=1)
+    (cost,) = run.records("cost")
+    for record in (run.records()[0], cost):
+        assert record["images_per_second"] > 2 * 300 / 5
 
 
 def test_an_unreachable_server_does_not_stop_training(
