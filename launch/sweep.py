@@ -129,7 +129,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Queue:
-    """What workers are to do now. `command` is run with `--configs FILE` appended."""
+    """What workers are to do now. `command` is run with `--configs FILE` appended.
+
+    `runs_at_once`: 2 or more: each worker binds its runs to its part of the CPUs.
+    """
 
     run_ids: list[str]
     parallelism: int
@@ -137,6 +140,7 @@ class Queue:
     cpus_per_task: int
     env: dict[str, str]
     command: list[str]
+    runs_at_once: int = 1
 
 
 class Lock:
