@@ -70,16 +70,22 @@ def _core(cpu: int) -> int:
         return cpu
 
 
-def take_share(env: "os._Environ[str]" = os.environ) -> None:
+def take_share(env: "os._Environ[str]" = os.environ) -> str:
     """Bind this process to the share that SHARE names, and print it; nothing if it is not set.
 
-    Call it before threads start and before CUDA is used.
+    Call it before threads start and before CUDA is used. Returns why it cannot, or "".
     """
     number, sign, of = env.get(SHARE, "").partition("/")
     if not sign:
-        return
-    share = own_share(int(number), int(of), env.get("CUDA_VISIBLE_DEVICES"))
+        return ""
+    try:
+        share = own_share(int(number), int(of), env.get("CUDA_VISIBLE_DEVICES"))
+    except ValueError as error:
+        return (
+            f"runs_at_once: {error}, which are fewer than the profile's cpus_per_task; lower both"
+        )
     os.sched_setaffinity(0, share.cpus)
     if share.gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = share.gpu
     print(share.line(env), flush=True)
+    return ""

@@ -45,12 +45,12 @@ def run_point(
     a test's.
     """
     stop = StopRequest().install()
-    take_share()
+    problem = take_share()
     faulthandler.enable()  # the batch script searches the log for its message on a bus error
     with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
         mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
-    from bip.errors import Stopped
+    from bip.errors import Stopped, UserError
     from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))
@@ -59,6 +59,8 @@ def run_point(
     try:
         config = sweep.config(run_id)
         attempt.run_folder = config.run_folder
+        if problem:
+            raise UserError(problem)
         attempt.check_losses()
         if train is None:
             from bip.run import train as train_run

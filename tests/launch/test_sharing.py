@@ -171,3 +171,8 @@ def test_a_killed_run_is_not_mistaken_for_another(task: SharedTask) -> None:
     assert not task.sweep.failure_path("a").exists()
     assert task.sweep.failure_path("b").exists()
     assert task.calls("requeue") == 1
+
+
+def test_a_node_with_fewer_cpus_is_a_final_error(task: SharedTask) -> None:
+    assert task.rank("finishes", BIP_SHARE="0/4096") == 1
+    assert task.note().startswith("error: runs_at_once: 4096 runs at once on ")
