@@ -55,7 +55,11 @@ class Together:
                 run_id = self.waiting.popleft()
             except IndexError:
                 return
-            self._execute(run_id, number)
+            try:
+                self._execute(run_id, number)
+            except OSError as problem:  # no srun, no process left: the others go on
+                print(f"{run_id}: not executed ({problem})", file=sys.stderr, flush=True)
+                self.failed = True
 
     def _execute(self, run_id: str, number: int) -> None:
         run = Run(self.folder, run_id, own_log=True)
