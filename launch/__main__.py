@@ -66,7 +66,8 @@ def series(*argv: str, command: list[str]) -> int:
         "Prune a series of keep ratios k. Flags of bip train apply to every stage; a comma list, "
         "as in --lr 0.1,0.01, multiplies the series.",
     )
-    profile = load_profile(flags.get("profile"), flags.get("parallelism"))
+    packing = {name: flags.get(name) for name in ("runs_per_task", "runs_at_once")}
+    profile = load_profile(flags.get("profile"), flags.get("parallelism"), **packing)
     plan = make_plan(flags, profile.ranks, lists)
     for note in plan.notes:
         print(note)

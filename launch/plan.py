@@ -69,6 +69,14 @@ class SeriesOptions(BaseModel):
     parallelism: int | None = Field(
         None, description="runs at once, under SLURM of each stage (default: the profile's)"
     )
+    runs_per_task: int | None = Field(
+        None, description="SLURM: runs of one array task (default: the profile's)"
+    )
+    runs_at_once: int | None = Field(
+        None,
+        description="runs that share the CPUs and GPU of one array task, or of this machine "
+        "(default: the profile's)",
+    )
     wait: bool = Field(True, description="stay and show the progress")
     dry_run: bool = Field(
         False, description="check all, show the runs, scripts and cost, and submit nothing"

@@ -1,5 +1,6 @@
 """A profile: the facts of the machine or cluster that a sweep runs on."""
 
+import os
 import re
 import shlex
 import sys
@@ -69,6 +70,7 @@ class Profile(BaseModel):
 
     executor: str = Field(description="what starts the jobs")
     parallelism: int = Field(2, ge=1, description="runs at once")
+    runs_at_once: int = Field(1, ge=1, description="runs that share CPUs and GPU")
     ntasks_per_node: int = Field(1, ge=1, description="processes (ranks) of one run on a node")
     cpus_per_task: int = Field(1, ge=1, description="threads of one rank (OMP_NUM_THREADS)")
     env: dict[str, str] = Field(default_factory=dict, description="environment of the runs")
@@ -84,11 +86,57 @@ class Profile(BaseModel):
         """Processes of one run."""
         return self.ntasks_per_node
 
+    @model_validator(mode="after")
+    def _one_rank_each(self) -> Self:
+        if self.runs_at_once > 1 < self.ranks:
+            raise ValueError(
+                f"runs_at_once: a run has {self.ranks} ranks; runs that share CPUs or a GPU have "
+                "one: give ntasks_per_node: 1 and one node, or runs_at_once: 1"
+            )
+        return self
+
 
 class LocalProfile(Profile):
     """This machine, without a scheduler."""
 
     executor: Literal["local"] = Field(description="what starts the jobs")
+    runs_at_once: int = Field(
+        1,
+        ge=1,
+        description="2 or more: as parallelism, and each run is bound to its part of all CPUs, "
+        "with as many threads; they share the GPUs",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_at_once(cls, values: dict[str, Any]) -> dict[str, Any]:
+        at_once = values.get("runs_at_once", 1)
+        return {"parallelism": at_once} | values if at_once != 1 else values
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.runs_at_once == 1:
+            return self
+        if self.parallelism != self.runs_at_once:
+            raise ValueError(
+                f"runs_at_once: {self.runs_at_once}, but parallelism is {self.parallelism}; "
+                "leave parallelism out"
+            )
+        if self.cpus_per_task != 1:
+            raise ValueError("runs_at_once: divides all CPUs; leave cpus_per_task out")
+        if (cpus := len(os.sched_getaffinity(0))) < self.runs_at_once:
+            raise ValueError(
+                f"runs_at_once: {self.runs_at_once} runs on the {cpus} CPUs of this machine; "
+                f"give {cpus} or less"
+            )
+        return self
+
+    @property
+    def threads(self) -> int:
+        """Threads of one rank."""
+        if self.runs_at_once == 1:
+            return self.cpus_per_task
+        return len(os.sched_getaffinity(0)) // self.runs_at_once
 
 
 class Retries(BaseModel):
@@ -143,12 +191,20 @@ class SlurmProfile(Profile):
             "runs_per_task", "points_per_task"
         ),  # the name in version 0.1.0
     )
+    runs_at_once: int = Field(
+        1,
+        ge=1,
+        description="runs of one array task at once: each is bound to its part of cpus_per_task, "
+        "and they share the GPU",
+    )
     # How it is interrupted
     signal_lead: int = Field(
         120, ge=0, le=65535, description="seconds before the time limit at which runs are signalled"
     )
     requeue_by: Literal["scontrol", "batch"] = Field(
-        "scontrol", description="scontrol: rank 0 requeues; batch: the batch script does"
+        "scontrol",
+        description="scontrol: rank 0 requeues; batch: the batch script does (with runs_at_once "
+        "always)",
     )
     retries: Retries = Field(Retries(), description="by cause")
 
@@ -205,7 +261,27 @@ class SlurmProfile(Profile):
                 f"gpus_per_node: {self.gpus_per_node} GPUs for {self.ntasks_per_node} ranks "
                 "(ntasks_per_node); a rank uses one GPU, and shares none"
             )
+        if self.runs_at_once > self.runs_per_task:
+            raise ValueError(
+                f"runs_at_once: {self.runs_at_once} is more than a task has, as runs_per_task is "
+                f"{self.runs_per_task}; give that more"
+            )
+        if self.runs_at_once > self.cpus_per_task:
+            raise ValueError(
+                f"runs_at_once: {self.runs_at_once} runs on the {self.cpus_per_task} CPUs of a "
+                f"task (cpus_per_task); give {self.runs_at_once} CPUs or more"
+            )
         return self
+
+    @property
+    def runs_of_stage(self) -> int:
+        """Runs of one stage at once."""
+        return self.parallelism * self.runs_at_once
+
+    @property
+    def threads(self) -> int:
+        """Threads of one rank."""
+        return self.cpus_per_task // self.runs_at_once
 
     @property
     def ranks(self) -> int:
@@ -216,8 +292,10 @@ AnyProfile = LocalProfile | SlurmProfile
 PROFILES: dict[str, type[AnyProfile]] = {"local": LocalProfile, "slurm": SlurmProfile}
 
 
-def load_profile(path: Path | None, parallelism: int | None = None) -> AnyProfile:
-    """The profile in `path` (None: the local one); `parallelism` beats the file's.
+def load_profile(
+    path: Path | None, parallelism: int | None = None, **flags: int | None
+) -> AnyProfile:
+    """The profile in `path` (None: the local one); `parallelism` and other `flags` beat the file's.
 
     Raises UserError naming the file and the key.
     """
@@ -233,8 +311,12 @@ def load_profile(path: Path | None, parallelism: int | None = None) -> AnyProfil
     if parallelism is not None and parallelism < 1:
         raise UserError(f"parallelism: must be at least 1, not {parallelism}")
     model = PROFILES[kind]
+    given = {name: value for name, value in flags.items() if value is not None}
+    if kind == "local" and given.get("runs_at_once", 1) != 1:
+        given["parallelism"] = given["runs_at_once"]  # here the same, so it beats the file's too
+    if parallelism is not None:
+        given["parallelism"] = parallelism
     try:
-        profile = model(**values)
+        return model(**values | given)
     except ValidationError as error:
         raise one_line(error, model.model_fields, str(path)) from None
-    return profile.model_copy(update={"parallelism": parallelism}) if parallelism else profile

@@ -12,6 +12,7 @@
     jobs/RUN_ID.lost      why a rank of an array task lost the others; not final by itself
     jobs/RUN_ID.failed.before  such reasons of attempts that were retried
     jobs/RUN_ID.log       what the run printed
+    jobs/slurm/TASK_RUN_ID.err  what srun reported on one of several runs of a task at once
     jobs/worker-N.lock    held by worker N; there are at most `parallelism` of them
     jobs/slot-N.lock      held while worker N has a run, by the worker and by the run itself
     MODE/RUN_ID/          the run folders; result.json in one means done
@@ -130,7 +131,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Queue:
-    """What workers are to do now. `command` is run with `--configs FILE` appended."""
+    """What workers are to do now. `command` is run with `--configs FILE` appended.
+
+    `runs_at_once`: 2 or more: each worker binds its runs to its part of the CPUs.
+    """
 
     run_ids: list[str]
     parallelism: int
@@ -138,6 +142,7 @@ class Queue:
     cpus_per_task: int
     env: dict[str, str]
     command: list[str]
+    runs_at_once: int = 1
 
 
 class Lock:

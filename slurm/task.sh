@@ -5,7 +5,8 @@
 #   find_python                          sets `python`, for templates: PYTHON, else that of the
 #                                        activated environment, else of .venv in the clone
 #   run_points FOLDER LIST COMMAND...    run_step for each run that line TASK-INDEX + 1 of the file
-#                                        LIST names, in turn, printing to FOLDER/jobs/RUN_ID.log
+#                                        LIST names, in turn, printing to FOLDER/jobs/RUN_ID.log;
+#                                        BIP_RUNS_AT_ONCE at once, by launch/slurm/together.py
 #
 # A run that was stopped by a signal saves and exits with 75 (or the signal kills it before its
 # handler is installed). Then this script requeues the task, because on some SLURM versions a task
@@ -57,9 +58,16 @@ run_step() {
 }
 
 run_points() {
-  local folder=$1 list=$2 run failed=0 bip_run attempt size srun_size
+  local folder=$1 list=$2 run failed=0 bip_run attempt size srun_size runs
   shift 2
-  for run in $(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list"); do
+  runs=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$list")
+  if ((${BIP_RUNS_AT_ONCE:-1} > 1)); then
+    # Without python3 on the batch node this fails, and its message is in the task's log.
+    # shellcheck disable=SC2086
+    python3 -I -S "$bip_root/launch/slurm/together.py" "$folder" "$BIP_RUNS_AT_ONCE" $runs -- "$@"
+    return
+  fi
+  for run in $runs; do
     # It failed in an earlier attempt of this task.
     [[ ! -e $folder/jobs/$run.failed ]] || { failed=1; continue; }
     read -r attempt size srun_size < <(decider begin "$folder" "$run")

@@ -35,8 +35,9 @@ class CudaSelector:
         self.starts = torch.tensor(starts, device=device) - self.begin
         # The segment of each element of the slice.
         self.segment = torch.repeat_interleave(
-            torch.arange(len(segments), device=device, dtype=torch.int32), lengths
-        )
+            torch.arange(len(segments), device=device, dtype=torch.int32), lengths,
+            output_size=self.end - self.begin,  # else the host waits for the sum
+        )  # fmt: skip
         self.ones = torch.ones(1, dtype=torch.int32, device=device).expand(self.end - self.begin)
         # (W,): whether an update met a NaN in that rank's slice.
         self.nan = torch.zeros(exchange.world, dtype=torch.bool, device=device)

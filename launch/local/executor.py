@@ -58,7 +58,7 @@ class LocalExecutor:
         """
         sweep, profile = self.sweep, self.profile
         atomic_write_json(sweep.jobs / "profile.json", profile.model_dump(mode="json"))
-        facts = profile.model_dump(exclude={"executor"})
+        facts = profile.model_dump(exclude={"executor"}) | {"cpus_per_task": profile.threads}
         if lock := Lock.try_acquire(sweep.jobs / "submit.lock"):  # fails where there are no locks
             lock.close()
         facts["env"] = {k: expanded(v, f"env: {k}") for k, v in profile.env.items()}
@@ -123,9 +123,9 @@ class LocalExecutor:
 
     def examine(self, probe: bool) -> Iterator[Finding]:
         profile, cpus = self.profile, len(os.sched_getaffinity(0))
-        threads = profile.parallelism * profile.ntasks_per_node * profile.cpus_per_task
+        threads = profile.parallelism * profile.ntasks_per_node * profile.threads
         sizes = f"{profile.parallelism} runs x {profile.ntasks_per_node} ranks x "
-        sizes += f"{profile.cpus_per_task} threads on {cpus} CPUs of this machine"
+        sizes += f"{profile.threads} threads on {cpus} CPUs of this machine"
         yield Finding("warning" if threads > cpus else "ok", f"CPUs: {sizes}")
         text = f"launch cancel: a run has {SAVE_SECONDS} s to save (--save-seconds)"
         yield Finding("ok", text, seconds=SAVE_SECONDS)

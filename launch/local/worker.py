@@ -16,6 +16,7 @@ from bip.distributed.signals import StopRequest
 from bip.errors import UserError
 from launch.local.processes import RunProcess, was_stopped
 from launch.printed import last_error, tail
+from launch.sharing import own_share
 from launch.slurm import client as slurm
 from launch.sweep import FINAL, Lock, Queue, Run, Sweep
 
@@ -81,12 +82,14 @@ def _run_first(
     if slot is None:  # the run of a killed worker still uses it
         return False
     try:
-        return any(_execute(sweep, run, queue, slot, stop) for run in ready)
+        return any(_execute(sweep, run, queue, number, slot, stop) for run in ready)
     finally:
         slot.close()
 
 
-def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest) -> bool:
+def _execute(
+    sweep: Sweep, run: Run, queue: Queue, number: int, slot: Lock, stop: StopRequest
+) -> bool:
     """Lock the run, execute it in its own process and record a failure.
 
     False if another worker was faster.
@@ -104,7 +107,15 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
             return True
         note = {"started": time.time(), "host": platform.node(), "worker": os.getpid()}
         claim.write(json.dumps(note))
+        env, share = run_environment(os.environ, queue), None
+        if queue.runs_at_once > 1:
+            share = own_share(number, queue.runs_at_once, env.get("CUDA_VISIBLE_DEVICES"))
+            if share.gpu is not None:
+                env["CUDA_VISIBLE_DEVICES"] = share.gpu
         with open(sweep.log(run.run_id), "ab") as log:
+            if share is not None:
+                log.write(f"{share.line(env)}\n".encode())
+                log.flush()
             begin = log.tell()
             # The run's process holds both locks too: if this worker is killed, the run continues,
             # no other worker starts it again, and its slot stays taken.
@@ -113,9 +124,12 @@ def _execute(sweep: Sweep, run: Run, queue: Queue, slot: Lock, stop: StopRequest
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=run_environment(os.environ, queue),
+                env=env,
                 pass_fds=(claim.descriptor, slot.descriptor),
             )
+            if share is not None:  # its threads inherit it, as Python starts none so soon
+                with contextlib.suppress(ProcessLookupError):
+                    os.sched_setaffinity(process.pid, share.cpus)
             ranks = queue.ntasks_per_node
             claim.write(json.dumps(note | {"run": process.pid, "ranks": ranks}))
             code = _wait(process, RunProcess(process.pid, ranks), stop)

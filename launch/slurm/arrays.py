@@ -361,7 +361,8 @@ def sbatch_parameters(
         further["mem"] = profile.mem
     if array.dependency:
         further |= {"dependency": array.dependency, "kill-on-invalid-dep": "yes"}
-    environment = {"OMP_NUM_THREADS": str(profile.cpus_per_task)} | profile.env
+    threads = profile.cpus_per_task // profile.runs_at_once
+    environment = {"OMP_NUM_THREADS": str(threads)} | profile.env
     exports = [
         f"export {name}={for_shell(value, f'env: {name}')}" for name, value in environment.items()
     ]
@@ -370,6 +371,7 @@ def sbatch_parameters(
         *exports,
         *([_GUARD, *profile.setup, "trap - ERR"] if profile.setup else []),
         f"export {SUBMITTED}={now} {PROFILE}={shlex.quote(str(facts.absolute()))}",
+        *([f"export BIP_RUNS_AT_ONCE={profile.runs_at_once}"] if profile.runs_at_once > 1 else []),
         # Import from the snapshot first, and not from the working folder.
         f"export PYTHONSAFEPATH=1 PYTHONPATH={path}${{PYTHONPATH:+:$PYTHONPATH}}",
         f"source {shlex.quote(str(shipped('slurm/task.sh', code.absolute())))} || exit 1",
@@ -396,7 +398,7 @@ def sbatch_parameters(
         "array_parallelism": array.parallelism,
         "setup": setup,
         "wckey": None,  # submitit would set its own
-        "use_srun": False,  # task.sh starts the ranks, one run after the other
+        "use_srun": False,  # task.sh starts the ranks
         "additional_parameters": further,
     }
 

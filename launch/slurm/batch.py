@@ -54,8 +54,8 @@ class Step:
             **(run.facts(self.task, code) if run is not None else {}),
         )
 
-    def end(self) -> str:
-        """Decide and carry it out; returns `requeued` or `final`."""
+    def decide(self) -> Decision:
+        """What becomes of the run, after gathering the facts that this needs."""
         while True:
             decision = decide(self.facts)
             if decision.counts and self.run is not None and not self.facts.unwritable:
@@ -74,7 +74,14 @@ class Step:
             elif decision.action == events.PROBE:
                 self.facts = replace(self.facts, nodes_answer=self.nodes_answer())
                 self.ask()
-            elif decision.action == events.REQUEUE:
+            else:
+                return decision
+
+    def end(self) -> str:
+        """Decide and carry it out; returns `requeued` or `final`."""
+        while True:
+            decision = self.decide()
+            if decision.action == events.REQUEUE:
                 if decision.reason:
                     self.report(f"to be requeued: {decision.reason}")
                 if self.run is not None and (problem := self.run.set_aside()):
@@ -167,12 +174,18 @@ class Step:
 
 
 class Run:
-    """One run of a sweep, with its files in FOLDER/jobs (listed in `launch/sweep.py`)."""
+    """One run of a sweep, with its files in FOLDER/jobs (listed in `launch/sweep.py`).
 
-    def __init__(self, folder: str, run_id: str, log_size: int = 0, srun_size: int = 0) -> None:
+    `own_log`: srun reports on this run in a file of its own, as others execute beside it.
+    """
+
+    def __init__(
+        self, folder: str, run_id: str, log_size: int = 0, srun_size: int = 0, own_log: bool = False
+    ) -> None:
         self.folder, self.run_id = Path(folder), run_id
         self.log_size, self.srun_size = log_size, srun_size
-        self.srun_log = self.folder / "jobs" / "slurm" / f"{own_task()}_0_log.err"
+        name = f"{own_task()}_{run_id}.err" if own_log else f"{own_task()}_0_log.err"
+        self.srun_log = self.folder / "jobs" / "slurm" / name
         self.note, self.lost, self.started, self.log, self.before = (
             self.folder / "jobs" / f"{run_id}.{kind}"
             for kind in ("failed", "lost", "begun", "log", "failed.before")
@@ -195,7 +208,7 @@ class Run:
         if code == events.KILLED or "SIGKILL" in death + lost + error:
             printed = of_srun + _after(self.log, self.log_size, 1 << 20)
             memory = deaths.look(_SLURMS.sub("", printed), os.environ)
-        logs = f"see {self.run_id}.log, and slurm/{task}_0_log.err in {self.folder}/jobs"
+        logs = f"see {self.run_id}.log, and slurm/{self.srun_log.name} in {self.folder}/jobs"
         return {
             "failed": self.note.exists(),
             "lost": lost,
@@ -263,7 +276,14 @@ class Run:
         return problem
 
     def cancel_others(self) -> None:
-        """With --fail-fast, if this run has failed: mark and cancel the sweep's other runs."""
+        """With --fail-fast, if this run has failed: mark and cancel the sweep's other runs.
+
+        Whatever is damaged or missing there does not change what becomes of this run.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlurmError):
+            self._cancel_others()
+
+    def _cancel_others(self) -> None:
         reason = str(_read_json(self.note).get("reason", ""))
         jobs = self.note.parent
         if not reason or reason.startswith("cancelled") or not (jobs / "fail_fast").exists():
@@ -353,22 +373,26 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def begin(run: Run) -> str:
+    """Before srun: note what the logs hold already; the attempt's name."""
+    run.set_aside()  # of an attempt whose batch script was killed, so it was not final
+    run.log_size, run.srun_size = _size(run.log), _size(run.srun_log)
+    return f"{own_task()}.{own_restarts()}"
+
+
 def main(command: str, *arguments: str) -> None:
     if command == "begin":
         folder, run_id = arguments
         run = Run(folder, run_id)
-        run.set_aside()  # of an attempt whose batch script was killed, so it was not final
-        print(f"{own_task()}.{own_restarts()}", _size(run.log), _size(run.srun_log))
+        print(begin(run), run.log_size, run.srun_size)
     elif command == "kill-wait":
         print(kill_wait())
     else:
         code, lasted, *names = arguments
-        sweep_run = Run(names[0], names[1], *map(int, names[2:])) if names else None
+        sweep_run = Run(names[0], names[1], int(names[2]), int(names[3])) if names else None
         verdict = Step(int(code), float(lasted), sweep_run).end()
         if verdict == "final" and sweep_run is not None:
-            # Whatever is damaged or forgotten there does not change what becomes of this run.
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError, SlurmError):
-                sweep_run.cancel_others()
+            sweep_run.cancel_others()
         print(verdict)
 
 

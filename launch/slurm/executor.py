@@ -80,7 +80,7 @@ class SlurmExecutor:
         self.max_array_size = limits.max_array_size
         if warning := check_place(configs[0].result_dir.absolute()):
             lines.append(warning)
-        return [*lines, check_disk(configs, sizes, self.profile.parallelism)]
+        return [*lines, check_disk(configs, sizes, self.profile.runs_of_stage)]
 
     def _doomed(self) -> int:
         """Tasks in the queue that `submit` will replace."""
@@ -163,7 +163,8 @@ class SlurmExecutor:
         began = 0.0
         with contextlib.suppress(ValueError):
             began = datetime.fromisoformat(record.get("start", "")).timestamp()
-        logs = [path for path in (self.sweep.log(run.run_id), self._err(task)) if path.exists()]
+        files = (self.sweep.log(run.run_id), self._err(task, run.run_id))
+        logs = [path for path in files if path.exists()]
         clocks = 60.0  # of the nodes and of the file system may differ by so many seconds
         own = [path for path in logs if path.stat().st_mtime >= began - clocks]
         facts = [how_it_ended(record), self.sweep.newest_reason(run)]
@@ -180,8 +181,11 @@ class SlurmExecutor:
             "failed", "; ".join(dict.fromkeys(filter(None, [f"{LEFT_QUEUE} {how}", *facts])))
         )
 
-    def _err(self, task: str) -> Path:
-        return self.sweep.jobs / "slurm" / f"{task}_0_log.err"
+    def _err(self, task: str, run_id: str) -> Path:
+        """What srun reports: on one of several runs at once in its own file."""
+        folder = self.sweep.jobs / "slurm"
+        own = folder / f"{task}_{run_id}.err"
+        return own if own.exists() else folder / f"{task}_0_log.err"
 
     def is_alive(self) -> bool:
         return True  # tasks that have left the queue are failed
@@ -209,7 +213,7 @@ class SlurmExecutor:
     def logs(self, run_id: str) -> list[Path]:
         files = [self.sweep.log(run_id)]
         if task := submitted_tasks(self.sweep).get(run_id):
-            files.append(self._err(task))
+            files.append(self._err(task, run_id))
         return files
 
     def examine(self, probe: bool) -> Iterator[Finding]:

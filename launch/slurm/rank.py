@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from bip.distributed.signals import SIGNALS, StopRequest, signal_name
 from bip.slurm import SlurmError, own_restarts, own_task, show_task
+from launch.sharing import take_share
 from launch.slurm import events
 from launch.slurm.events import Decision, Facts, decide
 
@@ -44,11 +45,12 @@ def run_point(
     a test's.
     """
     stop = StopRequest().install()
+    problem = take_share()
     faulthandler.enable()  # the batch script searches the log for its message on a bus error
     with contextlib.suppress(OSError):  # first, as it shows the batch script that a rank started
         mark = Path(folder) / "jobs" / f"{os.environ[POINT]}.begun"
         mark.write_text(os.environ.get(ATTEMPT, "") + "\n")
-    from bip.errors import Stopped
+    from bip.errors import Stopped, UserError
     from launch.sweep import Sweep
 
     sweep = Sweep(Path(folder))
@@ -57,6 +59,8 @@ def run_point(
     try:
         config = sweep.config(run_id)
         attempt.run_folder = config.run_folder
+        if problem:
+            raise UserError(problem)
         attempt.check_losses()
         if train is None:
             from bip.run import train as train_run
@@ -113,6 +117,9 @@ class Attempt:
         self.run_folder: Path | None = None
         self.rank = int(os.environ.get("SLURM_PROCID", "0"))
         self.profile = json.loads(Path(os.environ[PROFILE]).read_text())
+        # Of several runs at once none may have the others ended before they have saved.
+        is_shared = self.profile.get("runs_at_once", 1) > 1
+        self.requeue_by = "batch" if is_shared else self.profile["requeue_by"]
 
     @property
     def is_first(self) -> bool:
@@ -168,7 +175,7 @@ class Attempt:
             failed=self.sweep.failure_path(self.run_id).exists(),
             retries=self.profile["retries"],
             signal_lead=self.profile["signal_lead"],
-            requeue_by=self.profile["requeue_by"],
+            requeue_by=self.requeue_by,
             resume=f"{self.sweep.command('resume')} continues it",
             logs=f"see {self.run_id}.log",
         )
@@ -201,7 +208,7 @@ class Attempt:
         """Record the cause, then requeue the task or leave that to the batch script."""
         from launch.slurm import client
 
-        by_batch = self.profile["requeue_by"] == "batch"
+        by_batch = self.requeue_by == "batch"
         self._record("requeue", cause, "batch" if by_batch else "scontrol")
         if by_batch:
             return

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +29,20 @@ from tests.benchmarks.common import arguments, finish, machine, ratio, take_turn
 CASES = {"resnet18_b32": ("resnet18", 32), "resnet20s_b128": ("resnet20s", 128)}
 
 
-def make_method(arch: str, batch_size: int, method: str) -> Method:
-    """The method "dense", "bip" or "simultaneous", ready for its steps on random 32x32 images."""
+def make_method(
+    arch: str, batch_size: int, method: str, side: int = 32, classes: int = 10, **settings: Any
+) -> Method:
+    """The method "dense", "bip" or "simultaneous", ready for its steps on random square images."""
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = models.build(arch, 10).to(device).train()
+    network = models.build(arch, classes).to(device).train()
     bip = {"exp_mode": "prune", "layer_type": "unstructured", "trainer": "bilevel"}
     bip |= {"levels": "simultaneous" if method == "simultaneous" else "alternate"}
     config: RunConfig = build_config(
         {"arch": arch, "dataset": "CIFAR10", "exp_name": "benchmark", "k": 0.1, "lr": 0.01}
         | ({"exp_mode": "pretrain"} if method == "dense" else bip)
         | {"print_freq": 10**9, "precision": "bf16" if device.type == "cuda" else "fp32"}
+        | settings
     )
     if device.type == "cuda":
         network = network.to(memory_format=torch.channels_last)
@@ -50,8 +54,8 @@ def make_method(arch: str, batch_size: int, method: str) -> Method:
             pruned.scores.copy_(pruned.weights)
         pruned.update_mask()
         pruned.write_z()
-    images = torch.randn(batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(10, (batch_size,), device=device)
+    images = torch.randn(batch_size, 3, side, side, device=device)
+    labels = torch.randint(classes, (batch_size,), device=device)
     batch: Batch = (images, labels)
 
     def batches(_level: str, _start: int) -> Iterator[Batch]:

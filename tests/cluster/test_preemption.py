@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,32 @@ def test_user_signal_without_requeueing_by_slurm_in_chunks(
         assert sweep.causes(run_id, "end") == ["SIGUSR2", "finished"]
         assert [record["by"] for record in sweep.attempts(run_id, "requeue")] == ["batch"]
     sweep.assert_as_undisturbed(*struck)
+
+
+def test_runs_that_share_a_task_survive_a_preemption(
+    patient: Cluster, sweep_on: SweepOn, source: Path
+) -> None:
+    """Three runs, two at once: both save, the task is requeued once, and all end as runs alone."""
+    sweep = sweep_on(patient, nodes=1, cpus_per_task=2)
+    line = ("--series", "0.5,0.2,0.1", "--source-net", source, *LONG)
+    assert sweep.series("Digits/bip.yml", *line, "--runs-per-task", 3, "--runs-at-once", 2) == 0
+    assert [len(array["tasks"]) for array in sweep.arrays()] == [1]
+    task = sweep.task(next(iter(sweep.runs())))
+    sweep.wait(lambda: sum(map(sweep.is_training, sweep.runs())) == 2, "two runs train")
+    struck = [name for name in sweep.runs() if sweep.attempts(name)]
+    assert len(struck) == 2
+    parts = [re.search(r"share \d of 2: CPUs ([\d,]+)", sweep.log(name)) for name in struck]
+    assert parts[0] is not None is not parts[1]
+    assert {*parts[0][1].split(",")}.isdisjoint(parts[1][1].split(","))
+    high(patient, 1)
+    sweep.wait(sweep.all_done, "all are done")
+    patient.wait(lambda: patient.job(task)["JobState"] == "COMPLETED", "the task is done")
+    assert patient.job(task)["Restarts"] == "1"
+    for run_id in sweep.runs():
+        stops = ["SIGUSR2"] if run_id in struck else []
+        assert sweep.causes(run_id, "end") == [*stops, "finished"]
+        assert [r["by"] for r in sweep.attempts(run_id, "requeue")] == ["batch"] * len(stops)
+    sweep.assert_as_undisturbed(*sweep.runs(), ranks=1)
 
 
 def test_every_method_survives_a_preemption(

@@ -85,7 +85,7 @@ def check_product(pruned: PrunedParameters) -> None:
 
 @pytest.mark.parametrize("layer_type", LAYER_TYPES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("trainer", ["bip", "feather"])
+@pytest.mark.parametrize("trainer", ["bip", "hydra", "feather"])
 def test_an_iteration_never_waits_for_the_gpu(
     trainer: str, layer_type: str, precision: str
 ) -> None:

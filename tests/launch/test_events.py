@@ -360,7 +360,7 @@ def test_it_runs_with_a_bare_python() -> None:
     script = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import launch.slurm.batch
+import launch.slurm.batch, launch.slurm.together
 for name, module in sorted(sys.modules.items()):
     if name.split(".")[0] in ("bip", "launch"):
         print(module.__file__)
@@ -369,7 +369,7 @@ for name, module in sorted(sys.modules.items()):
 """
     words = [sys.executable, "-I", "-S", "-c", script]
     files = subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert len(files) == 9
+    assert len(files) == 10
     for path in files:
         text = Path(path).read_text()
         ast.parse(text, feature_version=(3, 8))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -118,10 +119,11 @@ def make_setup(
     layer_type: LayerType = "unstructured",
     clock: Clock = Clock(100, 10),  # noqa: B008
     network: nn.Module | None = None,
+    device: str = "cpu",
     **settings: Any,
 ) -> Setup:
     """`method` is a key of METHODS, the name of a method, or "pretrain"."""
-    network = small_net() if network is None else network
+    network = (small_net() if network is None else network).to(device)
     if method == "pretrain":
         config = make_config(exp_mode="pretrain", layer_type="dense", **settings)
         pruned = None
@@ -129,15 +131,19 @@ def make_setup(
         how = METHODS.get(method, {"exp_mode": "prune", "trainer": method})
         config = make_config(layer_type=layer_type, **how, **settings)
         pruned = prune(network, layer_type, str(config.k), scope=config.ranking_scope)
-        pruned.followers = find_followers(network, pruned.layout, random_batch(0)[0])
+        pruned.followers = find_followers(network, pruned.layout, random_batch(0)[0].to(device))
         pruned.update_mask()
         pruned.write_z()
         if method == "finetune":
             pruned.write_followers()
     train_mode(network, config.freeze_bn)
-    run = ForwardBackward(config, network, None, 0, torch.device("cpu"))
+    run = ForwardBackward(config, network, None, 0, torch.device(device))
+    images, labels = random_batch(0, config.batch_size)
+    there = images.to(device), labels.to(device)
 
     def batches(level: str, start: int) -> Iterator[Batch]:
+        if device != "cpu":  # no copies in a step
+            return repeat(there)
         return random_batches(start + (1000 if level == "upper" else 0), config.batch_size)
 
     parts = Parts(config, network, pruned, run, batches, clock)
