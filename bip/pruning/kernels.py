@@ -16,10 +16,10 @@ from types import FunctionType
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import torch
 from numba import types
-from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from bip.pruning.select import HASH, MAGNITUDE
@@ -37,8 +37,8 @@ i32, u32 = numba.int32, numba.uint32
 def _find_cache() -> None:
     """Have numba cache in a folder of this user's on the node's own disk.
 
-    Beside the code, where numba looks first, may be a disk that all nodes share, and a container may
-    let us write neither there nor to the home folder. NUMBA_CACHE_DIR names another.
+    Beside the code, where numba looks first, may be a disk that all nodes share, and a container
+    may let us write neither there nor to the home folder. NUMBA_CACHE_DIR names another.
     """
     if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
         with contextlib.suppress(OSError):  # no such disk: numba looks for a folder itself
@@ -147,9 +147,9 @@ def sweep(
 ) -> None:
     """One read pass: (keys above `high`, keys in [low, high], the largest key) into `heads`.
 
-    Puts the keys in [low, high] into `found` if they are at most m. `found` (parts, m + SWEEP_BLOCK)
-    and `heads` (parts, 3) have a row for each part. Every step makes this pass; it is as fast as reading
-    memory.
+    Puts the keys in [low, high] into `found` if they are at most m.
+    `found` (parts, m + SWEEP_BLOCK) and `heads` (parts, 3) have a row for each part. Every step
+    makes this pass; it is as fast as reading memory.
     """
     for part in numba.prange(parts):
         piece = bits[part * bits.size // parts : (part + 1) * bits.size // parts]
@@ -295,6 +295,10 @@ def upper_gradient(
             result[i] = -slope if s[i] < 0 else slope
 
 
+intrinsic: Any = numba.extending.intrinsic
+carray: Any = numba.carray  # type: ignore[attr-defined]
+
+
 @intrinsic
 def _fma(_context, a, b, c):  # type: ignore[no-untyped-def]
     """a · b + c, rounded once."""
@@ -304,7 +308,7 @@ def _fma(_context, a, b, c):  # type: ignore[no-untyped-def]
 @intrinsic
 def _pointer(_context, address):  # type: ignore[no-untyped-def]
     """The float32 values at an address."""
-    signature = types.CPointer(types.float32)(address)
+    signature = types.CPointer(types.float32)(address)  # type: ignore[no-untyped-call]
 
     def cast(context, builder, signature, values):  # type: ignore[no-untyped-def]
         return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
@@ -314,7 +318,7 @@ def _pointer(_context, address):  # type: ignore[no-untyped-def]
 
 @compiled
 def _values(address: int, first: int, last: int) -> Floats:
-    values: Floats = numba.carray(_pointer(address), (last,), np.float32)[first:]
+    values: Floats = carray(_pointer(address), (last,), np.float32)[first:]
     return values
 
 
