@@ -12,7 +12,8 @@ written: 63 bytes a weight, at the speed of a fused pass over tensors of that si
 lower step 25, upper step 25, selection 4, and to write what changes of m and z 5; in layers with
 filters that are pruned whole the upper step's gradient is written and scaled before.)
 Each `_gbs` is the bytes that must move over the least time: read and warm 4 a score, write 5,
-write_all and the fused pass 13. `read_gbs` and `fused_gbs` are this machine's bounds in the same run.
+write_all and the fused pass 13. `read_gbs` and `fused_gbs` are this machine's bounds, in the same
+run.
 """
 
 import itertools
