@@ -4,8 +4,8 @@ A warm selection makes two all-gathers of 4,892 bytes a rank in all, whatever th
 (`tests.benchmarks.threshold` counts them). Their time is modelled as 2 · rounds · a, plus the bytes
 received over b: `a` is the latency of a round, `b` the bandwidth of a rank:
 
-- gloo: measured here, between 2 and 4 processes of this machine, its ring of W − 1 rounds. A network
-  is left out; where 4 processes share fewer cores, waiting for them is in.
+- gloo: measured here, between 2 and 4 processes of this machine, its ring of W − 1 rounds. There is
+  no network in it; where 4 processes share fewer cores, waiting for them is in.
 - NCCL: published figures, assumed and not measured here. A ring takes W − 1 rounds; NCCL chooses a
   PAT for small messages since 2.23 (one rank per node), with log2(W) rounds; both are shown.
   --nccl-us: 14 µs a round between nodes, `hwLat` of NCCL's src/graph/tuning.cc (network, ring,
