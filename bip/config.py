@@ -535,9 +535,10 @@ class RunConfig(BaseModel):
     def idle(self) -> dict[str, str]:
         """The settings without effect in this run, each with the reason."""
         found = {}
+        method = self.method
         for name in RunConfig.model_fields:
-            if not acts_in(self.method, name):
-                found[name] = f"{self.method.name} does not use it"
+            if not acts_in(method, name):
+                found[name] = f"{method.name} does not use it"
             elif reason := about(name).idle(self):
                 found[name] = reason
         return found

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class PlannedRun:
     needs: tuple[str, ...]  # run IDs
     swept: dict[str, str] = field(default_factory=dict)  # settings beside the axes that vary
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         return self.config.run_id
 

@@ -6,22 +6,26 @@ woken first, on cores where torch's own threads still spin.
 """
 
 import contextlib
+import fcntl
 import os
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 import torch
+from numba import types
 from numpy.typing import NDArray
 
 from bip.pruning.select import HASH, MAGNITUDE
 
-BLOCK = 64  # elements counted without branches; searched only if one is a candidate
+BLOCK = 64  # elements counted without branches; looked at again only if one changed or is sought
+SWEEP_BLOCK = 256  # the same for `sweep`, where it is faster: fewer sums of vectors
 THREAD_WORTH = 1 << 18  # elements; for fewer a thread costs more than it saves
 
 Bits = NDArray[np.int32]
@@ -31,14 +35,14 @@ i32, u32 = numba.int32, numba.uint32
 
 
 def _find_cache() -> None:
-    """Have numba cache in a folder of this user's where it finds none itself.
+    """Have numba cache in a folder of this user's on the node's own disk.
 
-    It looks beside the code and in the home folder, which a container may not let it write.
+    Beside the code, where numba looks first, may be a disk that all nodes share, and a container
+    may let us write neither there nor to the home folder. NUMBA_CACHE_DIR names another.
     """
-    try:
-        numba.njit(cache=True)(_private_folder)
-    except RuntimeError:
-        numba.config.CACHE_DIR = _private_folder()  # type: ignore[attr-defined]
+    if not numba.config.CACHE_DIR:  # type: ignore[attr-defined]
+        with contextlib.suppress(OSError):  # no such disk: numba looks for a folder itself
+            numba.config.CACHE_DIR = _private_folder()  # type: ignore[attr-defined]
 
 
 def _private_folder() -> str:
@@ -51,6 +55,20 @@ def _private_folder() -> str:
             folder.chmod(0o700)
             return str(folder)
     return tempfile.mkdtemp(prefix="bip-numba-")
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time() -> Iterator[None]:
+    """Hold this node's lock for compiling: what one process compiles, the next ones load."""
+    lock = None
+    with contextlib.suppress(OSError):  # without a lock each process compiles
+        lock = os.open(Path(_private_folder(), "lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 _find_cache()
@@ -79,7 +97,12 @@ def in_parts(function: Any) -> Callable[..., None]:
     alone, together = compiled(function), threaded(twin)
 
     def call(parts: int, *arguments: Any) -> None:
-        (together if parts > 1 else alone)(parts, *arguments)
+        compiled_one = together if parts > 1 else alone
+        if compiled_one.signatures:
+            compiled_one(parts, *arguments)
+            return
+        with _one_process_at_a_time():
+            compiled_one(parts, *arguments)
 
     return call
 
@@ -88,11 +111,11 @@ def in_parts(function: Any) -> Callable[..., None]:
 def _sweep(bits: Bits, low: np.int32, high: np.int32, found: Bits) -> tuple[int, int, int]:
     above = inside = 0
     top = i32(0)
-    whole = bits.size // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):
+    whole = bits.size // SWEEP_BLOCK * SWEEP_BLOCK
+    for start in range(0, whole, SWEEP_BLOCK):
         more, least = i32(0), i32(0)
         block_top = i32(0)
-        for j in range(BLOCK):
+        for j in range(SWEEP_BLOCK):
             key = bits[start + j] & MAGNITUDE
             more += i32(key > high)
             least += i32(key >= low)
@@ -100,12 +123,13 @@ def _sweep(bits: Bits, low: np.int32, high: np.int32, found: Bits) -> tuple[int,
         above += int(more)
         top = max(top, block_top)
         if least != more:
-            for j in range(BLOCK):
-                key = bits[start + j] & MAGNITUDE
-                if low <= key <= high:
-                    if inside < found.size:
-                        found[inside] = key
-                    inside += 1
+            if inside + SWEEP_BLOCK <= found.size:
+                place = inside
+                for j in range(SWEEP_BLOCK):  # without branches, which nobody could predict
+                    key = bits[start + j] & MAGNITUDE
+                    found[place] = key
+                    place += int((low <= key) & (key <= high))
+            inside += int(least - more)
     for i in range(whole, bits.size):
         key = bits[i] & MAGNITUDE
         above += int(key > high)
@@ -123,9 +147,9 @@ def sweep(
 ) -> None:
     """One read pass: (keys above `high`, keys in [low, high], the largest key) into `heads`.
 
-    Puts the keys in [low, high] into `found`, as many as fit. `found` (parts, m) and `heads`
-    (parts, 3) have a row for each part. Every step makes this pass; it is as fast as reading
-    memory.
+    Puts the keys in [low, high] into `found` if they are at most m.
+    `found` (parts, m + SWEEP_BLOCK) and `heads` (parts, 3) have a row for each part. Every step
+    makes this pass; it is as fast as reading memory.
     """
     for part in numba.prange(parts):
         piece = bits[part * bits.size // parts : (part + 1) * bits.size // parts]
@@ -202,14 +226,14 @@ def _write(
             moved |= i32(mask[start + j]) ^ keep
         kept += int(count)
         checksum = u32(checksum + hashes)
-        if moved:
+        if moved:  # the whole block, without branches: faster than its few changes one by one
             for j in range(BLOCK):
                 own = bits[start + j] & MAGNITUDE
-                keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
-                if i32(mask[start + j]) != keep:
-                    mask[start + j] = np.uint8(keep)
-                    if has_z:
-                        z[start + j] = weights.dtype.type(keep) * weights[start + j]
+                keep = (own > key) | ((own == key) & (i32(j) <= ties))
+                mask[start + j] = np.uint8(keep)
+            if has_z:
+                for j in range(BLOCK):
+                    z[start + j] = weights.dtype.type(mask[start + j]) * weights[start + j]
     for i in range(whole, bits.size):
         own = bits[i] & MAGNITUDE
         keep = (own > key) | ((own == key) & (i <= last))
@@ -269,3 +293,116 @@ def upper_gradient(
         for i in range(x.size):
             slope = (w[i] - inv_gamma * x.dtype.type(m[i]) * x[i]) * x[i]
             result[i] = -slope if s[i] < 0 else slope
+
+
+intrinsic: Any = numba.extending.intrinsic
+carray: Any = numba.carray  # type: ignore[attr-defined]
+
+
+@intrinsic
+def _fma(_context, a, b, c):  # type: ignore[no-untyped-def]
+    """a · b + c, rounded once."""
+    return a(a, b, c), lambda _context, builder, _signature, values: builder.fma(*values)
+
+
+@intrinsic
+def _pointer(_context, address):  # type: ignore[no-untyped-def]
+    """The float32 values at an address."""
+    signature = types.CPointer(types.float32)(address)  # type: ignore[no-untyped-call]
+
+    def cast(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return signature, cast
+
+
+@compiled
+def _values(address: int, first: int, last: int) -> Floats:
+    values: Floats = carray(_pointer(address), (last,), np.float32)[first:]
+    return values
+
+
+@compiled
+def _sgd(
+    slope: np.float32, value: np.float32, old: np.float32, sgd: Floats, decays: bool
+) -> tuple[np.float32, np.float32]:
+    """SGD's new (value, momentum) by torch's formula, and rounded where torch rounds."""
+    if decays:
+        slope = _fma(sgd[2], value, slope)
+    momentum = sgd[1] * old + slope
+    return _fma(-sgd[0], momentum, value), momentum
+
+
+@compiled
+def _lower(
+    g: Floats, mask: Mask, weights: Floats, momentum: Floats, z: Floats, sgd: Floats
+) -> None:
+    decays = sgd[2] != 0
+    for i in range(g.size):
+        kept = np.float32(mask[i])
+        weight, momentum[i] = _sgd(kept * g[i], weights[i], momentum[i], sgd, decays)
+        weights[i] = weight
+        z[i] = kept * weight
+
+
+@in_parts
+def lower_step(
+    parts: int, size: int, starts: NDArray[np.int64], gradients: NDArray[np.int64],
+    targets: NDArray[np.int64], mask: Mask, weights: Floats, momentum: Floats, sgd: Floats,
+) -> None:  # fmt: skip
+    """SGD's step of θ by m ⊙ g, and z = m ⊙ θ, in one pass over the first `size` weights.
+
+    One call for all layers: layer t has the flat places starts[t] to starts[t + 1], its g is at the
+    address gradients[t], its z at targets[t]. `sgd`: learning rate, momentum, weight decay. All
+    floats are float32.
+    """
+    for part in numba.prange(parts):
+        begin, end = part * size // parts, (part + 1) * size // parts
+        for t in range(gradients.size):
+            a, b = max(begin, starts[t]), min(end, starts[t + 1])
+            if a < b:
+                g = _values(gradients[t], a - starts[t], b - starts[t])
+                z = _values(targets[t], a - starts[t], b - starts[t])
+                _lower(g, mask[a:b], weights[a:b], momentum[a:b], z, sgd)
+
+
+@compiled
+def _upper(
+    inv_gamma: np.float32, g: Floats, weights: Floats, mask: Mask, scores: Floats,
+    momentum: Floats, sgd: Floats,
+) -> None:  # fmt: skip
+    decays = sgd[2] != 0
+    for i in range(g.size):
+        slope = (weights[i] - inv_gamma * np.float32(mask[i]) * g[i]) * g[i]
+        slope = -slope if scores[i] < 0 else slope
+        scores[i], momentum[i] = _sgd(slope, scores[i], momentum[i], sgd, decays)
+
+
+@compiled
+def _move(gradient: Floats, scores: Floats, momentum: Floats, sgd: Floats) -> None:
+    decays = sgd[2] != 0
+    for i in range(gradient.size):
+        scores[i], momentum[i] = _sgd(gradient[i], scores[i], momentum[i], sgd, decays)
+
+
+@in_parts
+def upper_step(
+    parts: int, size: int, starts: NDArray[np.int64], gradients: NDArray[np.int64],
+    given: NDArray[np.bool_], inv_gamma: np.float32, weights: Floats, mask: Mask, scores: Floats,
+    momentum: Floats, sgd: Floats,
+) -> None:  # fmt: skip
+    """SGD's step of the scores by `upper_gradient`, in one pass; see `lower_step`.
+
+    Where given[t], the gradient itself, not g, is at the address gradients[t].
+    """
+    for part in numba.prange(parts):
+        begin, end = part * size // parts, (part + 1) * size // parts
+        for t in range(gradients.size):
+            a, b = max(begin, starts[t]), min(end, starts[t + 1])
+            if a < b:
+                g = _values(gradients[t], a - starts[t], b - starts[t])
+                s, v = scores[a:b], momentum[a:b]
+                if given[t]:
+                    _move(g, s, v, sgd)
+                else:
+                    _upper(inv_gamma, g, weights[a:b], mask[a:b], s, v, sgd)

@@ -245,11 +245,12 @@ class CpuSelector:
         collected all keys in the bracket.
         """
         bits, parts = search.bits, kernels.share(search.bits.size)
-        found = np.empty((parts, min(bits.size, max(4096, bits.size // (16 * parts)))), np.int32)
+        most = min(bits.size, max(4096, bits.size // (16 * parts)))
+        found = np.empty((parts, most + kernels.SWEEP_BLOCK), np.int32)
         heads = np.empty((parts, 3), np.int64)
         kernels.sweep(parts, bits, np.int32(search.low), np.int32(search.high), found, heads)
         inside = heads[:, 1]
-        if inside.max() <= found.shape[1]:
+        if inside.max() <= most:
             kept = [row[:count] for row, count in zip(found, inside, strict=True)]
             search.source = np.concatenate(kept)
         return int(heads[:, 0].sum()), int(inside.sum()), int(heads[:, 2].max())

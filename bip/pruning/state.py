@@ -162,16 +162,23 @@ class PrunedParameters:
             self.gradient.mul_(torch.where(self.mask > 0, 1.0, pruned_scale))
         self.scores.grad = self.gradient
 
+    def layers_with_dead_filters(self) -> list[int]:
+        """The convolutions of which a filter is pruned whole, by number. Waits for the device."""
+        masks = enumerate(self.views(self.mask))
+        return [i for i, m in masks if m.dim() > 2 and not m.flatten(1).any(1).all()]
+
     @torch.no_grad()
-    def scale_dead_filters(self) -> None:
+    def scale_dead_filters(self, layers: Sequence[int] | None = None) -> None:
         """Scale s.grad of wholly pruned filters down to the mean size of the living ones'.
 
         A filter that is pruned whole gives zero, where batch-norm in training mode has the slope
         1/sqrt(eps), about 316; a living filter has 1/σ. Unscaled, the scores of dead filters
         outgrow all others within a few steps, and the mask becomes noise. Filters of one layer
-        keep their order. Does not wait for the device.
+        keep their order. Does not wait for the device. `layers`: only these, by number.
         """
-        for gradient, mask in zip(self.views(self.gradient), self.views(self.mask), strict=True):
+        for layer in range(len(self.z)) if layers is None else layers:
+            tensor = self.layout.tensors[layer]
+            gradient, mask = self.view(self.gradient, tensor), self.view(self.mask, tensor)
             if mask.dim() <= 2:
                 continue  # no convolution: its outputs are the classes, or unnormalised
             lives = mask.flatten(1).amax(1)

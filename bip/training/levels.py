@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bip.config import RunConfig
 from bip.methods.base import Parts
+from bip.training import fused
 from bip.training.forward import Batch, Report
 from bip.training.optim import Clock, build_optimizer, lower_rate, set_rate, split_parameters
 
@@ -26,6 +27,7 @@ class LowerLevel:
         owned: nn.Parameter | None = None,
     ) -> None:
         self.parts, self.repeats, self.mask_is_final = parts, repeats, mask_is_final
+        self.owns_weights = parts.pruned is not None and owned is None
         pruned = parts.pruned
         norm, others = split_parameters(parts.network, pruned.z if pruned else ())
         if pruned is not None:
@@ -50,12 +52,15 @@ class LowerLevel:
 
     def update(self) -> None:
         """Move what the level owns by the gradient taken, then z."""
-        self.move_weights()
         pruned = self.parts.pruned
-        if pruned is not None:
-            pruned.write_z()
-            if self.mask_is_final:
-                pruned.write_followers()
+        if pruned is not None and self.owns_weights and fused.lower_step(self.optimizer, pruned):
+            self.optimizer.step()  # biases and batch-norm; θ has no .grad now
+        else:
+            self.move_weights()
+            if pruned is not None:
+                pruned.write_z()
+        if pruned is not None and self.mask_is_final:
+            pruned.write_followers()
 
     def move_weights(self) -> None:
         """Move what the level owns by the gradient taken; z is not written yet."""
@@ -104,9 +109,11 @@ class UpperLevel:
         every = parts.config.print_freq if self.measures_terms else parts.clock.per_epoch
         if any(parts.clock.is_due(iteration + 1, due) for due in (every, parts.clock.per_epoch)):
             self.term_norms = self.pruned.term_norms(self.inv_gamma)
-        self.pruned.set_upper_gradient(self.inv_gamma)
-        if parts.config.dead_filters == "scaled":
-            self.pruned.scale_dead_filters()
+        scaled = parts.config.dead_filters == "scaled"
+        if not fused.upper_step(self.optimizer, self.pruned, self.inv_gamma, scaled):
+            self.pruned.set_upper_gradient(self.inv_gamma)
+            if scaled:
+                self.pruned.scale_dead_filters()
         self.optimizer.step()
 
     def facts(self) -> dict[str, float]:

@@ -43,7 +43,14 @@ def make_sweep(folder: Path, count: int) -> Sweep:
         where = sweep.folder / run.folder
         where.mkdir(parents=True)
         if number % 2 == 0:
-            result = {"kept": 7, "sparsity": 0.5, "top1": 91.0, "epochs": 100, "seconds": 900.0}
+            result = {
+                "dataset": "Digits",
+                "kept": 7,
+                "sparsity": 0.5,
+                "top1": 91.0,
+                "epochs": 100,
+                "seconds": 900.0,
+            }
             (where / "result.json").write_text(json.dumps(result))
             continue
         (where / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -189,6 +189,22 @@ def test_compiled_passes_in_a_container_that_lets_us_write_nothing() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_ranks_that_start_at_once_compile_once_on_the_nodes_own_disk(tmp_path: Path) -> None:
+    code = "import numpy as np; from bip.pruning import kernels; one = np.ones(1, np.float32)"
+    code += "; kernels.mask_out(1, one, np.ones(1, np.uint8), one)"
+    env = os.environ | {"TMPDIR": str(tmp_path), "NUMBA_DEBUG_CACHE": "1", "NUMBA_CACHE_DIR": ""}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    printed = "".join(rank.communicate()[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [0, 0, 0]
+    assert printed.count("data saved") == 1
+    assert printed.count("data loaded") == 2
+    folder = tmp_path / f"bip-numba-{os.getuid()}"
+    assert all(str(folder) in line for line in printed.splitlines() if "saved" in line)
+
+
 def test_compiled_code_is_taken_from_no_other_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
