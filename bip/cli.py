@@ -128,13 +128,11 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
 
 
 def _check_folder() -> None:
-    """Raise UserError if the current folder was removed: torch's libraries would end the process."""
+    """Raise UserError if the current folder was removed: torch would end the process."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UserError(
-            "the current folder does not exist any more; cd into one that does"
-        ) from None
+        raise UserError("the current folder does not exist; cd into one that does") from None
 
 
 def program(package: str, script: str) -> str:

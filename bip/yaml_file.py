@@ -10,6 +10,8 @@ from pydantic import BaseModel
 from bip.errors import UserError
 from bip.files import may_pass
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class Loader(yaml.SafeLoader):
     """SafeLoader that leaves numbers as they are written, for the settings' own types to read.
@@ -22,7 +24,8 @@ class Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # declared so by PyYAML
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        own = (key for key, _ in node.value if key.tag != _MERGE)  # which may override what it adds
+        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise UserError(f"key {twice!r} is written twice")
@@ -35,7 +38,7 @@ Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
 Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
     "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
 )
-Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])  # type: ignore[no-untyped-call]
+Loader.add_implicit_resolver(_MERGE, re.compile(r"<<$"), ["<"])  # type: ignore[no-untyped-call]
 
 
 def refuse_leading_zeros(model: type[BaseModel], values: dict[str, Any]) -> None:
@@ -62,6 +65,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML: brackets nested too deeply") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: must hold 'key: value' lines")
     return values

@@ -115,6 +115,25 @@ def test_a_profile_keeps_its_texts(tmp_path: Path) -> None:
         load_profile(path)
 
 
+def test_yaml_merges_and_refuses_endless_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text("a: &x {b: 1, d: 3}\nc: {<<: *x, d: 2}\n")
+    assert read_yaml(path)["c"] == {"b": "1", "d": "2"}
+    path.write_text(f"a: {'[' * 5000}")
+    with pytest.raises(UserError, match=r"c.yml: not YAML"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "line", ['account: "a\\nb"', "qos: |\n  a\n  b", 'sbatch: {comment: "a\\nb"}']
+)
+def test_an_option_of_sbatch_is_one_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text(f"executor: slurm\n{line}\n")
+    with pytest.raises(UserError, match=f"{line.split(':')[0]}: must be one line"):
+        load_profile(path)
+
+
 @pytest.mark.parametrize(
     ("name", "what"), [("x" * 300, "300 bytes"), ("ü" * 128, "256 bytes"), ("a\nb", "control")]
 )

@@ -181,6 +181,12 @@ def test_a_head_of_other_classes_starts_fresh(weights: dict[str, Tensor], tmp_pa
         "finetune", tmp_path, source_net=path, layer_type="dense", max_steps=1, reset_head=True
     )
     assert finished.result["kept"] == finished.result["total"]
+    # Its model has no mask, so methods may prune it; it does not fine-tune a pruned network.
+    source = finished.folder
+    start = run.Run(load_config(arguments("bip", tmp_path / "on", source_net=source)), ALONE)
+    assert torch.equal(start.network.state_dict()["linear.bias"], finished.weights["linear.bias"])
+    with pytest.raises(UserError, match="source_net"):
+        run.Run(load_config(arguments("finetune", tmp_path / "no", source_net=source)), ALONE)
 
 
 # Garbage
