@@ -386,13 +386,14 @@ def _read_labels(tree: Tree, names: list[str], prefix: str, split: str, labels: 
     return first
 
 
-def _read_list(text: str, source: str, labels: _Labels) -> None:
+def _read_list(text: str, source: str, labels: _Labels, by_header: bool = True) -> None:
     """Labels from lines "NAME LABEL": the label a class name, or its number in the order of
     LOC_synset_mapping.txt or else of the names.
 
     Separators are tabs, commas, semicolons, bars or spaces; names may have folders, quotes and
-    spaces, or lack their suffix. With a header, name and label are in the columns that it calls so;
-    else the label is in the column after the name, or before a name that is last (MXNet's .lst).
+    spaces, or lack their suffix. With a header, name and label are in the columns that it calls so
+    (if `by_header`, which is given up where it finds nothing); else the label is in the column
+    after the name, or before a name that is last (MXNet's .lst).
 
     Raises:
         UserError: an image has two labels; the list has a column for each class.
@@ -415,13 +416,16 @@ def _read_list(text: str, source: str, labels: _Labels) -> None:
             if column is None and not labels.of:
                 column = next((n for n, cell in enumerate(lowered) if cell in _LABEL_COLUMNS), None)
                 names = (lowered.index(name) for name in _NAME_COLUMNS if name in lowered)
-                naming = None if column is None else next(names, None)
-                if column is None and sum(labels.is_class(cell.strip()) for cell in fields) > 1:
+                naming = next(names, None) if by_header and column is not None else None
+                classes = {cell.strip() for cell in fields if labels.is_class(cell.strip())}
+                if column is None and len(classes) > 1 and not any(map(is_image, fields)):
                     raise UserError(
                         f"{source}: has a column for each class; write lines NAME,CLASS instead: "
                         f"python -c \"import pandas as p; d=p.read_csv('{source}',index_col=0); "
                         f"d.idxmax(axis=1).to_csv('NEW.csv',header=False)\""
                     )
+    if naming is not None and not labels.of:
+        _read_list(text, source, labels, by_header=False)
 
 
 def _without_boxes(label: str, labels: _Labels, source: str) -> str:

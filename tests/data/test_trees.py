@@ -376,6 +376,7 @@ def with_list(tmp_path: Path, text: str) -> Path:
     [
         '"","id","label"\n"3","0","a"\n"2","1","b"\n"1","2","a"\n"0","3","b"\n',  # R's row names
         "label,id\n0,0\n1,1\n0,2\n1,3\n",
+        "id,photo,label\nx,0,0\ny,1,1\nz,2,0\nz,3,1\n",  # not by the header's name
     ],
 )
 def test_a_header_names_the_column_of_images(text: str, tmp_path: Path) -> None:
