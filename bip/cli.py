@@ -104,10 +104,14 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
         commands: by name; `argv[0]` is the name.
         argv: the arguments of the command line.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: a file of ours would get its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show ends nothing
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_folder()
         return call(commands, argv, program(package, script))
     except (Exception, KeyboardInterrupt) as error:
         found = outcome(error)
@@ -121,6 +125,14 @@ def run(package: str, script: str, commands: Mapping[str, Command], argv: list[s
         if isinstance(error, RankError):
             os._exit(code)  # a normal exit may wait for a dead rank forever
         return code
+
+
+def _check_folder() -> None:
+    """Raise UserError if the current folder was removed: torch would end the process."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError("the current folder does not exist; cd into one that does") from None
 
 
 def program(package: str, script: str) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Container
 from decimal import Decimal
@@ -57,6 +58,7 @@ from bip.yaml_file import read_yaml, refuse_leading_zeros
 
 # The published names that torchvision has weights for (`bip.models.resnet_imagenet`).
 _OF_TORCHVISION = ("ResNet18", "ResNet34", "ResNet50")
+_LONGEST_NAME = 255  # bytes, of a file or folder on every file system in use
 
 
 def _networks() -> list[str]:
@@ -378,8 +380,10 @@ class RunConfig(BaseModel):
     @field_validator("exp_name")
     @classmethod
     def _exp_name_is_a_folder(cls, name: str) -> str:
-        if name in (".", "..") or "/" in name or "\0" in name:
-            raise ValueError("must be a plain folder name, without '/'")
+        if name in (".", "..") or "/" in name or not name.isprintable():
+            raise ValueError("must be a plain folder name, without '/' and control characters")
+        if (size := len(os.fsencode(name))) > _LONGEST_NAME:
+            raise ValueError(f"has {size} bytes; file systems take at most {_LONGEST_NAME}")
         return name
 
     @field_validator("step_drops")

@@ -13,6 +13,8 @@ from bip.files import may_pass
 # libyaml is eight times faster, which matters for the report of a thousand runs.
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+_MERGE = "tag:yaml.org,2002:merge"
+
 
 class Loader(_Base):  # type: ignore[misc]
     """SafeLoader that leaves numbers as they are written, for the settings' own types to read.
@@ -25,7 +27,8 @@ class Loader(_Base):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # declared so by PyYAML
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        own = (key for key, _ in node.value if key.tag != _MERGE)  # which may override what it adds
+        keys = [self.construct_object(key, deep=True) for key in own]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
             raise UserError(f"key {twice!r} is written twice")
@@ -39,7 +42,7 @@ Loader.add_implicit_resolver(
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"), ["~", "n", "N", ""]
 )
-Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"<<$"), ["<"])
+Loader.add_implicit_resolver(_MERGE, re.compile(r"<<$"), ["<"])
 
 
 def refuse_leading_zeros(model: type[BaseModel], values: dict[str, Any]) -> None:
@@ -66,6 +69,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not YAML: brackets nested too deeply") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UserError(f"{path}: must hold 'key: value' lines")
     return values

@@ -208,6 +208,14 @@ class SlurmProfile(Profile):
     )
     retries: Retries = Field(Retries(), description="by cause")
 
+    @field_validator("partition", "account", "qos", "constraint", "mem", "sbatch")
+    @classmethod
+    def _one_line(cls, value: Any) -> Any:
+        for text in value.values() if isinstance(value, dict) else [value]:
+            if re.search(r"[\x00-\x1f]", str(text)):  # the lines after it would be shell commands
+                raise ValueError(f"must be one line, not {text!r}")
+        return value
+
     @field_validator("sbatch")
     @classmethod
     def _no_key_twice(cls, options: dict[str, str | int | bool]) -> dict[str, str | int | bool]:

@@ -8,6 +8,7 @@ import re
 import struct
 import zlib
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -192,22 +193,51 @@ def resize_window(
         planes: uint8, shape (channels, any, any).
     """
     top, left = corner
-    before, axis = list(planes.shape[1:]), 0 if size[0] > size[1] else 1
-    if max(size) > _LONGEST * min(size) and size[axis] > before[axis]:
-        scale = size[axis] / before[axis]
-        start = max(0, int(corner[axis] / scale) - 2)
-        stop = min(before[axis], int((corner[axis] + image_dim) / scale) + 3)
+    height, width = planes.shape[1:]
+    if (part := part_of_long((height, width), size, corner, image_dim)) is not None:
+        (first, second), before = part.start, part.shape
+        planes = planes[:, first : first + before[0], second : second + before[1]]
         planes = functional.interpolate(
-            planes.narrow(axis + 1, start, stop - start)[None],
-            scale_factor=[size[0] / before[0], size[1] / before[1]],
+            planes[None],
+            scale_factor=[size[0] / height, size[1] / width],
             mode="bilinear",
             antialias=True,
         )[0]
-        moved = round(corner[axis] - start * scale)
-        top, left = (moved, left) if axis == 0 else (top, moved)
+        top, left = part.corner
     else:
         planes = resize(planes, *size)
     return planes[:, top : top + image_dim, left : left + image_dim]
+
+
+class Part(NamedTuple):
+    """The part of a very long image that its test view needs, each (vertical, horizontal)."""
+
+    start: tuple[int, int]  # in the image
+    shape: tuple[int, int]
+    size: tuple[int, int]  # to resize it to
+    corner: tuple[int, int]  # of the view in the resized part
+
+
+def part_of_long(
+    shape: tuple[int, int], size: tuple[int, int], corner: tuple[int, int], image_dim: int
+) -> Part | None:
+    """What `resize_window` resizes of an image that is cropped first; None for other images."""
+    axis = 0 if size[0] > size[1] else 1
+    if max(size) <= _LONGEST * min(size) or size[axis] <= shape[axis]:
+        return None
+    scale = size[axis] / shape[axis]
+    begin = max(0, int(corner[axis] / scale) - 2)
+    stop = min(shape[axis], int((corner[axis] + image_dim) / scale) + 3)
+
+    def along(value: int, across: tuple[int, int]) -> tuple[int, int]:
+        return (value, across[1]) if axis == 0 else (across[0], value)
+
+    return Part(
+        start=along(begin, (0, 0)),
+        shape=along(stop - begin, shape),
+        size=along(int((stop - begin) * scale), size),
+        corner=along(round(corner[axis] - begin * scale), corner),
+    )
 
 
 def test_geometry(

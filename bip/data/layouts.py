@@ -31,6 +31,11 @@ _LABEL_COLUMNS = frozenset(
     {"label", "labels", "class", "classes", "class_name", "classname", "class_id", "category"}
     | {"target", "wnid", "synset", "species", "breed"}
 )
+# What the column of images is called; the first of these counts.
+_NAME_COLUMNS = (
+    *("filename", "file_name", "file", "image", "img", "path", "filepath", "image_path"),
+    *("image_name", "image_id", "img_id", "imageid", "name", "id"),
+)
 _BOMS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, whose mark it begins with
@@ -179,6 +184,11 @@ def sort_split(
             raise UserError(
                 f"{prefix}{printable(class_name)}/: the name of this class is not UTF-8; rename it"
             )
+    if twice := [name for name, n in Counter(map(_composed, classes)).items() if n > 1]:
+        raise UserError(
+            f"{prefix}{twice[0]}/: two classes have this name in different Unicode forms; merge "
+            "their folders"
+        )
     labels = {class_name: label for label, class_name in enumerate(classes)}
     found.sort()
     return Split([(name, labels[class_name]) for class_name, name in found], classes)
@@ -303,12 +313,17 @@ class _Labels:
             self._whole.setdefault(file, []).append(name)
             self._stems.setdefault(file.rpartition(".")[0], []).append(name)
 
-    def find(self, fields: list[str]) -> tuple[int, str] | None:
+    def find(self, fields: list[str], column: int | None = None) -> tuple[int, str] | None:
         """The first field that is the name of an image, or else its name without the suffix.
+
+        Args:
+            column: the only field that may be it.
 
         Raises UserError if it may be of two images.
         """
         paths = [_composed(field.strip()).replace("\\", "/") for field in fields]
+        if column is not None:
+            paths = [path if at == column else "" for at, path in enumerate(paths)]
         # A number in the line of an image that is not here is no image's name.
         stems = {} if any(map(is_image, paths)) else self._stems
         for table in (self._whole, stems):
@@ -371,21 +386,25 @@ def _read_labels(tree: Tree, names: list[str], prefix: str, split: str, labels: 
     return first
 
 
-def _read_list(text: str, source: str, labels: _Labels) -> None:
+def _read_list(text: str, source: str, labels: _Labels, by_header: bool = True) -> None:
     """Labels from lines "NAME LABEL": the label a class name, or its number in the order of
     LOC_synset_mapping.txt or else of the names.
 
     Separators are tabs, commas, semicolons, bars or spaces; names may have folders, quotes and
-    spaces, or lack their suffix. With a header, the label is in the column that it calls so;
-    else in the column after the name, or before a name that is last (MXNet's .lst).
+    spaces, or lack their suffix. With a header, name and label are in the columns that it calls so
+    (if `by_header`, which is given up where it finds nothing); else the label is in the column
+    after the name, or before a name that is last (MXNet's .lst).
+
+    Raises:
+        UserError: an image has two labels; the list has a column for each class.
     """
-    column = None
+    column = naming = None
     for line in re.split(r"\r\n|\r|\n", text):
         if len(line) > _LONGEST_LINE:
             raise UserError(f"{source}: has a line of {len(line)} characters; it is no list")
         for fields in _splits_of(line):
             lowered = [field.strip().lower() for field in fields]
-            found = labels.find(fields)
+            found = labels.find(fields, naming)
             if found is not None:
                 at, image = found
                 after = at + 1 if at + 1 < len(fields) and fields[at + 1].strip() else at - 1
@@ -396,6 +415,17 @@ def _read_list(text: str, source: str, labels: _Labels) -> None:
                 break
             if column is None and not labels.of:
                 column = next((n for n, cell in enumerate(lowered) if cell in _LABEL_COLUMNS), None)
+                names = (lowered.index(name) for name in _NAME_COLUMNS if name in lowered)
+                naming = next(names, None) if by_header and column is not None else None
+                classes = {cell.strip() for cell in fields if labels.is_class(cell.strip())}
+                if column is None and len(classes) > 1 and not any(map(is_image, fields)):
+                    raise UserError(
+                        f"{source}: has a column for each class; write lines NAME,CLASS instead: "
+                        f"python -c \"import pandas as p; d=p.read_csv('{source}',index_col=0); "
+                        f"d.idxmax(axis=1).to_csv('NEW.csv',header=False)\""
+                    )
+    if naming is not None and not labels.of:
+        _read_list(text, source, labels, by_header=False)
 
 
 def _without_boxes(label: str, labels: _Labels, source: str) -> str:

@@ -59,8 +59,8 @@ def is_system(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's suffix is that of an image format which is read."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    """Whether a file's suffix is that of an image format which is read. Folders are no images."""
+    return name[-1:] != "/" and PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
 def printable(name: str) -> str:
@@ -187,8 +187,8 @@ def _unreadable(error: OSError) -> UserError:
 
 
 def _clean(name: str) -> str:
-    """A member's name without a leading ./ or /."""
-    return re.sub(r"^(\.?/)+", "", name)
+    """A member's name without a leading ./, ../ or /."""
+    return re.sub(r"^(\.{0,2}/)+", "", name)
 
 
 class ZipTree:
@@ -234,8 +234,8 @@ class TarTree:
     (ILSVRC2012_img_train.tar) as their train/. Links are read as files. Threads share the file.
 
     Raises:
-        UserError: an image, or a description of images, is stored sparse, or is a link to a file
-            that the archive does not hold. Other such members are left out.
+        UserError: the archive is cut short; an image, or a description of images, is stored sparse,
+            or is a link to a file that the archive does not hold. Other such members are left out.
     """
 
     def __init__(self, path: Path, stream: io.BufferedReader) -> None:
@@ -245,6 +245,7 @@ class TarTree:
         self.left_out: dict[str, str] = {}
         with tarfile.open(path, "r:") as archive:
             files = [_clean(member.name) for member in archive if member.isfile()]
+            _check_end(archive, str(path))
             packed = bool(files) and all(_SYNSET_TAR.fullmatch(name) for name in files)
             self._index(archive, "train/" if packed else "", 0)
 
@@ -270,6 +271,7 @@ class TarTree:
                 inner = archive.extractfile(member)
                 with tarfile.open(fileobj=inner, mode="r:") as nested:
                     self._index(nested, f"{name.removesuffix('.tar')}/", start)
+                    _check_end(nested, name)
             else:
                 self._places[name] = start, member.size
         for name in links:
@@ -299,6 +301,20 @@ class TarTree:
 
     def size(self, name: str) -> int:
         return self._places[name][1]
+
+
+def _check_end(archive: tarfile.TarFile, what: str) -> None:
+    """`tarfile` takes a cut or damaged header for the end; a whole archive ends with zeros.
+
+    Call it after the last member was read. Raises UserError.
+    """
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise UserError(
+            f"{what}: cut short or damaged at byte {archive.offset}, and members after that would "
+            "be lost; download or pack it again"
+        )
 
 
 def _matters(name: str) -> bool:

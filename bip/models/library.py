@@ -87,13 +87,20 @@ def from_function(arch: str, num_classes: int, channels: int) -> nn.Module:
     except AttributeError:
         raise UserError(f"arch: {module_name} has no '{name}'") from None
     try:
-        takes = inspect.signature(function).parameters
+        signature = inspect.signature(function)
+        takes = signature.parameters
     except (TypeError, ValueError) as error:
         raise UserError(f"arch: '{arch}' is not a function ({error})") from None
     anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
     if "num_classes" not in takes and not anything:
         raise UserError(f"arch: '{arch}' must take num_classes")
     options = {"channels": channels} if "channels" in takes or anything else {}
+    try:
+        signature.bind(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise UserError(
+            f"arch: '{arch}' gets num_classes and channels only ({error}); give the others defaults"
+        ) from None
     network = function(num_classes=num_classes, **options)
     if not isinstance(network, nn.Module):
         raise UserError(f"arch: '{arch}' returned a {type(network).__name__}, not an nn.Module")

@@ -388,6 +388,11 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
             elif name in entries and entries[name].layout != torch.strided:
                 entries[name] = entries[name].to_dense().view_as(value)
     for name, value in entries.items():
+        if name in own and own[name].is_floating_point() and not _holds_floats(value):
+            kind = "without data (meta)" if value.is_meta else str(value.dtype)
+            raise UserError(f"{where}: {name} is {kind}; save the network's floating-point weights")
+        if value.dtype.itemsize == 1 and value.is_floating_point():  # float8 has no `isfinite`
+            entries[name] = value = value.float()
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise UserError(f"{where}: {name} holds NaN or infinite values; it cannot be used")
     if reset_head:
@@ -409,6 +414,11 @@ def fit(state: State, network: nn.Module, where: str, reset_head: bool = False) 
             for name in masks:  # no scores are recorded; any that agree with the mask do
                 entries.setdefault(name.removesuffix("weight") + SCORES, entries[name].abs())
     return fitted
+
+
+def _holds_floats(value: Tensor) -> bool:
+    """Not those of a quantized network, whose integers are no weights without their scale."""
+    return value.is_floating_point() and not value.is_meta
 
 
 def _split_torch_prune(entries: dict[str, Tensor]) -> dict[str, Tensor]:

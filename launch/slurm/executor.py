@@ -1,6 +1,7 @@
 """The executor for SLURM: a sweep's runs are tasks of arrays."""
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,8 @@ class SlurmExecutor:
         sweep, tasks = self.sweep, submitted_tasks(self.sweep)
         try:
             queue = in_queue(sweep)  # before results are read: a task may end in between
+            if not queue:
+                self._check_shown()
         except slurm.SlurmError as error:
             print(f"warning: {error}; states are from the files only", file=sys.stderr)
             known = [run for run in sweep.runs() if run.run_id in tasks]
@@ -140,11 +143,19 @@ class SlurmExecutor:
                 places |= {name: replace(places[name], state=blocked) for name in run_ids}
         return places
 
+    def _check_shown(self) -> None:
+        """Raise SlurmError if SLURM would not show this user the sweep's tasks: then an empty
+        queue does not mean that they have ended."""
+        owner = arrays_file(self.sweep).stat().st_uid
+        private = slurm.settings().get("PrivateData", "") if os.getuid() not in (0, owner) else ""
+        if "jobs" in private:
+            raise slurm.SlurmError(f"SLURM shows only own jobs (PrivateData={private})")
+
     def _by_files(self, run: Run) -> State | None:
-        """While the controller is unreachable: running, if the newest attempt has not ended."""
+        """Without an answer of SLURM's: running, if the newest attempt has not ended."""
         records = [*read_jsonl(self.sweep.folder / run.folder / "attempts.jsonl")]
         runs = bool(records) and records[-1].get("event") == "start"
-        return State("running", "by its files; SLURM does not answer") if runs else None
+        return State("running", "by its files; SLURM does not show its task") if runs else None
 
     def _lost(self, left: dict[str, str]) -> dict[str, State]:
         """The states of runs without a result or a record whose task has left the queue."""

@@ -3,7 +3,8 @@
 import os
 import tarfile
 import zipfile
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from bip.data.stores.folder import FolderStore
 from bip.data.stores.lmdb import LmdbStore
 from bip.data.tools.build import build_lmdb
 from tests.data.conftest import as_folder, opened, read_all, refused
-from tests.data.test_layouts import caffe, tiny
+from tests.data.test_layouts import as_tar, as_zip, caffe, tiny
 
 
 def image(number: int) -> bytes:
@@ -313,3 +314,83 @@ def test_a_long_image_is_cropped_before_it_is_enlarged(
     assert abs(cropped - whole).max() <= (0 if 1 in shape else 6)
     monkeypatch.undo()
     assert decode.test_view(np.zeros((1, 60_000, 3), np.uint8), 224, 1).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 3), (5, 700)])
+def test_the_part_of_a_long_image_is_small_and_holds_its_view(shape: tuple[int, int]) -> None:
+    """DALI decodes and resizes this part on the GPU."""
+    size, corner = decode.test_geometry(*shape, 224, 1.0)
+    part = decode.part_of_long(shape, size, corner, 224)
+    assert part is not None
+    for side in range(2):
+        assert 0 <= part.start[side] <= part.start[side] + part.shape[side] <= shape[side]
+        assert 0 <= part.corner[side] <= part.size[side] - 224
+    assert part.size[0] * part.size[1] < 64 * 224 * 224
+    assert decode.part_of_long((300, 900), (224, 672), (0, 224), 224) is None
+
+
+def test_a_tar_that_was_cut_short_is_no_smaller_tar(tmp_path: Path) -> None:
+    """`tarfile` takes a cut header for the end, and what follows is lost silently."""
+    whole = as_tar(tmp_path / "src", FILES)
+    whole.write_bytes(whole.read_bytes()[: 1024 * len(FILES) - 600])
+    with refused("src.tar.*cut short", "download"):
+        build_lmdb(whole, tmp_path / "out")
+    outer = as_tar(tmp_path / "outer", {"train/a.tar": whole.read_bytes()})
+    with refused("train/a.tar.*cut short"):
+        build_lmdb(outer, tmp_path / "out")
+
+
+@pytest.mark.parametrize("packed", [as_zip, as_tar])
+def test_members_above_the_archive_are_read_below_it(
+    packed: Callable[..., Path], tmp_path: Path
+) -> None:
+    above = {f"../{name}": data for name, data in FILES.items()}
+    assert built(packed(tmp_path / "src", above)) == EXPECTED
+
+
+def test_a_class_may_be_named_as_an_image(tmp_path: Path) -> None:
+    files = {name.replace("/b/", "/b.gif/"): data for name, data in FILES.items()}
+    assert built(as_folder(tmp_path / "src", files)) == EXPECTED
+
+
+def test_one_class_in_two_unicode_forms_is_refused(tmp_path: Path) -> None:
+    names = {"a": "caf\u00e9", "b": "cafe\u0301"}
+    files = {
+        name.replace("/a/", f"/{names['a']}/").replace("/b/", f"/{names['b']}/"): data
+        for name, data in FILES.items()
+    }
+    with refused("train/caf.*Unicode", "merge"):
+        build_lmdb(as_folder(tmp_path / "src", files), tmp_path / "out")
+
+
+def with_list(tmp_path: Path, text: str) -> Path:
+    flat = {
+        f"val/{PurePosixPath(name).name}": data for name, data in FILES.items() if "val" in name
+    }
+    train = {name: data for name, data in FILES.items() if "train" in name}
+    return as_folder(tmp_path / "src", train | flat | {"val.csv": text.encode()})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"","id","label"\n"3","0","a"\n"2","1","b"\n"1","2","a"\n"0","3","b"\n',  # R's row names
+        "label,id\n0,0\n1,1\n0,2\n1,3\n",
+        "id,photo,label\nx,0,0\ny,1,1\nz,2,0\nz,3,1\n",  # not by the header's name
+    ],
+)
+def test_a_header_names_the_column_of_images(text: str, tmp_path: Path) -> None:
+    """Else a number of another column counts as the name of an image."""
+    assert built(with_list(tmp_path, text)) == EXPECTED
+
+
+def test_a_list_with_a_column_for_each_class_is_refused(tmp_path: Path) -> None:
+    """Its first 0 or 1 is no number of a class."""
+    with refused("val.csv: has a column for each class", "NAME,CLASS"):
+        build_lmdb(with_list(tmp_path, "image,a,b\n0,1,0\n1,0,1\n2,1,0\n3,0,1\n"), tmp_path / "out")
+
+
+def test_imagenets_validation_archive_alone_needs_its_annotations(tmp_path: Path) -> None:
+    files = {f"ILSVRC2012_val_{n:08}.JPEG": image(n) for n in range(3)}
+    with refused("without their classes", "ILSVRC2012_bbox_val_v3.tgz", "build-lmdb DIR"):
+        build_lmdb(as_tar(tmp_path / "ILSVRC2012_img_val", files), tmp_path / "out")

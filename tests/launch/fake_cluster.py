@@ -22,7 +22,7 @@ env >environment
 number=$(ls script-* | wc -l)
 if [[ -e refuse-$number ]]; then echo "sbatch: error: no way" >&2; exit 1; fi
 if [[ -e late-$number ]]; then
-  grep -oE "comment=\\S+" "$1" | sed "s/comment=/$((100 + number))|/" >queue
+  sed -n "s/^#SBATCH --comment=/$((100 + number))|/p" "$1" | tr -d "'" >>queue
   echo "sbatch: error: Batch job submission failed: Socket timed out on send/recv" >&2; exit 1
 fi
 if [[ -e interrupt-$number ]]; then kill -$(<interrupt-$number) $PPID $$; fi

@@ -32,6 +32,10 @@ def fake(tmp_path: Path) -> FakeSlurm:
         (ValueError("bug"), events.BUG),
         (OSError(errno.EISDIR, "Is a directory"), events.BUG),
         (OSError(errno.ESTALE, "Stale file handle"), events.PASSING),
+        *(
+            (OSError(number, os.strerror(number), "f"), events.INPUT)
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG)
+        ),
     ],
 )
 def test_how_an_error_ends_a_run(error: Exception, end: str) -> None:

@@ -307,6 +307,29 @@ def test_status_of_what_left_the_queue_names_its_log_and_how_to_go_on(
     assert "--me" not in cluster.read("squeue-args")
 
 
+def test_tasks_that_slurm_hides_from_a_colleague_have_not_left_the_queue(
+    sweep: Sweep, cluster: FakeCluster, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    submit(sweep)
+    cluster.settings(PrivateData="accounts,jobs,usage")
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    assert {row.kind for row in status(sweep.folder)} == {"waiting"}
+    assert "PrivateData=accounts,jobs,usage" in capsys.readouterr().err
+    cluster.settings(PrivateData="none")
+    assert {row.kind for row in status(sweep.folder)} == {"failed", "blocked"}
+
+
+def test_a_profiles_comment_does_not_cancel_other_arrays(
+    sweep: Sweep, cluster: FakeCluster
+) -> None:
+    cluster.file("late-1")
+    cluster.file("queue", "77|ours\n")
+    with pytest.raises(UserError, match="array 101 was taken all the same"):
+        submit(sweep, sbatch={"comment": "ours"})
+    assert cluster.cancelled == ["101"]
+
+
 def test_one_look_at_the_queue_does_not_end_the_watch(
     sweep: Sweep, cluster: FakeCluster, ids: list[str], monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

@@ -209,7 +209,7 @@ def test_an_unreachable_controller_turns_no_running_run_into_a_waiting_one(task:
     task.beat(3)
     task.record("start")
     assert (task.row.state, task.row.task) == ("running", "7_0")
-    assert "SLURM does not answer" in task.row.reason
+    assert "SLURM does not show" in task.row.reason
     task.record("requeue", cause="preempted")
     assert task.row.state == "preempted"
 

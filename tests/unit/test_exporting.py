@@ -16,7 +16,7 @@ from bip.exporting.formats import formats, reference
 from bip.exporting.formats.sparse import load_sparse
 from bip.exporting.model import Facts, read_model
 from bip.training.checkpoint import pack_mask, write_checkpoint
-from tests.runs import LAYER_TYPES, Finished
+from tests.runs import LAYER_TYPES, Finished, train
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -31,6 +31,20 @@ def finished(
 def effective(run: Finished) -> dict[str, torch.Tensor]:
     """z = m ⊙ θ."""
     return {n: w * run.masks[n] if n in run.masks else w for n, w in run.weights.items()}
+
+
+class Grouped(torch.nn.Module):
+    """Of one grouped convolution; called by --arch."""
+
+    def __init__(self, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(channels, 4, 3)
+        self.second = torch.nn.Conv2d(4, 4, 3, groups=2)
+        self.linear = torch.nn.Linear(4, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.linear(torch.relu(self.second(self.first(x))).mean((2, 3)))
+        return logits
 
 
 @torch.no_grad()
@@ -123,6 +137,16 @@ def test_onnx_agrees_for_batches_of_any_size(
         (found,) = session.run(None, {"images": IMAGES[:size].numpy()})
         assert torch.allclose(torch.from_numpy(found), expected[:size], atol=1e-4)
     assert path.stat().st_size < (70_000 if of == "compact" else 220_000)
+
+
+@pytest.mark.parametrize("layer_type", ["unstructured", "filter"])
+def test_networks_of_grouped_convolutions_are_exported(layer_type: str, tmp_path: Path) -> None:
+    """Their channels cannot be pruned, which no other layer type asks for."""
+    arch = f"{__name__}:Grouped"
+    run = train("snip", tmp_path, arch=arch, layer_type=layer_type, k=0.5, max_steps=1)
+    state = torch.load(export(run, tmp_path / "a.pth", "--arch", arch), weights_only=True)
+    state = state.get("state_dict", state)
+    assert torch.equal(state["second.weight"], effective(run)["second.weight"])
 
 
 def test_sparse_multiplies_with_csr(pruned_runs: dict[str, Finished], tmp_path: Path) -> None:

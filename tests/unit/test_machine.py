@@ -4,6 +4,7 @@ import errno
 import fcntl
 import io
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,6 +113,49 @@ def test_a_profile_keeps_its_texts(tmp_path: Path) -> None:
     path.write_text("executor: slurm\ntime: 0030\n")
     with pytest.raises(UserError, match=r"time: .*0030"):
         load_profile(path)
+
+
+def test_yaml_merges_and_refuses_endless_brackets(tmp_path: Path) -> None:
+    path = tmp_path / "c.yml"
+    path.write_text("a: &x {b: 1, d: 3}\nc: {<<: *x, d: 2}\n")
+    assert read_yaml(path)["c"] == {"b": "1", "d": "2"}
+    path.write_text(f"a: {'[' * 5000}")
+    with pytest.raises(UserError, match=r"c.yml: not YAML"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "line", ['account: "a\\nb"', "qos: |\n  a\n  b", 'sbatch: {comment: "a\\nb"}']
+)
+def test_an_option_of_sbatch_is_one_line(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yml"
+    path.write_text(f"executor: slurm\n{line}\n")
+    with pytest.raises(UserError, match=f"{line.split(':')[0]}: must be one line"):
+        load_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("x" * 300, "300 bytes"), ("ü" * 128, "256 bytes"), ("a\nb", "control")]
+)
+def test_a_name_that_is_no_folder_is_refused(name: str, what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"exp_name: .*{what}"):
+        load_config(arguments("pretrain", tmp_path, exp_name=name))
+
+
+def test_a_closed_output_or_a_removed_folder_ends_in_no_traceback(tmp_path: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        command = f"{line} {shlex.quote(sys.executable)} -m bip data prepare-imagenet"
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    closed = shell("exec >&-;")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    gone = shell("mkdir gone && cd gone && rmdir ../gone;")
+    assert gone.returncode == ExitCode.USER
+    assert "current folder" in gone.stderr
+    assert "cd into" in gone.stderr
 
 
 # File systems

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from bip.distributed.group import Group
 from bip.files import read_jsonl
 from bip.methods import methods
 from bip.pruning.facts import layer_facts
+from bip.trackers import background
 from bip.trackers.background import Background
 from bip.trackers.base import Tracker
 from bip.training import metrics
@@ -257,6 +259,31 @@ def test_a_tracker_that_fails_or_hangs_stops_nothing(
     assert out.startswith("warning: tracker: mine")
     assert out.count("\n") == 1
     assert "training goes on" in out
+
+
+def test_a_tracker_that_fell_behind_lacks_numbers_but_gets_its_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(background, "_MOST", 2)
+    go, sent = threading.Event(), list[object]()
+
+    class Slow(Tracker):
+        def log(self, step: int, values: dict[str, float]) -> None:
+            go.wait()
+            sent.append(step)
+
+        def close(self, result: dict[str, Any] | None) -> None:
+            sent.append(result)
+
+    tracker = Background("mine", lambda: Slow(Path(), {}, 0))
+    for step in range(9):
+        tracker.log(step, {})
+    go.set()
+    tracker.close({"top1": 1.0})
+    tracker.join(time.monotonic() + 5)
+    assert sent[-1] == {"top1": 1.0}
+    assert 3 <= len(sent) <= 4
+    assert capsys.readouterr().out.count("too slow") == 1
 
 
 def test_a_tracker_gets_everything_in_order() -> None:

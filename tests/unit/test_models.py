@@ -257,6 +257,9 @@ def fixed(num_classes):
 def no_classes(width):
     return nn.Linear(3, width)
 
+def wants_more(num_classes, width):
+    return nn.Linear(width, num_classes)
+
 def no_network(num_classes):
     return num_classes
 """
@@ -270,7 +273,7 @@ def test_your_own_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert count(models.build("mynets:fixed", 7, 2)) == 28
     for arch, word in {
         "mynets:no_classes": "num_classes", "mynets:no_network": "int", "mynets:gone": "gone",
-        "nowhere.mynets:f": "PYTHONPATH",
+        "nowhere.mynets:f": "PYTHONPATH", "mynets:wants_more": "'width'.*defaults",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=word) as error:
             models.build(arch, 7, 2)

@@ -167,6 +167,31 @@ def test_a_weak_match_says_what_would_fit(tmp_path: Path) -> None:
     assert "fc.bias holds NaN" in refuse("resnet20s", state)
 
 
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        (torch.int8, "int8"),
+        (torch.int64, "int64"),
+        (torch.complex64, "complex64"),
+        ("meta", "without data"),
+        (torch.float8_e4m3fn, ""),
+    ],
+)
+def test_what_is_no_weight_is_refused(
+    kind: Any, word: str, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """Integers of a quantized network would be taken for weights, and imaginary parts lost."""
+    state = weights | {"linear.weight": weights["linear.weight"].to(kind)}
+    path = write(tmp_path / "a.pth", state)
+    config = load_config(arguments("finetune", tmp_path, source_net=path, layer_type="dense"))
+    if word:
+        with pytest.raises(UserError, match=f"linear.weight is .*{word}.*; save"):
+            run.Run(config, ALONE)
+    else:
+        found = run.Run(config, ALONE).network.state_dict()["linear.weight"]
+        assert torch.equal(found, state["linear.weight"].float())
+
+
 def test_a_head_of_other_classes_starts_fresh(weights: dict[str, Tensor], tmp_path: Path) -> None:
     state = weights | {"linear.weight": torch.ones(7, 36), "linear.bias": torch.ones(7)}
     path = write(tmp_path / "seven.pth", state)
@@ -181,6 +206,12 @@ def test_a_head_of_other_classes_starts_fresh(weights: dict[str, Tensor], tmp_pa
         "finetune", tmp_path, source_net=path, layer_type="dense", max_steps=1, reset_head=True
     )
     assert finished.result["kept"] == finished.result["total"]
+    # Its model has no mask, so methods may prune it; it does not fine-tune a pruned network.
+    source = finished.folder
+    start = run.Run(load_config(arguments("bip", tmp_path / "on", source_net=source)), ALONE)
+    assert torch.equal(start.network.state_dict()["linear.bias"], finished.weights["linear.bias"])
+    with pytest.raises(UserError, match="source_net"):
+        run.Run(load_config(arguments("finetune", tmp_path / "no", source_net=source)), ALONE)
 
 
 # Garbage

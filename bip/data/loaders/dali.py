@@ -323,6 +323,14 @@ class _Inputs:
             self._rows.map(lambda part: [function(row) for row in part], parts)
         )
 
+    def _part(self, height: int, width: int) -> decode.Part:
+        """What to decode and resize for the test view of an image of this size."""
+        dim = self.reader.side
+        size, corner = decode.test_geometry(height, width, dim, self.reader.spec.test_zoom)
+        # On the CPU `decode.resize_window` crops very long images.
+        part = decode.part_of_long((height, width), size, corner, dim) if self._whole_view else None
+        return part or decode.Part((0, 0), (height, width), size, corner)
+
     def _read(self, task: _Task) -> _Batch:
         request = task.request
         spec, dim = self.reader.spec, self.reader.side
@@ -354,13 +362,13 @@ class _Inputs:
                 flip=crops.flip.astype(np.int32),
             )
         else:
-            views = [decode.test_geometry(h, w, dim, spec.test_zoom) for h, w in sides.tolist()]
+            parts = [self._part(height, width) for height, width in sides.tolist()]
             samples = _Samples(
                 encoded,
-                start=np.zeros((count, 2), np.int32),
-                shape=sides.astype(np.int32),
-                size=np.array([size for size, _ in views], np.float32),
-                window=np.array([place for _, place in views], np.int32),
+                start=np.array([part.start for part in parts], np.int32),
+                shape=np.array([part.shape for part in parts], np.int32),
+                size=np.array([part.size for part in parts], np.float32),
+                window=np.array([part.corner for part in parts], np.int32),
                 flip=np.zeros(count, np.int32),
             )
         return _Batch(task, samples, request.indices[rows_shown].tolist(), labels, skipped)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import zipfile
 from collections import deque
@@ -32,6 +33,7 @@ _T = TypeVar("_T")
 _PAGE = 4096
 _SAMPLE = 500  # files whose sizes give the estimate
 _MOST_CLASSES = 1 << 16  # of unnamed classes: a damaged label could be 2**40
+_IMAGENET_VAL = re.compile(r"(.*/)?ILSVRC2012_val_\d{8}\.JPEG")  # ILSVRC2012_img_val.tar, alone
 _AHEAD = 4  # images read ahead, per worker
 READ_ERRORS = (*decode.DECODE_ERRORS, zipfile.BadZipFile, RuntimeError)
 
@@ -93,6 +95,14 @@ def build_lmdb(
         splits = find_splits(tree)
         left_out = describe_left_out(tree.left_out)
         if not splits:
+            if all(_IMAGENET_VAL.fullmatch(name) for name in tree.left_out) and tree.left_out:
+                raise UserError(
+                    f"{src}: holds ImageNet's validation images without their classes; put them "
+                    "and their annotations (ILSVRC2012_bbox_val_v3.tgz of image-net.org, or a "
+                    "val.txt with lines NAME CLASS) into one folder: mkdir -p DIR/val && tar -xf "
+                    f"{src} -C DIR/val && tar -xzf ILSVRC2012_bbox_val_v3.tgz -C DIR; then: "
+                    f"python -m bip data build-lmdb DIR {out}"
+                )
             found = f"; it has {', '.join(left_out)}: unpack or arrange it" if left_out else ""
             raise UserError(
                 f"{src}: no train/CLASS/IMAGE, test/CLASS/IMAGE or val/CLASS/IMAGE in it{found}; "
