@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bip import models
 from bip.checkpoint_path import k_in_name
 from bip.errors import UserError
-from bip.pruning.choices import LayerType, Scope
+from bip.pruning.choices import GROUP_AXIS, LayerType, Scope
 from bip.pruning.layout import find_prunable
 
 if TYPE_CHECKING:
@@ -259,8 +259,8 @@ def _nonzero(values: Mapping[str, Tensor], layer_type: LayerType) -> dict[str, T
     masks = {}
     for name, value in values.items():
         kept = value != 0
-        if layer_type != "unstructured":
-            others = [d for d in range(kept.dim()) if d != (layer_type == "channel")]
+        if (axis := GROUP_AXIS.get(layer_type)) is not None:
+            others = [d for d in range(kept.dim()) if d != axis]
             kept = kept.any(dim=others, keepdim=True).expand_as(kept)
         masks[name] = kept.to(torch.uint8)
     return masks
@@ -278,7 +278,7 @@ def all_scores(state: State) -> dict[str, Tensor]:
 def layer_types(state: State) -> tuple[LayerType, ...]:
     """The layer types that a foreign state may have been pruned with."""
     recorded = state["facts"].get("layer_type")
-    if recorded in ("unstructured", "filter", "channel"):
+    if recorded in get_args(LayerType):
         return (recorded,)
     masks = [v for n, v in state["state_dict"].items() if n.endswith("weight_mask")]
     linear = any(value.dim() == 2 for value in [*all_scores(state).values(), *masks])
