@@ -157,7 +157,7 @@ def recognise(
             f"{where}: holds the {metadata['format']} form, whose layers are smaller than the "
             "network's; give the checkpoint that it was made from"
         )
-    facts, notes = _facts(content, metadata), []
+    facts, notes = recorded_facts(content, metadata), []
     chosen = content if key is None else _at(content, key)
     found, place = _contained(content if chosen is None else chosen)
     tensors = _tensors(found)
@@ -210,7 +210,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     return {n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, Tensor)}
 
 
-def _facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
+def recorded_facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file records of its network: in text metadata, or `arch` beside the tensors."""
     found: dict[str, Any] = {}
     if isinstance(content, Mapping):

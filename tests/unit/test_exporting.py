@@ -12,10 +12,14 @@ from safetensors import safe_open
 
 from bip import models
 from bip.__main__ import main
+from bip.distributed.group import Group
+from bip.evaluation import evaluate
+from bip.exporting import smaller
 from bip.exporting.formats import formats, reference
 from bip.exporting.formats.sparse import load_sparse
 from bip.exporting.model import Facts, read_model
 from bip.training.checkpoint import pack_mask, write_checkpoint
+from tests.distributed.harness import run_ranks
 from tests.runs import LAYER_TYPES, Finished
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -165,6 +169,7 @@ def test_the_report_of_an_export(
         ("published", "a.pt", [], ["--k"]),
         ("published", "a.pt", ["--k", "0.3"], ["--layer-type"]),
         ("published", "a.pt", ["--k", "x", "--layer-type", "filter"], ["k", "'x'"]),
+        ("published", "a.pt", ["--k", "0.3", "--layer-type", "2:4"], ["layer_type", "filter"]),
     ],
 )
 def test_exports_that_are_refused(
@@ -268,3 +273,37 @@ def test_compare_states_the_largest_iou(
     assert found["iou"] == found["largest_iou"] == pytest.approx(0.5), "one mask holds the other"
     assert all(layer["iou"] == layer["largest_iou"] for layer in found["layers"])
     assert picture.read_bytes()[1:4] == b"PNG"
+
+
+# bip evaluate of files that are no checkpoint
+
+
+def count_exported(group: Group, words: list[str]) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smaller, "join", lambda _folder: group)
+        return evaluate(words, "bip evaluate")
+
+
+@pytest.mark.parametrize("format", ["compact", "onnx", "sparse"])
+def test_exports_evaluate_as_the_run_did(
+    format: str, pruned_runs: dict[str, Finished], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = pruned_runs["unstructured" if format == "sparse" else "filter"]
+    suffix = {"compact": "safetensors", "sparse": "pt"}.get(format, format)
+    path = export(run, tmp_path / f"a.{suffix}", "--format", format)
+    capsys.readouterr()
+    assert main(["evaluate", str(path)]) == 0
+    assert f"top1 {run.result['top1']:.2f}% " in capsys.readouterr().out
+    if format == "sparse":
+        return
+    for found in run_ranks(2, count_exported, [str(path), "--test-batch-size", "50"]):
+        assert found["top1"] == run.result["top1"], "exact over ranks"
+    for words, key in ((["--num-classes", "7"], "num_classes"), (["--dataset", "CIFAR10"], None)):
+        assert main(["evaluate", str(path), *words, "--data-dir", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert key is None or key in error
+    path.write_bytes(path.read_bytes()[:500])
+    assert main(["evaluate", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
