@@ -281,8 +281,19 @@ def layer_types(state: State) -> tuple[LayerType, ...]:
     if recorded in get_args(LayerType):
         return (recorded,)
     masks = [v for n, v in state["state_dict"].items() if n.endswith("weight_mask")]
-    linear = any(value.dim() == 2 for value in [*all_scores(state).values(), *masks])
-    return ("unstructured",) if linear else ("filter", "channel")
+    if any(value.dim() == 2 for value in [*all_scores(state).values(), *masks]):
+        return ("unstructured",)
+    kinds: list[LayerType] = [
+        kind for kind, axis in (("filter", 0), ("channel", 1))
+        if all(_is_whole(mask != 0, axis) for mask in masks)
+    ]  # fmt: skip
+    return tuple(kinds) or ("unstructured",)
+
+
+def _is_whole(mask: Tensor, axis: int) -> bool:
+    """Whether a mask keeps or prunes each index along `axis` as a whole."""
+    groups = mask.movedim(axis, 0).flatten(1)
+    return bool((groups == groups[:, :1]).all())
 
 
 def published_masks(

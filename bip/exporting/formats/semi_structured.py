@@ -78,18 +78,18 @@ class UnfoldedConv(nn.Module):
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
-        self.kernel, self.stride = layer.kernel_size, layer.stride
-        self.dilation, self.padding = layer.dilation, layer.padding
+        self.window: dict[str, Any] = {
+            name: getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")
+        }
         self.weight = nn.Parameter(rows(layer.weight.detach()), requires_grad=False)
         self.bias = layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        window = (self.kernel, self.dilation, self.padding, self.stride)
         places = [
-            (n + 2 * int(p) - d * (k - 1) - 1) // s + 1
-            for n, k, d, p, s in zip(x.shape[2:], *window, strict=True)
+            (n + 2 * p - d * (k - 1) - 1) // s + 1
+            for n, k, d, p, s in zip(x.shape[2:], *self.window.values(), strict=True)
         ]
-        columns = F.unfold(x, *window)  # (N, in · kernel, places)
+        columns = F.unfold(x, **self.window)  # (N, in · kernel, places)
         columns = columns.view(x.shape[0], x.shape[1], -1, columns.shape[2])
         columns = columns.permute(0, 3, 2, 1).flatten(2)  # (N, places, kernel · in)
         out = F.linear(columns.flatten(0, 1), self.weight, self.bias)
