@@ -1,5 +1,6 @@
 """`bip export` in every format but compact, `bip inspect` and `bip compare`, from the outside."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from bip.evaluation import evaluate
 from bip.exporting import smaller
 from bip.exporting.formats import formats, reference
 from bip.exporting.formats.sparse import load_sparse
+from bip.exporting.inspect import inspection
 from bip.exporting.model import Facts, read_model
 from bip.training.checkpoint import pack_mask, write_checkpoint
 from tests.distributed.harness import run_ranks
@@ -241,6 +243,28 @@ def test_inspect_counts_what_is_kept(
     assert main(["inspect", str(finished.best), "--picture", str(picture)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
     assert picture.read_bytes()[1:4] == b"PNG"
+
+
+def test_inspect_leaves_what_is_kept_by_force_out_of_the_threshold(
+    pruned_runs: dict[str, Finished],
+) -> None:
+    """One balanced ranking keeps the largest filter of a layer however small it is."""
+    model = read_model(pruned_runs["filter"].best)
+    facts = dataclasses.replace(model.facts, scope="global")
+    last = list(model.masks)[-1]
+    generator = torch.Generator().manual_seed(0)
+    scores = {n: torch.rand(m.shape, generator=generator) for n, m in model.masks.items()}
+    scores[last] *= 1e-6
+    norms = {n: s.flatten(1).norm(dim=1) / s[0].numel() ** 0.5 for n, s in scores.items()}
+    cut = float(torch.cat([norms[n] for n in norms if n != last]).median())
+    kept = {n: norm > cut for n, norm in norms.items()}
+    kept[last] = norms[last] == norms[last].max()
+    masks = {n: kept[n].byte().view(-1, 1, 1, 1).expand_as(s) for n, s in scores.items()}
+    config = model.config | {"ranking": "balanced"}
+    made = dataclasses.replace(model, facts=facts, scores=scores, masks=masks, config=config)
+    found = {layer["threshold"] for layer in inspection(made)["layers"]}
+    expected = min(float(norm[norm > cut].min()) for n, norm in norms.items() if n != last)
+    assert list(found) == [pytest.approx(expected)]
 
 
 def test_inspect_warns_of_layer_collapse(
