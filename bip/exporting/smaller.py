@@ -23,11 +23,15 @@ def recorded_by(path: Path) -> dict[str, str] | None:
 
     Raises UserError for a damaged one.
     """
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(9)
+    except OSError:
+        return None  # what reads checkpoints reports it
     if path.suffix == ".onnx":
         return onnx.metadata_of(onnx.session(path.read_bytes(), path)) | {"format": onnx.NAME}
-    with open(path, "rb") as stream:
-        if path.suffix != ".safetensors" and stream.read(9)[8:] != b"{":
-            return None
+    if path.suffix != ".safetensors" and start[8:] != b"{":
+        return None
     metadata = compact.metadata_of(path)
     return metadata if metadata.get("format") == compact.NAME else None
 

@@ -283,10 +283,8 @@ def layer_types(state: State) -> tuple[LayerType, ...]:
     masks = [v for n, v in state["state_dict"].items() if n.endswith("weight_mask")]
     if any(value.dim() == 2 for value in [*all_scores(state).values(), *masks]):
         return ("unstructured",)
-    kinds: list[LayerType] = [
-        kind for kind, axis in (("filter", 0), ("channel", 1))
-        if all(_is_whole(mask != 0, axis) for mask in masks)
-    ]  # fmt: skip
+    grouped: tuple[LayerType, ...] = ("filter", "channel")
+    kinds = [k for k in grouped if all(_is_whole(mask != 0, GROUP_AXIS[k]) for mask in masks)]
     return tuple(kinds) or ("unstructured",)
 
 
