@@ -24,10 +24,9 @@ def train(*argv: str) -> None:
 
 def evaluate(*argv: str) -> None:
     """test accuracy of a checkpoint"""
-    from bip import run
-    from bip.evaluation import evaluation_config
+    from bip.evaluation import evaluate
 
-    run.train(evaluation_config([*argv], f"{cli.program(*NAMES)} evaluate"))
+    evaluate([*argv], f"{cli.program(*NAMES)} evaluate")
 
 
 def profile(*argv: str) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Container
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -34,7 +34,7 @@ from bip.errors import UserError
 from bip.machine import expanded
 from bip.methods import acts_in, find, methods, own_settings, spellings
 from bip.methods.base import Method, Mode
-from bip.pruning.choices import LayerType, Scope, ScoreInit
+from bip.pruning.choices import PATTERNS, LayerType, Scope, ScoreInit
 from bip.settings import (
     DATA,
     NETWORK,
@@ -70,6 +70,11 @@ def _networks() -> list[str]:
 def _unless_global_groups(config: "RunConfig") -> str | None:
     groups = config.layer_type != "unstructured" and config.ranking_scope == "global"
     return None if groups else "it is for --scope global on filters or channels"
+
+
+def _unless_pattern(config: "RunConfig") -> str | None:
+    of = config.layer_type
+    return f"{of} ranks within each group" if of in PATTERNS else None
 
 
 def _unless_budgeted(config: "RunConfig") -> str | None:
@@ -189,11 +194,14 @@ class RunConfig(BaseModel):
         "method; published names: base (dense, hydra or finetune, by exp_mode), bilevel (bip)",
         choices=spellings,
     )  # fmt: skip
-    layer_type: Literal["dense", LayerType] = setting(PRUNING, "dense", "what is pruned")
+    layer_type: Literal["dense", LayerType] = setting(
+        PRUNING, "dense", "what is pruned; 2:4 keeps 2 of each 4 inputs, so it gives k too"
+    )
     scope: Scope | None = setting(
         PRUNING, None,
         "one ranking over the network, k per layer, or more of small layers by Erdos-Renyi-Kernel "
         "(default global, RigL erk, structured layer)",
+        idle=_unless_pattern,
     )  # fmt: skip
     ranking: Literal["balanced", "plain"] = setting(
         PRUNING, "balanced",
@@ -354,6 +362,22 @@ class RunConfig(BaseModel):
         except ValueError as error:
             raise ValueError(f"trainer: {error}") from None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_gives_k(cls, values: Any) -> Any:
+        if (ratio := k_of_pattern(values)) is None:
+            return values
+        try:
+            agrees = Decimal(str(values.get("k", ratio))) == ratio
+        except InvalidOperation:
+            return values  # the field k reports it
+        if not agrees:
+            raise ValueError(
+                f"k: layer_type {values['layer_type']} keeps {ratio}, not {values['k']}; "
+                "leave k out"
+            )
+        return values | {"k": ratio}
+
     @field_validator("tracker")
     @classmethod
     def _trackers_are_known(cls, text: str | None) -> str | None:
@@ -410,7 +434,7 @@ class RunConfig(BaseModel):
         if self.method.has_mask and self.layer_type == "dense":
             raise ValueError(
                 f"layer_type: dense cannot be used with exp_mode {self.exp_mode}; "
-                "give --layer-type unstructured, filter or channel"
+                "give --layer-type unstructured, filter, channel or 2:4"
             )
         sparse = self.layer_type != "dense" and self.k < 1
         if self.exp_mode == "pretrain" and sparse and not self.evaluate:
@@ -452,6 +476,8 @@ class RunConfig(BaseModel):
     @property
     def ranking_scope(self) -> Scope:
         """The scope in force: the method's for unstructured, layer for structured, unless given."""
+        if self.layer_type in PATTERNS:
+            return "layer"
         usual = self.method.default_scope if self.layer_type == "unstructured" else "layer"
         return self.scope or usual
 
@@ -528,7 +554,7 @@ class RunConfig(BaseModel):
 
     @property
     def run_id(self) -> str:
-        parts = [re.sub("[/:]", ".", self.arch), self.trainer, self.layer_type]
+        parts = [re.sub("[/:]", ".", self.arch), self.trainer, self.layer_type.replace(":", ".")]
         return "-".join([*parts, f"k{self.k_text}", f"s{self.seed}", self.fingerprint()[:8]])
 
     @property
@@ -610,6 +636,12 @@ def nearest_multiple(value: int, factor: int) -> int:
     return max(1, math.floor(value / factor + 0.5)) * factor
 
 
+def k_of_pattern(values: dict[str, Any]) -> Decimal | None:
+    """The keep ratio that an n:m layer type among settings gives; None for other layer types."""
+    pattern = PATTERNS.get(str(values.get("layer_type")))
+    return Decimal(pattern[0]) / pattern[1] if pattern else None
+
+
 def known_keys() -> list[str]:
     return [*RunConfig.model_fields, "inv_gamma"]
 
@@ -655,6 +687,8 @@ def merge(flags: dict[str, Any]) -> dict[str, Any]:
         from_file["lr2"] = from_file.pop("inv_gamma")
     if unknown := [key for key in from_file if key not in RunConfig.model_fields]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}{nearest(unknown[0], known_keys())}")
+    if k_of_pattern(flags) is not None:  # the flag replaces the file's k too
+        from_file.pop("k", None)
     values = {key: value for key, value in from_file.items() if value is not None} | flags
     return expand_paths(values)
 

@@ -3,14 +3,16 @@
 from pathlib import Path
 from typing import Any
 
+from bip import run
 from bip.checkpoint_path import LIBRARIES, k_in_name
 from bip.cli import parse_flags
 from bip.config import RunConfig, build_config, check_inputs, merge, with_source_facts
 from bip.errors import UserError
+from bip.exporting.smaller import evaluate_export, recorded_by
 from bip.settings import is_true
 from bip.training import sources
 from bip.training.checkpoint import read_checkpoint
-from bip.training.sources import State
+from bip.training.sources import State, recorded_facts
 
 # Recorded settings that are of the run, not of the network and its images. A file may come from
 # elsewhere, so it names no folder to write to.
@@ -21,6 +23,14 @@ _OF_THE_RUN = {
 }  # fmt: skip
 
 _OF_THE_IMAGES = ("dataset", "image_dim", "num_classes", "normalize")
+
+
+def evaluate(argv: list[str], prog: str) -> dict[str, Any]:
+    """Evaluate what `argv` names; returns top1, top5 and loss. Raises UserError."""
+    config = evaluation_config(argv, prog)
+    source = config.source_net
+    exported = recorded_by(source) if source is not None and source.is_file() else None
+    return run.train(config) if exported is None else evaluate_export(config, exported["format"])
 
 
 def evaluation_config(argv: list[str], prog: str) -> RunConfig:
@@ -46,6 +56,9 @@ def evaluation_config(argv: list[str], prog: str) -> RunConfig:
         recorded = {"exp_mode": "pretrain"}
     elif path is not None and not (source and source.is_file()):
         raise UserError(f"{path}: no such file; give a checkpoint or a run folder")
+    elif source and source.is_file() and (exported := recorded_by(source)) is not None:
+        recorded = {"arch": exported["format"], "exp_mode": "pretrain"}
+        recorded |= _recorded_images(recorded_facts({}, exported))
     elif source and not given.get("resume") and source.is_file():
         state = read_checkpoint(source, given.get("source_key"), is_true(given.get("skip_objects")))
         recorded = _recorded(state, source, given)
@@ -65,12 +78,15 @@ def _recorded(state: State, path: Path, given: dict[str, Any]) -> dict[str, Any]
             del found["trainer"]  # it is of the recorded mode
         return found
     facts = state["facts"]
-    settings = facts.get("config", {})
-    found = {name: settings[name] for name in _OF_THE_IMAGES if name in settings}
-    found |= {name: facts[name] for name in ("arch", "dataset") if name in facts}
+    found = _recorded_images(facts)
     if not sources.all_scores(state) and not sources.has_masks(state):
         return found | {"exp_mode": "pretrain"}  # masked weights evaluate as they are
     if given.get("exp_mode") == "pretrain":
+        if k_in_name(path) != 1:
+            raise UserError(
+                f"exp_mode: {path} has scores or a mask, so it is a pruned network; leave "
+                "--exp-mode out (if it was pretrained with k = 1, put k-1.0 in its file name)"
+            )
         return found
     found["exp_mode"] = "prune"
     kinds = sources.layer_types(state)
@@ -81,3 +97,10 @@ def _recorded(state: State, path: Path, given: dict[str, Any]) -> dict[str, Any]
     if k is None and "k" not in given:
         raise UserError(f"k: neither {path} nor its name states it; give --k")
     return found | ({"k": str(k)} if k is not None else {})
+
+
+def _recorded_images(facts: dict[str, Any]) -> dict[str, Any]:
+    """Of what a file of another kind records: the network, and the images that it takes."""
+    settings = facts.get("config", {})
+    found = {name: settings[name] for name in _OF_THE_IMAGES if name in settings}
+    return found | {name: facts[name] for name in ("arch", "dataset") if name in facts}

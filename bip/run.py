@@ -118,10 +118,7 @@ class Run:
             self.group.barrier()
             self.heartbeat.stop()
         if self.group.is_first:
-            print(
-                f"top1 {accuracy.top1:.2f}% top5 {accuracy.top5:.2f}% loss {accuracy.loss:.4f} "
-                f"on {accuracy.count} test images"
-            )
+            print(accuracy.line)
         return {"top1": accuracy.top1, "top5": accuracy.top5, "loss": accuracy.loss}
 
     def train(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from bip.config import (
     check_inputs,
     expand_paths,
     input_files,
+    k_of_pattern,
     merge,
     with_source_facts,
 )
@@ -288,7 +289,12 @@ class _Planner:
     def _axes(self) -> list[dict[str, Any]]:
         """The settings that vary, of every run: k varies fastest."""
         given, grid = self.options, self.grid
-        gives_k = given.series is not None or "k" in grid.keys
+        layer_types = given.layer_types or str(self.main.get("layer_type"))
+        all_give_k = all(
+            k_of_pattern({"layer_type": part}) is not None
+            for part in _parts("layer_types", layer_types)
+        )
+        gives_k = given.series is not None or "k" in grid.keys or all_give_k
         if not gives_k and not grid.keys and self.stages != ["pretrain"]:
             raise UserError("series: missing; give --series unstructured, structured or 0.5,0.1")
         if given.trainers is not None and "prune" not in self.stages:
@@ -309,12 +315,16 @@ class _Planner:
         values = {"seed": seeds, "arch": axis("arch"), "layer_type": axis("layer_type")}
         values |= {"trainer": trainers} | grid.lists
         series = [self.main.get("k")] if given.series is None else parse_series(given.series)
-        return [
+        found = [
             dict(zip(values, combination, strict=True)) | {"k": k} | pair
             for *combination, pair, k in itertools.product(
                 *values.values(), grid.pairs or [{}], series
             )
         ]
+        if given.series is None and "k" not in self.flags:
+            for axes in found:  # in place of the file's
+                axes["k"] = (None if "k" in grid.keys else k_of_pattern(axes)) or axes["k"]
+        return found
 
     @staticmethod
     def _seed(value: Any) -> Any:

@@ -33,10 +33,11 @@ def export(
     Args:
         checkpoint: a checkpoint of this project, or a published one.
         out: the file to write: .safetensors or .pth (dense), .pth.tar (reference), .safetensors
-            (compact), .onnx (onnx), .pt (sparse).
+            (compact), .onnx (onnx), .pt (sparse, 2:4).
         format: dense: masked weights under plain names. reference: the published layout. compact:
             without pruned filters and channels (bip.load_compact reads it). onnx: checked with
-            onnxruntime. sparse: unstructured weights as torch CSR matrices.
+            onnxruntime. sparse: unstructured weights as torch CSR matrices. 2:4: of layer type 2:4
+            (or 1:4), for torch's semi-structured tensors; it needs a GPU.
         of: what onnx is made of, dense or compact.
         batch: images of a batch of which the latency is measured; 0 leaves that out.
         arch: of a published checkpoint that does not record it.
@@ -98,11 +99,10 @@ def _table(model: Model, out: Path, exported: Exported, batch: int) -> list[str]
     if batch:
         images = model.sample(batch)
         after = exported.network or network
-        first, second = (1e3 * s for s in latency([network, after], images, ROUNDS))
+        before = exported.masked or network
+        first, second = (1e3 * s for s in latency([before, after], images, ROUNDS))
         lines.append(f"{'ms of a batch':18} {first:15.2f} {second:15.2f} {second / first:8.3f}")
-        side, threads = model.facts.image_dim, torch.get_num_threads()
-        lines.append(
-            f"(batch of {batch} images of {side} x {side} on the CPU, {threads} threads, median of "
-            f"{ROUNDS})"
-        )
+        side, where = model.facts.image_dim, exported.where
+        where = where or f"the CPU, {torch.get_num_threads()} threads"
+        lines.append(f"(batch of {batch} images of {side} x {side} on {where}, median of {ROUNDS})")
     return lines

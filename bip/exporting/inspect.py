@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bip.exporting import picture as pictures
 from bip.exporting.model import Facts, Model, read_model
-from bip.pruning.choices import LayerType, Scope
+from bip.pruning.choices import GROUP_AXIS, PATTERNS, LayerType, Scope
 from bip.pruning.layout import find_prunable
 
 BINS = range(-6, 6)  # of a score over its threshold, powers of 2
@@ -48,7 +48,8 @@ def inspection(model: Model) -> dict[str, Any]:
     """What `bip inspect --json` prints. Of a dense network, weights that are not 0 count as kept.
 
     A layer's threshold is the smallest |score| (of groups: norm) that is kept among those ranked
-    with it; None where nothing is kept, or there are no scores.
+    with it; None where nothing is kept, or there are no scores. Of a pattern n:m it is the
+    layer's smallest, and the scores are counted by the thresholds of their own m.
     """
     masks = model.masks
     if not masks:
@@ -57,10 +58,7 @@ def inspection(model: Model) -> dict[str, Any]:
         masks = {t.name: weights[t.name].detach() != 0 for t in layout.tensors}
     sizes = {name: _sizes(model, name) for name in model.masks}
     kept = {name: _groups(model, mask.float()) > 0 for name, mask in model.masks.items()}
-    thresholds = {n: _least(size[kept[n]]) for n, size in sizes.items()}
-    if model.facts.scope == "global" and sizes:
-        found = [t for t in thresholds.values() if t is not None]
-        thresholds = dict.fromkeys(thresholds, min(found, default=None))
+    thresholds = _thresholds(model, sizes, kept)
     layers: list[dict[str, Any]] = []
     for name, mask in masks.items():
         filters = (mask != 0).flatten(1).any(1)
@@ -78,13 +76,13 @@ def inspection(model: Model) -> dict[str, Any]:
         "dead_filters": sum(layer["dead_filters"] for layer in layers),
         "dead_layers": [layer["name"] for layer in layers if not layer["kept"]],
         "layers": layers,
-        "scores": _histogram(sizes, kept, thresholds) if sizes else None,
+        "scores": _histogram(_ratios(model, sizes, kept, thresholds), kept) if sizes else None,
     }
 
 
 def _groups(model: Model, values: Tensor) -> Tensor:
     """The L2 norm of every group of a layer: what is ranked."""
-    axis = {"filter": 0, "channel": 1}.get(str(model.facts.layer_type))
+    axis = GROUP_AXIS.get(str(model.facts.layer_type))
     if axis is None:
         return values.abs().flatten()
     others = [d for d in range(values.dim()) if d != axis]
@@ -95,20 +93,55 @@ def _groups(model: Model, values: Tensor) -> Tensor:
 def _sizes(model: Model, name: str) -> Tensor:
     score = model.scores[name].float()
     norms = _groups(model, score)
-    if model.config.get("ranking") == "balanced" and model.facts.scope == "global":
+    if _is_balanced(model):
         norms = norms / (score.numel() // len(norms)) ** 0.5  # 1 for single weights
     return norms
 
 
-def _least(values: Tensor) -> float | None:
-    return float(values.min()) if len(values) else None
+def _is_balanced(model: Model) -> bool:
+    return model.config.get("ranking") == "balanced" and model.facts.scope == "global"
 
 
-def _histogram(
-    sizes: dict[str, Tensor], kept: dict[str, Tensor], thresholds: dict[str, float | None]
-) -> dict[str, Any]:
+def _thresholds(
+    model: Model, sizes: dict[str, Tensor], kept: dict[str, Tensor]
+) -> dict[str, float | None]:
+    ranked = {name: size[kept[name]] for name, size in sizes.items()}
+    if _is_balanced(model) and sizes:
+        # A layer's largest is kept whatever it is: below a pruned one it was not chosen by rank.
+        cut = torch.cat([size[~kept[n]] for n, size in sizes.items()])
+        most = float(cut.max()) if len(cut) else 0.0
+        ranked = {
+            n: of[(of >= most) | (of < of.max())] if len(of) else of for n, of in ranked.items()
+        }
+    found = {name: float(values.min()) if len(values) else None for name, values in ranked.items()}
+    if model.facts.scope != "global":
+        return found
+    return dict.fromkeys(found, min((t for t in found.values() if t is not None), default=None))
+
+
+def _ratios(
+    model: Model,
+    sizes: dict[str, Tensor],
+    kept: dict[str, Tensor],
+    thresholds: dict[str, float | None],
+) -> Tensor:
+    """All scores over their thresholds (n,)."""
+    pattern = PATTERNS.get(str(model.facts.layer_type))
+    parts = []
+    for name, size in sizes.items():
+        cut: Tensor | float = thresholds[name] or 1e-30
+        if pattern is not None:
+            shape = model.scores[name].shape
+            kept_sizes = torch.where(kept[name], size, torch.inf).view(shape)
+            least = kept_sizes.unflatten(1, (-1, pattern[1])).amin(2, keepdim=True)
+            least = least.expand(-1, -1, pattern[1], *shape[2:])
+            cut = least.reshape(-1).clamp(min=1e-30)
+        parts.append(size / cut)
+    return torch.cat(parts).double()
+
+
+def _histogram(ratios: Tensor, kept: dict[str, Tensor]) -> dict[str, Any]:
     """Counts of the scores over their thresholds, in bins between powers of 2."""
-    ratios = torch.cat([size / (thresholds[n] or 1e-30) for n, size in sizes.items()]).double()
     is_kept = torch.cat(list(kept.values()))
     exponents = ratios.clamp(min=2.0 ** BINS[0], max=2.0 ** (BINS[-1] + 0.5)).log2().floor().long()
     exponents[ratios >= 1] = exponents[ratios >= 1].clamp(min=0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bip import models
-from bip.checkpoint_path import k_in_name
+from bip.checkpoint_path import agrees, k_in_name
 from bip.config import build_config
 from bip.data.options import DataOptions
 from bip.errors import UserError
@@ -169,6 +169,19 @@ def _of_published(
         fits = False
     if not fits:
         raise UserError(f"k: must be a decimal number in (0, 1], not {facts['k']!r}")
+    if sources.is_pruned(state):
+        recorded = state.get("facts", {}).get("k")
+        for k, source in ((recorded, "it records"), (named, "its name says")):
+            if k is not None and not agrees(Decimal(str(facts["k"])), Decimal(k)):
+                raise UserError(
+                    f"k: {path} was pruned with k {k}, as {source}, not {facts['k']}; give --k {k}"
+                    + (", or rename it" if source == "its name says" else "")
+                )
+        may = sources.layer_types(state)
+        if facts["layer_type"] not in may:
+            raise UserError(
+                f"layer_type: {path} was pruned with {' or '.join(may)}, not {facts['layer_type']}"
+            )
     found["scope"] = facts.get("scope") or (
         "global" if facts["layer_type"] == "unstructured" else "layer"
     )

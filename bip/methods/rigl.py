@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from bip.methods.base import Parts
 from bip.methods.over_time import PrunedInSpan, SpanInSteps
+from bip.pruning.choices import PATTERNS
 from bip.settings import PRUNING, setting
 
 if TYPE_CHECKING:
+    from bip.config import RunConfig
     from bip.training.forward import Report
 
 
@@ -35,6 +37,15 @@ class RigL(PrunedInSpan):
     default_scope = "erk"
     score_init = "kaiming_uniform"  # independent of θ and of one another: a random mask
     settings = RigLSettings
+
+    @classmethod
+    def check(cls, config: RunConfig) -> None:
+        super().check(config)
+        if config.layer_type in PATTERNS:
+            raise ValueError(
+                f"layer_type: rigl replaces a part of each ranking, and {config.layer_type} ranks "
+                "too few weights; give unstructured, or another --trainer such as gmp"
+            )
 
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)

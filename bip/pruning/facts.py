@@ -26,7 +26,7 @@ def layer_facts(
         columns["kept"].append(mask.count_nonzero() / mask.numel())
         columns["dead_filters"].append((mask.flatten(1).amax(1) == 0).sum())
         sizes = score.abs()
-        if pruned.layout.layer_type != "unstructured":
+        if pruned.layout.is_grouped:
             others = [d for d in range(score.dim()) if d != tensor.axis]
             sizes = torch.linalg.vector_norm(score, dim=others, keepdim=True).expand_as(score)
         columns["threshold"].append(torch.where(mask > 0, sizes, torch.inf).amin())

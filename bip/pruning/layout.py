@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bip.errors import UserError
 from bip.pruning.budgets import erk
-from bip.pruning.choices import LayerType, Scope
+from bip.pruning.choices import GROUP_AXIS, PATTERNS, LayerType, Scope
 
 
 def keep_count(k: Decimal | Fraction | str, n: int) -> int:
@@ -31,7 +31,7 @@ class PrunableTensor:
     """One weight tensor's place in the flat buffers.
 
     `start:stop` are flat positions in logical (NCHW) order. A group is one index along `axis`
-    (0: output filter, 1: input channel); unstructured tensors have no axis and groups of one.
+    (0: output filter, 1: input channel); without an axis each weight is a group of its own.
     """
 
     name: str
@@ -98,12 +98,21 @@ class Layout:
         """Number of groups; each is kept or pruned as a whole."""
         return self.tensors[-1].first_group + self.tensors[-1].groups
 
+    @property
+    def is_grouped(self) -> bool:
+        """Whether whole filters or channels are pruned, not single weights."""
+        return self.layer_type in GROUP_AXIS
+
     def segments(self, k: Decimal | Fraction, scope: Scope) -> tuple[Segment, ...]:
         """The rankings over groups: one of the whole network, or one per tensor.
 
         Each tensor keeps the ratio k in the scope "layer", its share by `erk` of what the network
         keeps in the scope "erk". Raises UserError if that is less than 1 for each tensor.
+        Of a pattern n:m one segment of m stands for every m weights; at its own k it keeps n.
         """
+        if self.layer_type in PATTERNS:
+            of = PATTERNS[self.layer_type][1]
+            return (Segment(f"each {of}", 0, of, keep_count(k, of)),)
         if scope == "global":
             return (Segment("network", 0, self.groups, keep_count(k, self.groups)),)
         sizes = [tensor.groups for tensor in self.tensors]
@@ -125,8 +134,10 @@ def find_prunable(network: nn.Module, layer_type: LayerType, stem: bool = False)
     Structured types prune convolutions only. `channel` leaves out the first convolution, whose
     inputs are the image's colours (`stem`: not, as published), and raises UserError for grouped
     convolutions. `filter` leaves out the last convolution of a network without linear layers (its
-    outputs are the classes).
+    outputs are the classes). A pattern n:m leaves out layers whose input channels, or inputs, do
+    not divide by m, as the image's colours.
     """
+    of = PATTERNS.get(layer_type, (1, 1))[1]
     tensors: list[PrunableTensor] = []
     seen: set[int] = set()
     start = first_group = convolutions = 0
@@ -136,9 +147,11 @@ def find_prunable(network: nn.Module, layer_type: LayerType, stem: bool = False)
     for module_name, module in network.named_modules():
         is_conv = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
         convolutions += is_conv
-        if not is_conv and not (isinstance(module, nn.Linear) and layer_type == "unstructured"):
+        if not is_conv and not (isinstance(module, nn.Linear) and layer_type not in GROUP_AXIS):
             continue
         weight = module.weight
+        if weight.shape[1] % of:
+            continue
         if layer_type == "filter" and module in last:
             continue
         if id(weight) in seen or (
@@ -152,7 +165,7 @@ def find_prunable(network: nn.Module, layer_type: LayerType, stem: bool = False)
                 f"layer_type: channel cannot prune the grouped convolution {module_name}; "
                 "use filter or unstructured"
             )
-        axis = {"unstructured": None, "filter": 0, "channel": 1}[layer_type]
+        axis = GROUP_AXIS.get(layer_type)
         tensor = PrunableTensor(name, weight.shape, start, weight[0].numel(), axis, first_group)
         tensors.append(tensor)
         start, first_group = tensor.stop, first_group + tensor.groups

@@ -113,7 +113,6 @@ class CudaSelector:
 
     def write(self, keys: Tensor, lasts: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         """The mask for these cuts, in place; returns the proof, still on the device."""
-        proof = torch.zeros(2, dtype=torch.int64, device=values.device)
         for row, segment in enumerate(self.segments):
             for start in range(segment.start, segment.stop, CHUNK):
                 part = slice(start, min(start + CHUNK, segment.stop))
@@ -122,9 +121,18 @@ class CudaSelector:
                 kept = (own == keys[row]) & (place <= lasts[row])
                 kept.logical_or_(own > keys[row])
                 mask[part].copy_(kept)
-                proof += torch.stack([kept.sum(), _hash(place).mul_(kept).sum()])
-        proof[1] &= 0xFFFFFFFF
-        return proof
+        return proof_of(mask)
+
+
+def proof_of(mask: Tensor) -> Tensor:
+    """The proof (2,) of a flat mask; see `Selector.update`. Does not wait for the device."""
+    proof = torch.zeros(2, dtype=torch.int64, device=mask.device)
+    for start in range(0, len(mask), CHUNK):
+        kept = mask[start : start + CHUNK]
+        place = torch.arange(start, start + len(kept), device=mask.device)
+        proof += torch.stack([kept.sum(), _hash(place).mul_(kept).sum()])
+    proof[1] &= 0xFFFFFFFF
+    return proof
 
 
 def _hash(place: Tensor) -> Tensor:

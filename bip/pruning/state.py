@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from bip.errors import UserError
-from bip.pruning.choices import Scope
+from bip.pruning.choices import PATTERNS, Scope
 from bip.pruning.layout import Followers, Layout, PrunableTensor, Segment
 from bip.pruning.passes import mask_out, upper_gradient, write_products
-from bip.pruning.select import Alone, Exchange, NanError, make_selector
+from bip.pruning.select import Alone, Exchange, NanError, Selector, make_selector
+from bip.pruning.select_pattern import PatternSelector, in_groups
 
 Timed = Callable[[str], contextlib.AbstractContextManager[None]]  # times a part of the step
 BATCH_NORM_EPS = 1e-5  # torch's default
@@ -54,7 +55,12 @@ class PrunedParameters:
         self.z = [named[tensor.name] for tensor in layout.tensors]
         device = self.z[0].device
         dtype = self.z[0].dtype
-        self.selector = make_selector(layout.segments(k, scope), exchange or Alone(), device)
+        segments = layout.segments(k, scope)
+        self.selector: Selector
+        if layout.layer_type in PATTERNS:
+            self.selector = PatternSelector(layout.tensors, segments, device)
+        else:
+            self.selector = make_selector(segments, exchange or Alone(), device)
         flat = torch.cat([z.detach().reshape(-1) for z in self.z])
         self.weights = nn.Parameter(flat)
         self.scores = nn.Parameter(torch.zeros_like(flat))
@@ -64,7 +70,7 @@ class PrunedParameters:
         self.gradient = torch.zeros(layout.size, dtype=dtype, device=device)
         self.balanced = balanced
         self.timed: Timed = lambda _part: contextlib.nullcontext()
-        if layout.layer_type != "unstructured":
+        if layout.is_grouped:
             self._norms = torch.zeros(layout.groups, dtype=torch.float32, device=device)
             self._group_mask = torch.zeros(layout.groups, dtype=torch.uint8, device=device)
 
@@ -235,7 +241,7 @@ class PrunedParameters:
 
     def _update(self, z: Sequence[Tensor]) -> None:
         with self.timed("threshold"), self._naming_nan():
-            if self.layout.layer_type == "unstructured":
+            if not self.layout.is_grouped:
                 scores = self.scores.detach().float()
                 self.proof = self.selector.update(scores, self.mask, self.weights.detach(), z)
                 return
@@ -253,24 +259,33 @@ class PrunedParameters:
     def shrink(self, power: int) -> None:
         """θ = sign(s)·(|s|^power − T^power)^(1/power) of kept scores, after an update of the mask.
 
-        T is the largest |score| that its segment prunes. Of a structured group the norm shrinks,
+        T is the largest |score| that its ranking prunes. Of a structured group the norm shrinks,
         and every weight by the same factor. A power of 1 is the soft threshold, a large one nears
         the hard one. Does not write z. Does not wait for the device.
         """
-        structured = self.layout.layer_type != "unstructured"
-        sizes = self._group_norms() if structured else self.scores.detach().abs()
-        mask = self._group_mask if structured else self.mask
+        grouped = self.layout.is_grouped
+        sizes = self._group_norms() if grouped else self.scores.detach().abs()
+        mask = self._group_mask if grouped else self.mask
         factor = torch.empty_like(sizes)
-        for segment in self.segments:
-            part = slice(segment.start, segment.stop)
-            cut = (sizes[part] * (1 - mask[part])).amax()
-            ratio = (cut / sizes[part]).nan_to_num(0.0).clamp(max=1)  # 0 / 0: nothing is pruned
-            factor[part] = (1 - ratio**power) ** (1 / power)
-        if structured:
+        ranked = (self._rankings(flat) for flat in (sizes, mask, factor))
+        for size, kept, out in zip(*ranked, strict=True):
+            cut = (size * (1 - kept)).amax(-2, keepdim=True)
+            ratio = (cut / size).nan_to_num(0.0).clamp(max=1)  # 0 / 0: nothing is pruned
+            out.copy_((1 - ratio**power) ** (1 / power))
+        if grouped:
             self._spread(factor, self.weights)
             self.weights.mul_(self.scores)
         else:
             torch.mul(self.scores, factor, out=self.weights.data)
+
+    def _rankings(self, flat: Tensor) -> Iterator[Tensor]:
+        """A flat buffer in parts (..., n, places) whose n are ranked together."""
+        if self.layout.layer_type in PATTERNS:
+            for tensor in self.layout.tensors:
+                yield in_groups(flat, tensor, self.segments[0].size)
+        else:
+            for segment in self.segments:
+                yield flat[segment.start : segment.stop, None]
 
     def _group_norms(self) -> Tensor:
         for tensor, score in zip(self.layout.tensors, self.views(self.scores), strict=True):

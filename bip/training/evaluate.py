@@ -19,6 +19,14 @@ class Accuracy:
     loss: float
     count: int
 
+    @property
+    def line(self) -> str:
+        """What `bip evaluate` prints."""
+        return (
+            f"top1 {self.top1:.2f}% top5 {self.top5:.2f}% loss {self.loss:.4f} "
+            f"on {self.count} test images"
+        )
+
 
 @torch.no_grad()
 def evaluate(

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bip import models
 from bip.checkpoint_path import k_in_name
 from bip.errors import UserError
-from bip.pruning.choices import LayerType, Scope
+from bip.pruning.choices import GROUP_AXIS, LayerType, Scope
 from bip.pruning.layout import find_prunable
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def recognise(
             f"{where}: holds the {metadata['format']} form, whose layers are smaller than the "
             "network's; give the checkpoint that it was made from"
         )
-    facts, notes = _facts(content, metadata), []
+    facts, notes = recorded_facts(content, metadata), []
     chosen = content if key is None else _at(content, key)
     found, place = _contained(content if chosen is None else chosen)
     tensors = _tensors(found)
@@ -210,7 +210,7 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     return {n: v for n, v in content.items() if isinstance(n, str) and isinstance(v, Tensor)}
 
 
-def _facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
+def recorded_facts(content: Any, metadata: Mapping[str, str]) -> dict[str, Any]:
     """What a file records of its network: in text metadata, or `arch` beside the tensors."""
     found: dict[str, Any] = {}
     if isinstance(content, Mapping):
@@ -259,8 +259,8 @@ def _nonzero(values: Mapping[str, Tensor], layer_type: LayerType) -> dict[str, T
     masks = {}
     for name, value in values.items():
         kept = value != 0
-        if layer_type != "unstructured":
-            others = [d for d in range(kept.dim()) if d != (layer_type == "channel")]
+        if (axis := GROUP_AXIS.get(layer_type)) is not None:
+            others = [d for d in range(kept.dim()) if d != axis]
             kept = kept.any(dim=others, keepdim=True).expand_as(kept)
         masks[name] = kept.to(torch.uint8)
     return masks
@@ -278,11 +278,20 @@ def all_scores(state: State) -> dict[str, Tensor]:
 def layer_types(state: State) -> tuple[LayerType, ...]:
     """The layer types that a foreign state may have been pruned with."""
     recorded = state["facts"].get("layer_type")
-    if recorded in ("unstructured", "filter", "channel"):
+    if recorded in get_args(LayerType):
         return (recorded,)
     masks = [v for n, v in state["state_dict"].items() if n.endswith("weight_mask")]
-    linear = any(value.dim() == 2 for value in [*all_scores(state).values(), *masks])
-    return ("unstructured",) if linear else ("filter", "channel")
+    if any(value.dim() == 2 for value in [*all_scores(state).values(), *masks]):
+        return ("unstructured",)
+    grouped: tuple[LayerType, ...] = ("filter", "channel")
+    kinds = [k for k in grouped if all(_is_whole(mask != 0, GROUP_AXIS[k]) for mask in masks)]
+    return tuple(kinds) or ("unstructured",)
+
+
+def _is_whole(mask: Tensor, axis: int) -> bool:
+    """Whether a mask keeps or prunes each index along `axis` as a whole."""
+    groups = mask.movedim(axis, 0).flatten(1)
+    return bool((groups == groups[:, :1]).all())
 
 
 def published_masks(

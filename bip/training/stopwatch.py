@@ -23,7 +23,6 @@ class Stopwatch:
         self.on_gpu = device.type == "cuda"
         self.stride = 1
         self.active = False
-        self.steps = 0
         self._seconds: dict[str, float] = {}
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -35,7 +34,6 @@ class Stopwatch:
     def step(self, iteration: int) -> Iterator[None]:
         """Around one step; its parts call `part`."""
         self.active = iteration % self.stride == 0
-        self.steps += 1
         with self.part("step"):
             yield
         self.active = False
@@ -80,7 +78,7 @@ class Stopwatch:
         for name, began, ended in self._events:
             self._add(name, began.elapsed_time(ended) / 1000)
         found = {name: self.stride * seconds for name, seconds in self._seconds.items()}
-        self._seconds, self._events, self.steps = {}, [], 0
+        self._seconds, self._events = {}, []
         if "step" in found:
             known = sum(found.get(part, 0.0) for part in PARTS)
             found["update"] = max(0.0, found.pop("step") - known)

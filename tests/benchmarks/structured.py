@@ -2,13 +2,15 @@
 
 The data and settings of `tests.benchmarks.accuracy` (CIFAR-10 as JPEG at 16 pixels, 10,000 training
 images), one seed. Each k of the series is pruned by BiP from one dense network and fine-tuned, and
-the result exported as compact. `--folder` keeps everything: what is done is not done again.
+the result exported as compact. `--folder` keeps everything: what is done is not done again, so
+`--minutes` may cut the series anywhere.
 
     python -m tests.benchmarks.structured --folder DIR --archs resnet20s,resnet18,vgg16_bn --json
 """
 
 import contextlib
 import io
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,14 @@ def exported(model: str, out: Path, batch: int) -> dict[str, float]:
 def main() -> None:
     options = arguments(
         __doc__ or "", folder="structured", archs="resnet20s,resnet18,vgg16_bn", k=RATIOS,
-        dense=600, prune=200, finetune=200, batch=64,
+        dense=600, prune=200, finetune=200, batch=64, minutes=600,
     )  # fmt: skip
     print(machine())
     folder = Path(options.folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     build_data(folder)
     figures: dict[str, float] = {}
+    end = time.monotonic() + 60 * options.minutes
     for arch in options.archs.split(","):
         same = ["--arch", arch]
         result, dense = run(
@@ -47,6 +50,8 @@ def main() -> None:
         figures[f"{arch}_dense_top1"] = result["top1"]
         for layer_type in ("filter", "channel"):
             for k in options.k.split(","):
+                if time.monotonic() > end:
+                    continue
                 name = f"{arch}-{layer_type}-{k}"
                 pruning = [*same, "--layer-type", layer_type, "--k", k]
                 pruned, model = run(

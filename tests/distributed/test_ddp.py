@@ -72,6 +72,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bip": ("bip", {"world": 4}),
     "bip-filter": ("bip", {"layer_type": "filter", "world": 4}),
     "bip-channel": ("bip", {"layer_type": "channel", "world": 4}),
+    "bip-2:4": ("bip", {"layer_type": "2:4", "k": 0.5}),
     "accelerate": ("bip", {"accelerate": True}),
     "accumulate": ("bip", {"accumulate": 2}),
     "hydra": ("hydra", {}),
@@ -127,7 +128,8 @@ def test_several_ranks_follow_one_at_every_step(
     world = settings.pop("world", 2)
     if kind != "pretrain":
         layer_type = settings.get("layer_type", "unstructured")
-        settings |= {"k": 0.3} | source_for(kind, source, pruned_runs[layer_type].newest)
+        pruned = pruned_runs.get(layer_type, pruned_runs["filter"])
+        settings = {"k": 0.3} | settings | source_for(kind, source, pruned.newest)
     if kind == "bip":
         settings |= {"mask_until": 1}
     if kind not in ("pretrain", "bip", "hydra"):

@@ -199,3 +199,16 @@ def test_list_shows_every_sweep_below_a_folder(
 def test_a_flag_after_the_list_is_no_value() -> None:
     with pytest.raises(UserError, match="lr"):
         plan("--lr", "--wd", "1,2", "--series", "0.5", *TWO)
+
+
+def test_a_pattern_gives_the_k_of_its_runs() -> None:
+    found = plan("--layer-type", "2:4", *TWO, "--seeds", "1-2")
+    assert settings(found, "layer_type", "k", "seed") == [("2:4", "0.5", s) for s in "12"]
+    found = plan("--layer-types", "1:4,2:4", *TWO)
+    assert settings(found, "layer_type", "k") == [("1:4", "0.25"), ("2:4", "0.5")]
+    found = plan("--layer-types", "unstructured,2:4", "--series", "0.5", *TWO)
+    assert settings(found, "layer_type", "k") == [("unstructured", "0.5"), ("2:4", "0.5")]
+    with pytest.raises(UserError, match=r"k: layer_type 2:4 keeps 0\.5, not 0\.1"):
+        plan("--layer-type", "2:4", "--series", "0.5,0.1", *TWO)
+    with pytest.raises(UserError, match="series: missing"):
+        plan("--layer-types", "unstructured,2:4", *TWO)

@@ -1,5 +1,6 @@
 """`bip export` in every format but compact, `bip inspect` and `bip compare`, from the outside."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,10 +13,15 @@ from safetensors import safe_open
 
 from bip import models
 from bip.__main__ import main
+from bip.distributed.group import Group
+from bip.evaluation import evaluate
+from bip.exporting import smaller
 from bip.exporting.formats import formats, reference
 from bip.exporting.formats.sparse import load_sparse
+from bip.exporting.inspect import inspection
 from bip.exporting.model import Facts, read_model
 from bip.training.checkpoint import pack_mask, write_checkpoint
+from tests.distributed.harness import run_ranks
 from tests.runs import LAYER_TYPES, Finished, train
 
 IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -189,6 +195,7 @@ def test_the_report_of_an_export(
         ("published", "a.pt", [], ["--k"]),
         ("published", "a.pt", ["--k", "0.3"], ["--layer-type"]),
         ("published", "a.pt", ["--k", "x", "--layer-type", "filter"], ["k", "'x'"]),
+        ("published", "a.pt", ["--k", "0.3", "--layer-type", "2:4"], ["layer_type", "filter"]),
     ],
 )
 def test_exports_that_are_refused(
@@ -262,6 +269,28 @@ def test_inspect_counts_what_is_kept(
     assert picture.read_bytes()[1:4] == b"PNG"
 
 
+def test_inspect_leaves_what_is_kept_by_force_out_of_the_threshold(
+    pruned_runs: dict[str, Finished],
+) -> None:
+    """One balanced ranking keeps the largest filter of a layer however small it is."""
+    model = read_model(pruned_runs["filter"].best)
+    facts = dataclasses.replace(model.facts, scope="global")
+    last = list(model.masks)[-1]
+    generator = torch.Generator().manual_seed(0)
+    scores = {n: torch.rand(m.shape, generator=generator) for n, m in model.masks.items()}
+    scores[last] *= 1e-6
+    norms = {n: s.flatten(1).norm(dim=1) / s[0].numel() ** 0.5 for n, s in scores.items()}
+    cut = float(torch.cat([norms[n] for n in norms if n != last]).median())
+    kept = {n: norm > cut for n, norm in norms.items()}
+    kept[last] = norms[last] == norms[last].max()
+    masks = {n: kept[n].byte().view(-1, 1, 1, 1).expand_as(s) for n, s in scores.items()}
+    config = model.config | {"ranking": "balanced"}
+    made = dataclasses.replace(model, facts=facts, scores=scores, masks=masks, config=config)
+    found = {layer["threshold"] for layer in inspection(made)["layers"]}
+    expected = min(float(norm[norm > cut].min()) for n, norm in norms.items() if n != last)
+    assert list(found) == [pytest.approx(expected)]
+
+
 def test_inspect_warns_of_layer_collapse(
     pruned_runs: dict[str, Finished], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,3 +321,37 @@ def test_compare_states_the_largest_iou(
     assert found["iou"] == found["largest_iou"] == pytest.approx(0.5), "one mask holds the other"
     assert all(layer["iou"] == layer["largest_iou"] for layer in found["layers"])
     assert picture.read_bytes()[1:4] == b"PNG"
+
+
+# bip evaluate of files that are no checkpoint
+
+
+def count_exported(group: Group, words: list[str]) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smaller, "join", lambda _folder: group)
+        return evaluate(words, "bip evaluate")
+
+
+@pytest.mark.parametrize("format", ["compact", "onnx", "sparse"])
+def test_exports_evaluate_as_the_run_did(
+    format: str, pruned_runs: dict[str, Finished], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run = pruned_runs["unstructured" if format == "sparse" else "filter"]
+    suffix = {"compact": "safetensors", "sparse": "pt"}.get(format, format)
+    path = export(run, tmp_path / f"a.{suffix}", "--format", format)
+    capsys.readouterr()
+    assert main(["evaluate", str(path)]) == 0
+    assert f"top1 {run.result['top1']:.2f}% " in capsys.readouterr().out
+    if format == "sparse":
+        return
+    for found in run_ranks(2, count_exported, [str(path), "--test-batch-size", "50"]):
+        assert found["top1"] == run.result["top1"], "exact over ranks"
+    for words, key in ((["--num-classes", "7"], "num_classes"), (["--dataset", "CIFAR10"], None)):
+        assert main(["evaluate", str(path), *words, "--data-dir", str(tmp_path)]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert key is None or key in error
+    path.write_bytes(path.read_bytes()[:500])
+    assert main(["evaluate", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err

@@ -452,6 +452,17 @@ def test_masks_of_torch_prune_and_of_our_dense_export(
             assert torch.equal(tuned.masks[name], mask)
 
 
+def test_masks_of_torch_prune_show_their_layer_types_by_their_shape() -> None:
+    whole, single = torch.ones(4, 4, 3, 3), torch.ones(4, 4, 3, 3)
+    whole[1], single[1, 2, 0, 0] = 0, 0
+    for mask, kinds in (
+        (whole, ("filter",)), (whole.transpose(0, 1), ("channel",)), (single, ("unstructured",)),
+        (torch.ones(4, 4, 1, 1), ("filter", "channel")), (torch.ones(4, 4), ("unstructured",)),
+    ):  # fmt: skip
+        state = {"state_dict": {"a.weight_mask": mask}, "facts": {}}
+        assert sources.layer_types(state) == kinds
+
+
 # Paths
 
 

@@ -23,13 +23,16 @@ Network = Callable[[Tensor], Tensor]
 class Exported:
     """What was written: the network to time, what it has and costs, and lines for the user.
 
-    None: as in the masked network.
+    None: as in the masked network. `masked` is what it is timed against, and `where` on what, if
+    that is not the masked network on the CPU.
     """
 
     network: Network | None = None
     parameters: int | None = None
     macs: int | None = None  # multiply-accumulates of one image
     notes: list[str] = field(default_factory=list)
+    masked: Network | None = None
+    where: str | None = None
 
 
 @dataclass(frozen=True)

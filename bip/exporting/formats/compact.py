@@ -3,9 +3,12 @@
 The metadata hold, as JSON, what builds the network and the shapes of what changed in it.
 """
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -70,6 +73,21 @@ def _check(model: Model, sample: torch.Tensor) -> None:
         )
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """The text metadata of a safetensors file. Raises UserError if it is none."""
+    with _opened(path) as stored:
+        return stored.metadata() or {}
+
+
+@contextlib.contextmanager
+def _opened(path: Path | str) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
+
+
 def load_compact(path: Path | str, arch: str | None = None) -> fx.GraphModule:
     """The network of a file that `bip export --format compact` wrote, in evaluation mode.
 
@@ -77,12 +95,9 @@ def load_compact(path: Path | str, arch: str | None = None) -> fx.GraphModule:
     made of, needed if that is a function of yours. Raises UserError, one line, for a file that is
     not one, or whose network the code here no longer builds.
     """
-    try:
-        with safe_open(path, "pt") as stored:
-            metadata = stored.metadata() or {}
-            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is not a readable safetensors file ({error})") from None
+    with _opened(path) as stored:
+        metadata = stored.metadata() or {}
+        state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     if metadata.get("format") != NAME or metadata.get("version") != str(VERSION):
         raise UserError(f"{path}: is no compact network; bip export --format compact writes one")
     check_arch(metadata.get("arch", ""), arch, Path(path))

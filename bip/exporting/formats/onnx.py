@@ -1,5 +1,6 @@
 """ONNX, checked with onnxruntime. `--of compact` writes the network without pruned channels."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ def write(model: Model, out: Path, of: str) -> Exported:
         network = compact(model)[0]
     elif of != "dense":
         raise UserError(f"of: onnx can be of dense or compact, not {of!r}")
-    data = to_onnx(network, model.sample(2))
-    run = session(data)
+    data = to_onnx(network, model.sample(2), model.metadata(NAME))
+    run = runner(session(data, out))
     for size in (2, 3):
         images = model.sample(size)
         with torch.no_grad():
@@ -43,8 +44,8 @@ def write(model: Model, out: Path, of: str) -> Exported:
     return Exported(run, parameters, macs(network, model.sample(1))[""])
 
 
-def to_onnx(network: nn.Module, sample: torch.Tensor) -> bytes:
-    """The network as an ONNX file's bytes, for batches of any size."""
+def to_onnx(network: nn.Module, sample: torch.Tensor, metadata: dict[str, str]) -> bytes:
+    """The network as an ONNX file's bytes, for batches of any size, with these metadata."""
     try:
         import onnxscript  # noqa: F401
 
@@ -60,21 +61,38 @@ def to_onnx(network: nn.Module, sample: torch.Tensor) -> bytes:
             f"format: torch cannot write this network as ONNX ({reason}); export it as dense"
         ) from None
     assert program is not None
-    data: bytes = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    data: bytes = proto.SerializeToString()
     return data
 
 
-def session(data: bytes) -> Any:
-    """A function that runs the file with onnxruntime, on as many threads as torch uses."""
+def session(data: bytes, where: Path) -> Any:
+    """The file opened by onnxruntime, on as many threads as torch uses. Raises UserError."""
     try:
         import onnxruntime
     except ImportError:
         raise UserError(MISSING) from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    found = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has many kinds
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{where}: is not a readable ONNX file ({reason})") from None
+
+
+def metadata_of(opened: Any) -> dict[str, str]:
+    """What `write` recorded in the file; empty for a file of another program."""
+    return dict(opened.get_modelmeta().custom_metadata_map)
+
+
+def runner(opened: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that runs the file: images to its first output."""
+    name = opened.get_inputs()[0].name
 
     def run(images: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(found.run(None, {"images": images.numpy()})[0])
+        return torch.from_numpy(opened.run(None, {name: images.numpy()})[0])
 
     return run

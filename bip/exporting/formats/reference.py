@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bip.errors import UserError
 from bip.exporting.formats import Exported
 from bip.exporting.model import Model
 from bip.files import atomic_write_bytes
+from bip.pruning.choices import PATTERNS
 
 NAME = "reference"
 SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt")
@@ -21,6 +23,11 @@ SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt")
 
 def write(model: Model, out: Path, of: str) -> Exported:
     """For --source-net and --resume of the published code."""
+    if model.facts.layer_type in PATTERNS:
+        raise UserError(
+            f"format: the published code has no layer type {model.facts.layer_type}; "
+            "export it as dense"
+        )
     scores, notes = _scores(model)
     content: dict[str, Any] = {}
     for name, value in model.network.state_dict().items():

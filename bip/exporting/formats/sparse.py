@@ -103,12 +103,13 @@ def sparsify(network: nn.Module, names: list[str]) -> nn.Module:
         layer = network.get_submodule(path)
         if isinstance(layer, nn.Linear):
             network.set_submodule(path, SparseLinear(layer))
-        elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and _plain(layer):
+        elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and is_plain(layer):
             network.set_submodule(path, SparseConv(layer))
     return network.eval()
 
 
-def _plain(layer: nn.Conv2d) -> bool:
+def is_plain(layer: nn.Conv2d) -> bool:
+    """Whether unfolding pads as it does."""
     return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
 
 
