@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
@@ -26,6 +27,7 @@ from bip.pruning.select import HASH, MAGNITUDE
 
 BLOCK = 64  # elements counted without branches; looked at again only if one changed or is sought
 SWEEP_BLOCK = 256  # the same for `sweep`, where it is faster: fewer sums of vectors
+LOCK_SECONDS = 20.0  # several times what a pass takes to compile
 THREAD_WORTH = 1 << 18  # elements; for fewer a thread costs more than it saves
 
 Bits = NDArray[np.int32]
@@ -59,11 +61,20 @@ def _private_folder() -> str:
 
 @contextlib.contextmanager
 def _one_process_at_a_time() -> Iterator[None]:
-    """Hold this node's lock for compiling: what one process compiles, the next ones load."""
-    lock = None
-    with contextlib.suppress(OSError):  # without a lock each process compiles
+    """Hold this node's lock for compiling: what one process compiles, the next ones load.
+
+    Without a lock each compiles for itself. So it does after LOCK_SECONDS: SLURM may have suspended
+    the job that holds the lock.
+    """
+    lock, end = None, time.monotonic() + LOCK_SECONDS
+    with contextlib.suppress(OSError):
         lock = os.open(Path(_private_folder(), "lock"), os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
     try:
         yield
     finally:

@@ -249,6 +249,17 @@ def test_ranks_that_start_at_once_compile_once_on_the_nodes_own_disk(tmp_path: P
     assert all(str(folder) in line for line in printed.splitlines() if "saved" in line)
 
 
+def test_a_job_that_was_suspended_while_it_compiled_stops_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / f"bip-numba-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    code = "import numpy as np; from bip.pruning import kernels; one = np.ones(1, np.float32)"
+    code += "; kernels.LOCK_SECONDS = 0.5; kernels.mask_out(1, one, np.ones(1, np.uint8), one)"
+    env = os.environ | {"TMPDIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+
+
 def test_compiled_code_is_taken_from_no_other_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
