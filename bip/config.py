@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Container
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -404,7 +405,8 @@ class RunConfig(BaseModel):
     @field_validator("exp_name")
     @classmethod
     def _exp_name_is_a_folder(cls, name: str) -> str:
-        if name in (".", "..") or "/" in name or not name.isprintable():
+        broken = any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+        if name in (".", "..") or "/" in name or broken:
             raise ValueError("must be a plain folder name, without '/' and control characters")
         if (size := len(os.fsencode(name))) > _LONGEST_NAME:
             raise ValueError(f"has {size} bytes; file systems take at most {_LONGEST_NAME}")
@@ -435,6 +437,12 @@ class RunConfig(BaseModel):
             raise ValueError(
                 f"layer_type: dense cannot be used with exp_mode {self.exp_mode}; "
                 "give --layer-type unstructured, filter, channel or 2:4"
+            )
+        if self.exp_mode == "pretrain" and self.layer_type in PATTERNS and not self.evaluate:
+            raise ValueError(
+                f"layer_type: pretrain trains all weights, not {self.layer_type}; leave "
+                "--layer-type out, or to train sparse from scratch give --exp-mode prune --trainer "
+                "random (or snip, grasp, synflow)"
             )
         sparse = self.layer_type != "dense" and self.k < 1
         if self.exp_mode == "pretrain" and sparse and not self.evaluate:

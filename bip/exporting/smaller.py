@@ -1,5 +1,6 @@
 """`bip evaluate` of exports that are no checkpoint: compact networks and ONNX files."""
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from bip.config import RunConfig
 from bip.data.batches import open_data
 from bip.data.options import DataOptions
 from bip.distributed.group import Group
+from bip.distributed.heartbeat import Heartbeat
 from bip.distributed.rendezvous import join
 from bip.errors import UserError
 from bip.exporting.formats import compact, onnx
@@ -44,18 +46,20 @@ def evaluate_export(config: RunConfig, kind: str) -> dict[str, Any]:
     path, options = config.source_net, DataOptions.of(config)
     assert path is not None
     group = join(config.result_dir / ".rendezvous")
-    compare_starts({"checkpoint": sha256_file(path)}, group)
-    network = _network(config, path, kind, group)
-    with group.together():
-        data = open_data(options, group.rank, group.world, group.device)
-        _check(network, path, options, data.image_dim, group)
-    try:
-        accuracy: Accuracy = evaluate(
-            network, data.evaluate("test"), data.eval_size("test"), group,
-            bf16=config.precision == "bf16",
-        )  # fmt: skip
-    finally:
-        data.close()
+    heartbeat = Heartbeat(group, config.rank_timeout)
+    with heartbeat.watching():
+        compare_starts({"checkpoint": sha256_file(path)}, group)
+        with group.together():
+            network = _network(config, path, kind, group)
+            data = open_data(options, group.rank, group.world, group.device)
+            _check(network, path, options, data.image_dim, group)
+        with closing(data):
+            accuracy: Accuracy = evaluate(
+                network, data.evaluate("test"), data.eval_size("test"), group,
+                bf16=config.precision == "bf16",
+            )  # fmt: skip
+        group.barrier()
+        heartbeat.stop()
     if group.is_first:
         print(accuracy.line)
     group.close()

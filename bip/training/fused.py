@@ -6,6 +6,7 @@ fused SGD: `rounds_as_torch` compares them on this machine. Where they differ, o
 optimizer or memory format, the two steps change nothing and return False.
 """
 
+import sys
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, Self
@@ -148,6 +149,8 @@ def rounds_as_torch() -> bool:
             momentum.numpy(), np.array(values, np.float32),
         )  # fmt: skip
         if not (torch.equal(weights, expected[0]) and torch.equal(momentum, expected[1])):
+            text = "warning: SGD steps are torch's own, which are slower: this processor rounds"
+            print(f"{text} otherwise", file=sys.stderr, flush=True)
             return False
     return True
 
