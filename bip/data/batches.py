@@ -130,6 +130,7 @@ class Data:
         ahead, current = itertools.tee(requests)
         buffer = torch.empty(0)
         for request, (images, labels) in zip(current, loader.fetch(ahead), strict=False):
+            crops = None
             if request.uniforms is not None and self._spec.augment == "pad_crop":
                 crops = augment.pad_crop_params(
                     request.uniforms,
@@ -138,15 +139,21 @@ class Data:
                     self._spec.padding,
                     self._spec.flip,
                 )
-                images = augment.pad_crop(images, crops, self._spec.padding)
             if images.is_cuda:
+                if crops is not None:
+                    images = augment.pad_crop(images, crops, self._spec.padding)
                 yield images.float().mul_(self._scale).add_(self._shift), labels
                 continue
             # New memory for each batch would cost five times as much as the arithmetic.
             if buffer.numel() < images.numel():
                 buffer = torch.empty(images.numel())
             out = buffer[: images.numel()].view(images.shape)
-            augment.normalise(images, self._scale, self._shift, out)
+            if crops is None:
+                augment.normalise(images, self._scale, self._shift, out)
+            else:
+                augment.pad_crop_normalised(
+                    images, crops, self._spec.padding, self._scale, self._shift, out
+                )
             yield out, labels
 
 

@@ -32,10 +32,11 @@ def mask_out(values: Tensor, mask: Tensor, out: Tensor) -> None:
     if not is_compiled(values, out):
         torch.mul(values, mask, out=out)
         return
+    from bip.compiled import share
     from bip.pruning import kernels
 
     arrays = [tensor.view(-1).numpy() for tensor in (values, mask, out)]
-    kernels.mask_out(kernels.share(values.numel()), *arrays)
+    kernels.mask_out(share(values.numel()), *arrays)
     increment_version(out)  # autograd does not see writes through numpy
 
 
@@ -53,8 +54,9 @@ def upper_gradient(
         slope = torch.addcmul(weights, mask, g, value=-inv_gamma).mul_(g)
         torch.where(scores < 0, -slope, slope, out=out)
         return
+    from bip.compiled import share
     from bip.pruning import kernels
 
     arrays = [tensor.numpy() for tensor in (g, weights, mask, scores, out)]
-    kernels.upper_gradient(kernels.share(g.numel()), arrays[0].dtype.type(inv_gamma), *arrays)
+    kernels.upper_gradient(share(g.numel()), arrays[0].dtype.type(inv_gamma), *arrays)
     increment_version(out)

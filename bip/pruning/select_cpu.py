@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from bip.compiled import share
 from bip.pruning import kernels
 from bip.pruning.kernels import Bits
 from bip.pruning.layout import Segment, with_counts
@@ -159,7 +160,7 @@ class CpuSelector:
             cut = cuts[bisect_right(starts, start) - 1]
             piece, first = slice(start, stop), tensors[bisect_right(tensors, start) - 1]
             target = fused.get(first)
-            parts = kernels.share(stop - start)
+            parts = share(stop - start)
             proofs = np.empty((parts, 2), np.int64)
             kernels.write(
                 parts, bits[piece], np.int32(cut.key), cut.last - start, start, flags[piece],
@@ -244,7 +245,7 @@ class CpuSelector:
         """(keys above the bracket, keys in it, the largest key) in this slice. Sets `source` if it
         collected all keys in the bracket.
         """
-        bits, parts = search.bits, kernels.share(search.bits.size)
+        bits, parts = search.bits, share(search.bits.size)
         most = min(bits.size, max(4096, bits.size // (16 * parts)))
         found = np.empty((parts, most + kernels.SWEEP_BLOCK), np.int32)
         heads = np.empty((parts, 3), np.int64)
@@ -277,7 +278,7 @@ class CpuSelector:
         source = search.bits if search.source is None else search.source
         low, high = np.int32(search.low), np.int32(search.high)
         shift = search.shift(self.digit_bits)
-        parts = kernels.share(source.size)
+        parts = share(source.size)
         counts = np.zeros((parts, ((search.high - search.low) >> shift) + 1), np.int32)
         kernels.count_digits(parts, source, low, high, np.int32(shift), counts)
         total: Bits = counts.sum(0, dtype=np.int32)

@@ -32,11 +32,12 @@ def lower_step(optimizer: Optimizer, pruned: PrunedParameters) -> bool:
     step = _Step.of(optimizer, pruned.weights, pruned.z)
     if step is None:
         return False
+    from bip.compiled import share
     from bip.pruning import kernels
 
     weights, mask = pruned.weights.detach(), pruned.mask
     kernels.lower_step(
-        kernels.share(step.whole), step.whole, step.starts, step.gradients, _addresses(pruned.z),
+        share(step.whole), step.whole, step.starts, step.gradients, _addresses(pruned.z),
         mask.numpy(), weights.numpy(), step.momentum.numpy(), step.sgd,
     )  # fmt: skip
     rest = [(tensor, z) for tensor, z in zip(pruned.layout.tensors, pruned.z, strict=True)
@@ -66,6 +67,7 @@ def upper_step(
     step = _Step.of(optimizer, pruned.scores, pruned.z)
     if step is None:
         return False
+    from bip.compiled import share
     from bip.pruning import kernels
 
     weights, scores, mask = pruned.weights.detach(), pruned.scores.detach(), pruned.mask
@@ -80,7 +82,7 @@ def upper_step(
     if scaled:
         pruned.scale_dead_filters(np.flatnonzero(given).tolist())
     kernels.upper_step(
-        kernels.share(step.whole), step.whole, step.starts, step.gradients, given,
+        share(step.whole), step.whole, step.starts, step.gradients, given,
         np.float32(inv_gamma), weights.numpy(), mask.numpy(), scores.numpy(),
         step.momentum.numpy(), step.sgd,
     )  # fmt: skip

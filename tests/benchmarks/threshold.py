@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from torch.distributed import TCPStore
 
+from bip.compiled import share, threaded
 from bip.distributed.rendezvous import join
 from bip.methods.bip import Bip
-from bip.pruning import kernels
 from bip.pruning.layout import Segment
 from bip.pruning.select import LARGEST, Alone
 from bip.pruning.select_cpu import SAMPLE, CpuSelector, Cut
@@ -124,7 +124,7 @@ def measure_size(n: int, rounds: int) -> dict[str, float]:
     return row
 
 
-@kernels.threaded
+@threaded
 def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         c[i] = a[i]
@@ -133,11 +133,11 @@ def _fused(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_pass(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> None:
     """One pass that reads a and b and writes c and d, compiled like our own kernels."""
-    kernels.share(a.numel())
+    share(a.numel())
     _fused(a.numpy(), b.numpy(), c.numpy(), d.numpy())
 
 
-@kernels.threaded
+@threaded
 def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
     for i in numba.prange(a.size):
         keep = a[i] > 0
@@ -147,7 +147,7 @@ def _fused_write(a, b, c, d):  # type: ignore[no-untyped-def]
 
 def fused_write(scores: Tensor, weights: Tensor, mask: Tensor, z: Tensor) -> None:
     """The simplest pass that reads scores and weights and writes a mask and z."""
-    kernels.share(scores.numel())
+    share(scores.numel())
     _fused_write(scores.numpy(), weights.numpy(), mask.numpy(), z.numpy())
 
 

@@ -13,7 +13,13 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 
 from bip.data import decode
-from bip.data.augment import pad_crop, pad_crop_params, resized_crop_params
+from bip.data.augment import (
+    normalise,
+    pad_crop,
+    pad_crop_normalised,
+    pad_crop_params,
+    resized_crop_params,
+)
 from bip.data.order import Order
 
 DEVICES = [
@@ -49,12 +55,20 @@ def test_pad_crop_is_the_naive_loop(
     images = rng.integers(1, 256, shape, dtype=np.uint8)
     crops = pad_crop_params(rng.random((shape[0], 4)), shape[2], shape[3], padding, flip)
     given = torch.from_numpy(images.copy()).to(device)
-    got = pad_crop(given, crops, padding).cpu().numpy()
+    cropped = pad_crop(given, crops, padding)
+    got = cropped.cpu().numpy()
     np.testing.assert_array_equal(given.cpu().numpy(), images)  # left as it was
     for image, one, top, left, mirror in zip(
         images, got, crops.top, crops.left, crops.flip, strict=True
     ):
         np.testing.assert_array_equal(one, naive_pad_crop(image, top, left, mirror, padding))
+    if device == "cpu":
+        scale, shift = torch.rand(2, shape[1], 1, 1)
+        normalised, expected = torch.empty(2, *shape)
+        pad_crop_normalised(given, crops, padding, scale, shift, normalised)
+        normalise(cropped, scale, shift, expected)
+        assert torch.equal(normalised, expected)
+        np.testing.assert_array_equal(given.numpy(), images)
 
 
 def test_pad_crop_covers_all_offsets_and_both_flips_evenly() -> None:

@@ -15,13 +15,12 @@ import pytest
 import torch
 import yaml
 
-from bip import cli, models
+from bip import cli, compiled, models
 from bip.config import load_config
 from bip.errors import ExitCode, UserError, outcome
 from bip.files import NOT_SUPPORTED
 from bip.lock import RunLock
 from bip.machine import expanded, for_shell
-from bip.pruning import kernels
 from bip.training.checkpoint import CheckpointFolder
 from bip.yaml_file import read_yaml
 from launch.profile import load_profile
@@ -253,7 +252,8 @@ def test_a_job_that_was_suspended_while_it_compiled_stops_no_other(tmp_path: Pat
     folder = tmp_path / f"bip-numba-{os.getuid()}"
     folder.mkdir(mode=0o700)
     code = "import numpy as np; from bip.pruning import kernels; one = np.ones(1, np.float32)"
-    code += "; kernels.LOCK_SECONDS = 0.5; kernels.mask_out(1, one, np.ones(1, np.uint8), one)"
+    code += "; import bip.compiled; bip.compiled.LOCK_SECONDS = 0.5"
+    code += "; kernels.mask_out(1, one, np.ones(1, np.uint8), one)"
     env = os.environ | {"TMPDIR": str(tmp_path), "NUMBA_CACHE_DIR": ""}
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -264,11 +264,11 @@ def test_compiled_code_is_taken_from_no_other_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    own = Path(kernels._private_folder())
+    own = Path(compiled._private_folder())
     assert own.stat().st_mode & 0o777 == 0o700
     monkeypatch.setattr(os, "getuid", lambda: 4242)
     (tmp_path / "bip-numba-4242").mkdir(mode=0o777)  # made by somebody else
-    assert Path(kernels._private_folder()) not in (own, tmp_path / "bip-numba-4242")
+    assert Path(compiled._private_folder()) not in (own, tmp_path / "bip-numba-4242")
 
 
 # One value a channel

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +27,7 @@ class LmdbWriter:
     without an exception. With a `plan`, a build that ends early leaves that file and a record of
     its progress; the next writer with the same plan resumes there, after `done` source images.
     Without a plan an error removes the file, and the next build overwrites that of a killed one.
+    A thread writes the records, so that the next ones are prepared while the disk is busy.
 
     Args:
         classes: names by label; None: named by their numbers, as many as there are labels.
@@ -43,7 +45,7 @@ class LmdbWriter:
     """
 
     _BATCH = 1000  # records per transaction
-    _BATCH_BYTES = 256 << 20
+    _BATCH_BYTES = 64 << 20
 
     def __init__(
         self,
@@ -61,6 +63,8 @@ class LmdbWriter:
         self._retry_skipped = retry_skipped
         self._partial = path.with_name(f".{path.name}.partial")
         self._note = path.with_name(f".{path.name}.progress")
+        self._thread = ThreadPoolExecutor(1)
+        self._transaction: Future[None] | None = None
         self._start()
 
     def _start(self, note: dict[str, Any] | None = None) -> None:
@@ -197,7 +201,9 @@ class LmdbWriter:
                 # Keep as much as possible: the note counts complete transactions only.
                 with contextlib.suppress(OSError, lmdb.Error):
                     self._flush()
+                    self._wait()
         finally:
+            self._thread.shutdown()
             self._env.close()
             if whole or self._plan is None or not self._note.exists():
                 for path in (self._note, self._partial):
@@ -216,34 +222,44 @@ class LmdbWriter:
             "options": self._options,
         }
         self._pending.append((HEADER_KEY, json.dumps(header).encode()))
-        self._write_pending()
+        self._flush(with_note=False)
+        self._wait()
         self._env.sync(True)
         os.replace(self._partial, self.path)
         fsync_folder(self.path.parent)
 
-    def _flush(self) -> None:
-        self._write_pending()
-        if self._plan is not None:
-            note = {
-                "plan": self._plan,
-                "count": self._count,
-                "image_bytes": self.image_bytes,
-                "class_counts": self._class_counts,
-                "source_bytes": self.source_bytes,
-                "skipped": self.skipped,
-                "repaired": self.repaired,
-            }
-            atomic_write_json(self._note, note)
+    def _flush(self, with_note: bool = True) -> None:
+        """Start the transaction of all pending records, when the one before it has ended."""
+        self._wait()
+        note = self._progress() if with_note and self._plan is not None else None
+        self._transaction = self._thread.submit(self._write, self._pending, note)
+        self._pending, self._pending_bytes = [], 0
 
-    def _write_pending(self) -> None:
+    def _wait(self) -> None:
+        """Until the transaction has ended. Raises its error."""
+        if self._transaction is not None:
+            self._transaction.result()
+
+    def _progress(self) -> dict[str, Any]:
+        return {
+            "plan": self._plan,
+            "count": self._count,
+            "image_bytes": self.image_bytes,
+            "class_counts": list(self._class_counts),
+            "source_bytes": self.source_bytes,
+            "skipped": list(self.skipped),
+            "repaired": dict(self.repaired),
+        }
+
+    def _write(self, records: list[tuple[bytes, bytes]], note: dict[str, Any] | None) -> None:
         while True:
             try:
                 with self._env.begin(write=True) as transaction:
-                    for key, value in self._pending:
+                    for key, value in records:
                         # Keys only increase (the header's is the last), so LMDB can fill its pages.
                         transaction.put(key, value, append=True)
                 break
             except lmdb.MapFullError:
                 self._env.set_mapsize(2 * self._env.info()["map_size"])
-        self._pending.clear()
-        self._pending_bytes = 0
+        if note is not None:
+            atomic_write_json(self._note, note)
