@@ -81,8 +81,21 @@ def share(size: int) -> int:
     most = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
     parts = min(torch.get_num_threads(), most, size // THREAD_WORTH)
     if parts > 1:
-        numba.set_num_threads(parts)
+        with _torchs_threads():
+            numba.set_num_threads(parts)
     return max(1, parts)
+
+
+@contextlib.contextmanager
+def _torchs_threads() -> Iterator[None]:
+    """Leave torch its number of threads, on which the bits of its sums depend.
+
+    numba starts as many threads as there are cores, by the OpenMP that torch uses too.
+    """
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
 
 
 def in_parts(function: Any) -> Callable[..., None]:
@@ -100,7 +113,7 @@ def in_parts(function: Any) -> Callable[..., None]:
         if compiled_one.signatures:
             compiled_one(parts, *arguments)
             return
-        with _one_process_at_a_time():
+        with _one_process_at_a_time(), _torchs_threads():
             compiled_one(parts, *arguments)
 
     return call

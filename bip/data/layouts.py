@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from bip.data.stores.base import MAX_BYTES
-from bip.data.trees import SPLITS, FolderTree, Tree, is_image, is_system, printable
+from bip.data.trees import SPLITS, FolderTree, Tree, is_image, is_system, open_tree, printable
 from bip.errors import UserError
+
+__all__ = ["Split", "describe_left_out", "different_classes", "find_splits", "open_tree"]
 
 # Names that a split's folder has elsewhere, lower case.
 _ALIASES = {

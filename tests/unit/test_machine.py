@@ -248,6 +248,21 @@ def test_ranks_that_start_at_once_compile_once_on_the_nodes_own_disk(tmp_path: P
     assert all(str(folder) in line for line in printed.splitlines() if "saved" in line)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_compiled_passes_leave_torch_its_number_of_threads(direct: bool) -> None:
+    """On a node of more cores than the task was given."""
+    code = "import numpy as np, torch; from bip import compiled; from bip.pruning import kernels"
+    code += "; torch.set_num_threads(2); n = 2 * compiled.THREAD_WORTH; one = np.ones(n, 'float32')"
+    code += f"; parts = 2 if {direct} else compiled.share(n)"
+    code += "; kernels.mask_out(parts, one, np.ones(n, np.uint8), one)"
+    code += "; print(parts, torch.get_num_threads())"
+    env = os.environ | {"NUMBA_NUM_THREADS": "5"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "2"]
+
+
 def test_a_job_that_was_suspended_while_it_compiled_stops_no_other(tmp_path: Path) -> None:
     folder = tmp_path / f"bip-numba-{os.getuid()}"
     folder.mkdir(mode=0o700)
