@@ -1,5 +1,8 @@
-"""Compiled CPU passes over weights, masks and scores. Those over scores read |x| as its key
-(`select.MAGNITUDE`)."""
+"""Compiled CPU passes over weights, masks and scores.
+
+Those over scores read |x| as its key (`select.MAGNITUDE`). numba makes 64 bits of a sum of 32-bit
+integers, and the compiler then half as many lanes: so sums that are to be fast are cut to 32 bits.
+"""
 
 from typing import Any
 
@@ -13,7 +16,8 @@ from bip.compiled import compiled, in_parts
 from bip.pruning.select import HASH, MAGNITUDE
 
 BLOCK = 64  # elements counted without branches; looked at again only if one changed or is sought
-SWEEP_BLOCK = 256  # the same for `sweep`, where it is faster: fewer sums of vectors
+SWEEP_BLOCK = 128  # the same for `sweep`, where it is faster: fewer sums of vectors
+_RUN = 16  # elements of such a block, collected only if one is sought
 
 Bits = NDArray[np.int32]
 Mask = NDArray[np.uint8]
@@ -22,32 +26,43 @@ i32, u32 = numba.int32, numba.uint32
 
 
 @compiled
+def _collect(bits: Bits, start: int, low: np.int32, high: np.int32, found: Bits, place: int) -> int:
+    """Append a block's keys in [low, high] to found[:place]; returns the new `place`."""
+    for run in range(start, start + SWEEP_BLOCK, _RUN):
+        sought = i32(0)
+        for j in range(_RUN):
+            key = i32(bits[run + j] & MAGNITUDE)
+            sought = i32(sought + i32((low <= key) & (key <= high)))
+        if sought:
+            for j in range(_RUN):  # without branches, which nobody could predict
+                key = bits[run + j] & MAGNITUDE
+                found[place] = key
+                place += int((low <= key) & (key <= high))
+    return place
+
+
+@compiled
 def _sweep(bits: Bits, low: np.int32, high: np.int32, found: Bits) -> tuple[int, int, int]:
     above = inside = 0
     top = i32(0)
     whole = bits.size // SWEEP_BLOCK * SWEEP_BLOCK
     for start in range(0, whole, SWEEP_BLOCK):
-        more, least = i32(0), i32(0)
-        block_top = i32(0)
+        more, least, block_top = i32(0), i32(0), i32(0)
         for j in range(SWEEP_BLOCK):
-            key = bits[start + j] & MAGNITUDE
-            more += i32(key > high)
-            least += i32(key >= low)
-            block_top = max(block_top, key)
+            key = i32(bits[start + j] & MAGNITUDE)
+            more = i32(more + i32(key > high))
+            least = i32(least + i32(key >= low))
+            block_top = i32(max(block_top, key))
         above += int(more)
-        top = max(top, block_top)
+        top = i32(max(top, block_top))
         if least != more:
             if inside + SWEEP_BLOCK <= found.size:
-                place = inside
-                for j in range(SWEEP_BLOCK):  # without branches, which nobody could predict
-                    key = bits[start + j] & MAGNITUDE
-                    found[place] = key
-                    place += int((low <= key) & (key <= high))
-            inside += int(least - more)
+                _collect(bits, start, low, high, found, inside)
+            inside += int(least) - int(more)
     for i in range(whole, bits.size):
-        key = bits[i] & MAGNITUDE
+        key = i32(bits[i] & MAGNITUDE)
         above += int(key > high)
-        top = max(top, key)
+        top = i32(max(top, key))
         if low <= key <= high:
             if inside < found.size:
                 found[inside] = key
@@ -101,7 +116,7 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
     while start + BLOCK <= bits.size:
         equal = i32(0)
         for j in range(BLOCK):
-            equal += i32((bits[start + j] & MAGNITUDE) == key)
+            equal = i32(equal + i32((bits[start + j] & MAGNITUDE) == key))
         if equal >= which:
             break
         which -= int(equal)
@@ -118,8 +133,8 @@ def find_tie(bits: Bits, key: np.int32, which: int) -> int:
 def _hash(place: int) -> np.uint32:
     # A 32-bit hash: sums of other places' hashes are unlikely to equal it.
     x = u32(u32(place) * u32(HASH[0]))
-    x = u32((x ^ (x >> u32(15))) * u32(HASH[1]))
-    return u32(x ^ (x >> u32(13)))
+    x = u32(u32(x ^ u32(x >> u32(15))) * u32(HASH[1]))
+    return u32(x ^ u32(x >> u32(13)))
 
 
 @compiled
@@ -133,18 +148,18 @@ def _write(
         ties = i32(min(max(last - start, -1), BLOCK))  # equal keys are kept up to this place
         count, moved, hashes = i32(0), i32(0), u32(0)
         for j in range(BLOCK):
-            own = bits[start + j] & MAGNITUDE
+            own = i32(bits[start + j] & MAGNITUDE)
             keep = i32((own > key) | ((own == key) & (i32(j) <= ties)))
-            count += keep
-            hashes = u32(hashes + u32(keep) * _hash(u32(first + start) + u32(j)))
-            moved |= i32(mask[start + j]) ^ keep
+            count = i32(count + keep)
+            place = u32(u32(first + start) + u32(j))
+            hashes = u32(hashes + u32(u32(keep) * _hash(place)))
+            moved = i32(moved | i32(i32(mask[start + j]) ^ keep))
         kept += int(count)
         checksum = u32(checksum + hashes)
         if moved:  # the whole block, without branches: faster than its few changes one by one
             for j in range(BLOCK):
-                own = bits[start + j] & MAGNITUDE
-                keep = (own > key) | ((own == key) & (i32(j) <= ties))
-                mask[start + j] = np.uint8(keep)
+                own = i32(bits[start + j] & MAGNITUDE)
+                mask[start + j] = np.uint8((own > key) | ((own == key) & (i32(j) <= ties)))
             if has_z:
                 for j in range(BLOCK):
                     z[start + j] = weights.dtype.type(mask[start + j]) * weights[start + j]

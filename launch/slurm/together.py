@@ -46,6 +46,8 @@ class Together:
             if step.end() == "requeued":
                 return events.EX_TEMPFAIL
             self.failed = True
+            if step.run is not None:
+                step.run.cancel_others()
         return int(self.failed)
 
     def _work(self, number: int) -> None:

@@ -294,6 +294,25 @@ def assert_cancelled(sweep: ClusterSweep, run_id: str) -> None:
     assert json.loads(note.read_text())["reason"].startswith("cancelled; python -m launch resume")
 
 
+def test_fail_fast_cancels_the_others_when_no_launcher_waits(
+    cluster: Cluster, sweep_on: SweepOn, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run trains, one waits; the first fails for good."""
+    sweep = sweep_on(cluster, nodes=1, parallelism=1, retries={"lost": 0})
+    line = ("--series", "0.5,0.2", "--source-net", source, "--fail-fast", *ENDLESS)
+    assert sweep.series("Digits/bip.yml", *line) == 0
+    first, second = sorted(sweep.runs(), key=sweep.task)
+    sweep.wait(sweep.training, "it trains")
+    os.kill(ranks_of(first)[0], signal.SIGKILL)
+    cluster.wait_for_empty_queue()
+    rows = {row["run_id"]: row for row in sweep.status(capsys)}
+    assert rows[first]["state"] == "failed"
+    assert "SIGKILL" in rows[first]["reason"]
+    assert rows[second]["state"] == "cancelled"
+    assert f"{first} failed (--fail-fast)" in rows[second]["reason"]
+    assert not sweep.attempts(second)
+
+
 @pytest.mark.parametrize("requeue_by", ["scontrol", "batch"])
 def test_scancel_is_not_undone_by_the_run(
     requeue_by: str, cluster: Cluster, sweep_on: SweepOn, source: Path
