@@ -132,7 +132,7 @@ class Run:
             dense = self.pruned.layout.dense if self.pruned is not None else ()
             local = self._has_local_batch_norm()
             folder.open(progress.iteration, self.data.loader, local, dense)
-            with folder.attempt(progress), closing(folder.log(progress)) as log, closing(self.data):
+            with folder.attempt(progress), folder.log(progress) as log, closing(self.data):
                 loop = self.loop(progress, log)
                 if state is not None:
                     loop.load_optimizers(state)

@@ -113,8 +113,12 @@ def train(kind: str, result_dir: Path, **settings: Any) -> Finished:
     return Finished(config.run_folder, json.loads((config.run_folder / "result.json").read_text()))
 
 
-def train_until(saves: int, kind: str, result_dir: Path, **settings: Any) -> Path:
-    """Train, with a checkpoint after every step, until so many are saved. Returns the newest."""
+def train_until(
+    saves: int, kind: str, result_dir: Path, by: Exception | None = None, **settings: Any
+) -> Path:
+    """Train, with a checkpoint after every step, until so many are saved, when the run is ended
+    (by an exception: that of an agreed stop, say). Returns the newest."""
+    end = Killed() if by is None else by
     save, left = CheckpointFolder.save, saves
 
     def last_save(self: CheckpointFolder, *args: Any, **kwargs: Any) -> Path:
@@ -122,12 +126,12 @@ def train_until(saves: int, kind: str, result_dir: Path, **settings: Any) -> Pat
         path = save(self, *args, **kwargs)
         left -= 1
         if left == 0:
-            raise Killed
+            raise end
         return path
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CheckpointFolder, "save", last_save)
-        with pytest.raises(Killed):
+        with pytest.raises(type(end)):
             train(kind, result_dir, **settings, checkpoint_minutes=1e-9)
     (newest,) = result_dir.glob("*/*/*/checkpoint/checkpoint.pth.tar")
     return newest

@@ -43,9 +43,9 @@ class Background:
     def log(self, step: int, values: dict[str, float]) -> None:
         self._put(lambda tracker: tracker.log(step, values))
 
-    def close(self, result: dict[str, Any] | None) -> None:
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
         """Send what is left, then end; `join` waits for that."""
-        for call in (lambda tracker: tracker.close(result), None):
+        for call in (lambda tracker: tracker.close(result, stopped), None):
             with contextlib.suppress(queue.Full):
                 if not self.failed:
                     self.calls.put(call, timeout=3)

@@ -22,8 +22,12 @@ class Tracker(ABC):
         """Numbers of a step, by tags such as train/loss."""
 
     @abstractmethod
-    def close(self, result: dict[str, Any] | None) -> None:
-        """End this attempt; `result` if it has finished the run."""
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
+        """End this attempt.
+
+        `result`: if it has finished the run. `stopped`: by a signal, so another will go on; without
+        either it has failed.
+        """
 
     def remembered(self) -> str | None:
         """The tracker's ID of this run, as an earlier attempt has recorded it."""

@@ -52,11 +52,12 @@ class Tracker(base.Tracker):
         for at in range(0, len(metrics), _BATCH):
             self.client.log_batch(self.run_id, metrics=metrics[at : at + _BATCH])
 
-    def close(self, result: dict[str, Any] | None) -> None:
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
         if result is not None:
             numbers = {f"result/{k}": float(v) for k, v in result.items() if _is_number(v)}
             self.log(0, numbers)
-        self.client.set_terminated(self.run_id, "FINISHED" if result is not None else "KILLED")
+        ended = "FINISHED" if result is not None else "KILLED" if stopped else "FAILED"
+        self.client.set_terminated(self.run_id, ended)
 
 
 def _is_number(value: Any) -> bool:

@@ -22,5 +22,5 @@ class Tracker(base.Tracker):
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
-    def close(self, result: dict[str, Any] | None) -> None:
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
         self.board.close()

@@ -37,9 +37,9 @@ class Tracker(base.Tracker):
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log({**values, "step": step})
 
-    def close(self, result: dict[str, Any] | None) -> None:
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
         self.run.summary.update(result or {})
-        if result is None:  # W&B shows it as preempted; the next attempt goes on with it
+        if stopped:  # W&B shows it as preempted, otherwise as failed
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if result is not None else 1)
 

@@ -7,12 +7,13 @@ import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from bip.config import RunConfig
 from bip.distributed.group import Group
+from bip.errors import Stopped
 from bip.files import append_jsonl, atomic_write_bytes, read_jsonl
 from bip.trackers import ALWAYS, parse
 from bip.trackers.background import Background, start
@@ -137,11 +138,14 @@ class RunLog:
         if text:
             print(text, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         """Send what trackers still have. An attempt that was stopped has little time for it."""
         deadline = time.monotonic() + (FINISHED_SECONDS if self.result else STOPPED_SECONDS)
         for tracker in self.trackers:
-            tracker.close(self.result)
+            tracker.close(self.result, isinstance(error, Stopped))
         for tracker in self.trackers:
             tracker.join(deadline)
 

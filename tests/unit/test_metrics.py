@@ -18,6 +18,7 @@ from bip.__main__ import main
 from bip.commit import git_commit
 from bip.config import load_config
 from bip.distributed.group import Group
+from bip.errors import RankError, Stopped
 from bip.files import read_jsonl
 from bip.methods import methods
 from bip.pruning.facts import layer_facts
@@ -238,7 +239,7 @@ class Broken(Tracker):
         self.seen.append(step)
         self.act("log")
 
-    def close(self, result: dict[str, Any] | None) -> None:
+    def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
         self.act("close")
 
 
@@ -252,7 +253,7 @@ def test_a_tracker_that_fails_or_hangs_stops_nothing(
     tracker = Background("mine", lambda: Broken(how))
     for step in range(100):
         tracker.log(step, {"train/loss": 1.0})
-    tracker.close(None)
+    tracker.close(None, stopped=True)
     tracker.join(time.monotonic() + 0.2)
     assert time.monotonic() - began < 3
     out = capsys.readouterr().out
@@ -272,14 +273,14 @@ def test_a_tracker_that_fell_behind_lacks_numbers_but_gets_its_end(
             go.wait()
             sent.append(step)
 
-        def close(self, result: dict[str, Any] | None) -> None:
+        def close(self, result: dict[str, Any] | None, stopped: bool) -> None:
             sent.append(result)
 
     tracker = Background("mine", lambda: Slow(Path(), {}, 0))
     for step in range(9):
         tracker.log(step, {})
     go.set()
-    tracker.close({"top1": 1.0})
+    tracker.close({"top1": 1.0}, stopped=False)
     tracker.join(time.monotonic() + 5)
     assert sent[-1] == {"top1": 1.0}
     assert 3 <= len(sent) <= 4
@@ -291,29 +292,43 @@ def test_a_tracker_gets_everything_in_order() -> None:
     tracker = Background("mine", lambda: made.append(Broken("")) or made[0])  # type: ignore[func-returns-value]
     for step in range(1000):
         tracker.log(step, {})
-    tracker.close({"top1": 1.0})
+    tracker.close({"top1": 1.0}, stopped=False)
     tracker.join(time.monotonic() + 10)
     assert made[0].seen == [*range(1000)]
 
 
-def two_attempts(dense: Finished, folder: Path, tracker: str) -> Finished:
-    """A run that is killed after an epoch, and goes on to its end."""
+def two_attempts(dense: Finished, folder: Path, tracker: str, by: Exception) -> Finished:
+    """A run that is ended after an epoch, and goes on to its end."""
     settings = SHORT | {"source_net": dense.newest, "tracker": tracker}
     with pytest.MonkeyPatch.context() as patch:
         # Both attempts are in this process, so the first one must have ended.
         patch.setattr(metrics, "STOPPED_SECONDS", 60.0)
-        train_until(4, "bip", folder, **settings)
+        train_until(4, "bip", folder, by=by, **settings)
     return train("bip", folder, **settings)
 
 
+ENDS = pytest.mark.parametrize(
+    ("by", "stopped"), [(Stopped("SIGTERM", 4), True), (RankError("a bug"), False)], ids=str
+)
+
+
+@ENDS
 def test_mlflow_has_one_run_of_two_attempts(
-    dense: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: Exception, stopped: bool
 ) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed: its tracker is NOT tested")
     from mlflow import MlflowClient
 
+    ended = []
+    end = MlflowClient.set_terminated
+    monkeypatch.setattr(
+        MlflowClient,
+        "set_terminated",
+        lambda self, run, status: (ended.append(status), end(self, run, status)),
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run = two_attempts(dense, tmp_path, "mlflow")
+    run = two_attempts(dense, tmp_path, "mlflow", by)
+    assert ended == ["KILLED" if stopped else "FAILED", "FINISHED"]
     client = MlflowClient((tmp_path / "mlruns").as_uri())
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     (found,) = client.search_runs([experiment.experiment_id])
@@ -324,21 +339,22 @@ def test_mlflow_has_one_run_of_two_attempts(
     assert {metric.step for metric in history} == {*range(1, 9)}
 
 
+@ENDS
 def test_wandb_writes_two_attempts_offline_as_one_run(
-    dense: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dense: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: Exception, stopped: bool
 ) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed: its tracker is NOT tested")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    run = two_attempts(dense, tmp_path, "wandb")
+    run = two_attempts(dense, tmp_path, "wandb", by)
     written = [*run.folder.glob("wandb/offline-run-*/*.wandb")]
     assert len(written) == 2
     assert len({path.name for path in written}) == 1, "one ID"
     first, last = sorted(written, key=lambda path: path.stat().st_mtime)
     assert b"train/loss" in last.read_bytes()
     assert b"macs_kept" in last.read_bytes(), "the result is its summary"
-    assert wandb_end(first) == (["preempting"], 1), "it shows as preempted, not as finished"
+    assert wandb_end(first) == (["preempting"] * stopped, 1), "else it shows as failed"
     assert wandb_end(last) == ([], 0)
 
 
