@@ -120,7 +120,7 @@ class PrunedParameters:
     def take_gradient(self) -> None:
         """g = ∇_z l from the network's .grad fields into `gradient`, in logical order."""
         for flat, z in zip(self.views(self.gradient), self.z, strict=True):
-            flat.copy_(_grad(z))
+            flat.copy_(gradient_of(z))
 
     def _gradients(self) -> Iterator[tuple[slice, Tensor]]:
         """g in parts: (place in the flat buffers, that part of g). Read only.
@@ -134,7 +134,7 @@ class PrunedParameters:
             return
         for tensor, z in zip(self.layout.tensors, self.z, strict=True):
             # This copies if the memory format differs.
-            yield slice(tensor.start, tensor.stop), _grad(z).reshape(-1)
+            yield slice(tensor.start, tensor.stop), gradient_of(z).reshape(-1)
 
     @torch.no_grad()
     def set_lower_gradient(self) -> None:
@@ -209,7 +209,7 @@ class PrunedParameters:
         squares = torch.zeros(shape, dtype=torch.float64, device=self.gradient.device)
         parts = zip(self.z, self.views(self.weights), self.views(self.mask), strict=True)
         for layer, (z, weights, mask) in enumerate(parts):
-            g = _grad(z)
+            g = gradient_of(z)
             lives = mask.flatten(1).amax(1).view(-1, *[1] * (mask.dim() - 1))
             direct = g * weights * lives
             implicit = (g * g).mul_(mask).mul_(inv_gamma)
@@ -357,6 +357,6 @@ class PrunedParameters:
         return int(torch.count_nonzero(self.mask))
 
 
-def _grad(z: Tensor) -> Tensor:
+def gradient_of(z: Tensor) -> Tensor:
     assert z.grad is not None, "a backward pass comes first"
     return z.grad

@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 from torch.optim import SGD, Optimizer
 
 from bip.pruning.passes import mask_out, upper_gradient
-from bip.pruning.state import PrunedParameters
+from bip.pruning.state import PrunedParameters, gradient_of
 
 # torch steps vectors of up to so many values; those after the last whole one it steps one by one,
 # which rounds otherwise. They are left to torch.
@@ -44,7 +44,7 @@ def lower_step(optimizer: Optimizer, pruned: PrunedParameters) -> bool:
             if tensor.stop > step.whole]  # fmt: skip
     for tensor, z in rest:
         part = slice(tensor.start, tensor.stop)
-        mask_out(_gradient(z).view(-1), mask[part], pruned.gradient[part])
+        mask_out(gradient_of(z).view(-1), mask[part], pruned.gradient[part])
     step.leave_rest(pruned.gradient[step.whole :])
     for tensor, z in rest:
         part = slice(tensor.start, tensor.stop)
@@ -76,7 +76,7 @@ def upper_step(
         given[pruned.layers_with_dead_filters()] = True
     for layer in np.flatnonzero(given):
         part = slice(*step.starts[layer : layer + 2].tolist())
-        g, out = _gradient(pruned.z[layer]).view(-1), pruned.gradient[part]
+        g, out = gradient_of(pruned.z[layer]).view(-1), pruned.gradient[part]
         upper_gradient(g, weights[part], mask[part], scores[part], inv_gamma, out)
         step.gradients[layer] = out.data_ptr()
     if scaled:
@@ -100,7 +100,7 @@ class _Step:
         self.tensor, self.momentum = tensor.detach(), momentum
         self.whole = tensor.numel() // VECTOR * VECTOR
         self.starts = np.cumsum([0, *(t.numel() for t in z)])
-        self.gradients = _addresses([_gradient(t) for t in z])
+        self.gradients = _addresses([gradient_of(t) for t in z])
         self.rates = [group[name] for name in ("lr", "momentum", "weight_decay")]
         self.sgd: NDArray[np.float32] = np.array(self.rates, np.float32)
 
@@ -116,7 +116,7 @@ class _Step:
             return None
         if group["maximize"] or not isinstance(group["lr"], float):
             return None
-        tensors = (tensor, momentum, *z, *map(_gradient, z))
+        tensors = (tensor, momentum, *z, *map(gradient_of, z))
         if not all(
             t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous()
             for t in tensors
@@ -168,8 +168,3 @@ def _torch_step(
 
 def _addresses(tensors: Sequence[Tensor]) -> NDArray[np.int64]:
     return np.array([tensor.data_ptr() for tensor in tensors], np.int64)
-
-
-def _gradient(z: Tensor) -> Tensor:
-    assert z.grad is not None, "a backward pass comes first"
-    return z.grad

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bip.pruning import passes, state
 from bip.pruning.layout import Segment
 from bip.pruning.select import Alone
 from bip.pruning.select_cuda import CudaSelector
@@ -114,13 +113,6 @@ def test_a_step_never_waits_for_the_device(
 def test_the_check_finds_what_waits(call: Callable[[Tensor], object]) -> None:
     with NoWaiting(), pytest.raises((AssertionError, RuntimeError)):
         call(torch.ones(3, device="meta"))
-
-
-@pytest.fixture
-def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU too, what a GPU runs."""
-    monkeypatch.setattr(passes, "is_compiled", lambda *_: False)
-    monkeypatch.setattr(state, "make_selector", CudaSelector)
 
 
 def test_the_selector_is_one_graph(no_kernels: None) -> None:

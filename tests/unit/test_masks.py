@@ -21,6 +21,7 @@ from bip.pruning.state import PrunedParameters
 from tests.runs import LAYER_TYPES
 from tests.unit.networks import small_net
 
+pytestmark = pytest.mark.usefixtures("both_devices")
 RATIOS = st.decimals("0.0001", "1", places=4)
 
 # How many to keep
@@ -128,8 +129,13 @@ def test_nan_is_an_error_that_names_the_tensor(layer_type: str) -> None:
     tensor = pruned.layout.tensors[1]
     with torch.no_grad():
         pruned.view(pruned.scores, tensor).view(-1)[3] = float("nan")
-    with pytest.raises(UserError, match=re.escape(tensor.name)):
+
+    def update() -> None:
         pruned.update_mask()
+        pruned.check()  # on a GPU nothing waits for the answer before this
+
+    with pytest.raises(UserError, match=re.escape(tensor.name)):
+        update()
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])

@@ -29,6 +29,7 @@ from tests.unit.networks import (
     small_net,
 )
 
+pytestmark = pytest.mark.usefixtures("both_devices")
 PRUNE = ("bip", "accelerate", "hydra")
 
 
