@@ -7,10 +7,11 @@ import torch
 from bip.cli import nearest
 from bip.errors import UserError
 from bip.exporting.formats import Exported, formats
-from bip.exporting.measure import latency, macs
+from bip.exporting.measure import latency
 from bip.exporting.model import Facts, Model, read_model
 from bip.files import may_pass
 from bip.pruning.choices import LayerType, Scope
+from bip.training.macs import macs_of
 
 ROUNDS = 5
 
@@ -89,7 +90,7 @@ def _table(model: Model, out: Path, exported: Exported, batch: int) -> list[str]
         ("bytes", size, out.stat().st_size),
         ("parameters", parameters, exported.parameters or parameters),
     ]
-    cost = macs(network, model.sample(1))[""]
+    cost = macs_of(network, model.sample(1))[""]
     rows.append(("MACs of an image", cost, cost if exported.macs is None else exported.macs))
     lines = [f"{'':18} {'masked':>15} {'exported':>15} {'ratio':>8}"]
     lines += [

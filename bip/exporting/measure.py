@@ -1,4 +1,4 @@
-"""What an exported network costs: multiplications and time."""
+"""The time that networks take, one beside the other."""
 
 import statistics
 import time
@@ -6,21 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-
-
-@torch.no_grad()
-def macs(network: nn.Module, sample: Tensor) -> dict[str, int]:
-    """Multiply-accumulates of one image by module name, "" for the whole network.
-
-    Of convolutions and matrix products, by the shapes in a forward of `sample` (one image).
-    """
-    with FlopCounterMode(display=False) as counter:
-        network(sample[:1])
-    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
-    named = {name.partition(".")[2]: count for name, count in counts.items() if "." in name}
-    return named | {"": counts.get("Global", 0)}
+from torch import Tensor
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """Multiply-accumulates of one image, and parameters: of the whole network, and of what is kept."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bip.pruning.state import PrunedParameters
 
@@ -11,10 +14,24 @@ _COUNTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @torch.no_grad()
+def macs_of(network: nn.Module, sample: Tensor) -> dict[str, int]:
+    """Multiply-accumulates of one image by module name, "" for the whole network.
+
+    Of convolutions and matrix products, those of activations (attention) too, by the shapes in a
+    forward of `sample` (one image).
+    """
+    with FlopCounterMode(display=False) as counter:
+        network(sample[:1])
+    counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
+    named = {name.partition(".")[2]: found for name, found in counts.items() if "." in name}
+    return named | {"": counts.get("Global", 0)}
+
+
+@torch.no_grad()
 def positions(network: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """How often each weight of a conv or linear layer is used for one image of `shape` (C, H, W).
 
-    By parameter name. One forward pass in eval mode; the modes of all modules are restored.
+    By parameter name. One forward pass in eval mode.
     """
     found: dict[str, int] = {}
     names = {id(module): name for name, module in network.named_modules()}
@@ -26,15 +43,29 @@ def positions(network: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
 
     modules = [module for module in network.modules() if isinstance(module, _COUNTED)]
     handles = [module.register_forward_hook(note) for module in modules]
-    modes = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()(torch.zeros(1, *shape, device=next(network.parameters()).device))
+        with _evaluating(network):
+            network(_image(network, shape))
     finally:
         for handle in handles:
             handle.remove()
+    return found
+
+
+def _image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    return torch.zeros(1, *shape, device=next(network.parameters()).device)
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """In eval mode; then the modes of all modules are restored."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
         for module, training in modes:
             module.training = training
-    return found
 
 
 def costs(
@@ -42,13 +73,12 @@ def costs(
 ) -> dict[str, int]:
     """macs, macs_kept, parameters and parameters_kept.
 
-    Of conv and linear layers; products of activations, as in attention, do not count. A pruned
-    weight costs nothing, wherever it lies.
+    A pruned weight costs nothing, wherever it lies.
     """
     uses = positions(network, shape)
-    weights = dict(network.named_parameters())
-    macs = sum(weights[name].numel() * count for name, count in uses.items() if name in weights)
-    total = sum(weight.numel() for weight in weights.values())
+    with _evaluating(network):
+        macs = macs_of(network, _image(network, shape))[""]
+    total = sum(weight.numel() for weight in network.parameters())
     saved = dropped = 0
     if pruned is not None:
         for tensor, mask in zip(pruned.layout.tensors, pruned.views(pruned.mask), strict=True):

@@ -306,11 +306,16 @@ def published_masks(
     scores = {name: score.abs() for name, score in all_scores(state).items()}
     if k == k_of_scores(state, layer_type):
         return _nonzero(scores, layer_type)
+    if layer_type == "unstructured" and scope == "erk":
+        raise UserError("scope: erk is none of the published rules; give --scope global or layer")
+    return published_rule(scores, layer_type, k, scope)
+
+
+def published_rule(
+    scores: Mapping[str, Tensor], layer_type: str, k: Decimal, scope: str
+) -> dict[str, Tensor]:
+    """The rule of `published_masks` for |scores| by weight name."""
     if layer_type == "unstructured":
-        if scope == "erk":
-            raise UserError(
-                "scope: erk is none of the published rules; give --scope global or layer"
-            )
         if scope == "layer":
             return {name: _top(score, k) for name, score in scores.items()}
         flat = _top(torch.cat([score.flatten() for score in scores.values()]), k)

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from bip import models
 from bip.errors import UserError
 from bip.exporting.formats.sparse import sparsify
-from bip.exporting.measure import macs
 from bip.exporting.shrink import rebuild, shrink
 from bip.pruning.choices import LayerType
 from bip.pruning.layout import find_followers, find_prunable, keep_count
+from bip.training.macs import macs_of
 from tests.benchmarks.common import arguments, finish, machine, ratio, take_turns
 
 RATIOS = ("0.9", "0.8", "0.7", "0.6", "0.5", "0.4", "0.3", "0.2", "0.1")
@@ -97,7 +97,7 @@ def measure(
     seconds = take_turns(
         {"compact": lambda: small(images), "masked": lambda: network(images)}, rounds, 1
     )
-    cost = [macs(n, images)[""] for n in (small, network)]
+    cost = [macs_of(n, images)[""] for n in (small, network)]
     peaks = [peak_bytes(n, images) for n in (small, network)]
     time, work = ratio(seconds["compact"], seconds["masked"]), cost[0] / cost[1]
     return {

@@ -17,9 +17,9 @@ import bip
 from bip import models
 from bip.__main__ import main
 from bip.errors import UserError
-from bip.exporting.measure import macs
 from bip.exporting.shrink import Shrunk, rebuild, shrink
 from bip.pruning.layout import find_prunable
+from bip.training.macs import macs_of
 from tests.runs import Finished
 
 NETWORKS = ["torchvision/densenet121", "torchvision/resnet18"] + [
@@ -154,7 +154,7 @@ def test_networks_keep_their_outputs_and_lose_the_rest(
             whole = (weights[f"{name}.weight"] != 0).flatten(2).any(2)
             assert layer.out_channels <= max(1, int(whole.any(1).sum()))
             assert layer.in_channels <= 1 + int(whole.any(0).sum()), "and one of ones at most"
-    ratio = macs(small, images)[""] / macs(network, images)[""]
+    ratio = macs_of(small, images)[""] / macs_of(network, images)[""]
     assert ratio < (0.55 if k else 0.1)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -123,12 +124,14 @@ def test_what_the_published_rule_cannot_express_is_counted() -> None:
     """It prunes the image's colours in channel mode, and keeps 801 of 1,000 at 0.8."""
     stem, inner = torch.rand(4, 3, 3, 3) + 1, torch.rand(4, 4, 3, 3) + 1
     masks = {"inner": torch.ones(4, 4, 3, 3)}
-    wrong = reference.differing({"stem": stem, "inner": inner}, masks, "channel", "layer", 0.3)
+    wrong = reference.differing(
+        {"stem": stem, "inner": inner}, masks, "channel", "layer", Decimal("0.3")
+    )
     assert wrong == {"stem": 2 * stem.numel() // 3, "inner": 2 * inner.numel() // 4}
     scores = {"a": torch.arange(1.0, 1001.0)}
     ours = {"a": (scores["a"] > 200).float()}
-    assert reference.differing(scores, ours, "unstructured", "global", 0.8) == {"a": 1}
-    assert reference.differing(scores, ours, "unstructured", "layer", 0.7) == {"a": 100}
+    assert reference.differing(scores, ours, "unstructured", "global", Decimal("0.8")) == {"a": 1}
+    assert reference.differing(scores, ours, "unstructured", "layer", Decimal("0.7")) == {"a": 100}
 
 
 @pytest.mark.parametrize("of", ["dense", "compact"])

@@ -18,10 +18,10 @@ from torch import fx
 from bip import models
 from bip.errors import UserError
 from bip.exporting.formats import Exported
-from bip.exporting.measure import macs
 from bip.exporting.model import Model, check_arch
 from bip.exporting.shrink import Shrunk, rebuild, shrink
 from bip.files import atomic_write_bytes
+from bip.training.macs import macs_of
 
 NAME = "compact"
 SUFFIXES = (".safetensors",)
@@ -42,7 +42,7 @@ def write(model: Model, out: Path, of: str) -> Exported:
         names = ", ".join(shrunk.whole[:5]) + (", ..." if len(shrunk.whole) > 5 else "")
         notes.append(f"note: kept whole, as compact does not follow channels there: {names}")
     parameters = sum(p.numel() for p in small.parameters())
-    return Exported(small, parameters, macs(small, model.sample(1))[""], notes)
+    return Exported(small, parameters, macs_of(small, model.sample(1))[""], notes)
 
 
 def compact(model: Model) -> tuple[fx.GraphModule, Shrunk]:

@@ -10,9 +10,9 @@ from torch import nn
 from bip.errors import UserError
 from bip.exporting.formats import Exported
 from bip.exporting.formats.compact import compact
-from bip.exporting.measure import macs
 from bip.exporting.model import Model
 from bip.files import atomic_write_bytes
+from bip.training.macs import macs_of
 
 NAME = "onnx"
 SUFFIXES = (".onnx",)
@@ -41,7 +41,7 @@ def write(model: Model, out: Path, of: str) -> Exported:
             )
     atomic_write_bytes(out, data)
     parameters = sum(p.numel() for p in network.parameters())
-    return Exported(run, parameters, macs(network, model.sample(1))[""])
+    return Exported(run, parameters, macs_of(network, model.sample(1))[""])
 
 
 def to_onnx(network: nn.Module, sample: torch.Tensor, metadata: dict[str, str]) -> bytes:

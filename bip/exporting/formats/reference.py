@@ -5,6 +5,7 @@ mask back by their order are moved apart; what its rule cannot express is report
 """
 
 import io
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from bip.exporting.formats import Exported
 from bip.exporting.model import Model
 from bip.files import atomic_write_bytes
 from bip.pruning.choices import PATTERNS
+from bip.training.sources import published_rule
 
 NAME = "reference"
 SUFFIXES = (".pth.tar", ".tar", ".pth", ".pt")
@@ -55,7 +57,7 @@ def _scores(model: Model) -> tuple[dict[str, Tensor], list[str]]:
     weights = model.network.state_dict()
     scores = {name: model.scores.get(name, weights[name].abs()) for name in layers}
     layer_type, scope = str(model.facts.layer_type), str(model.facts.scope)
-    k = float(str(model.facts.k))
+    k = Decimal(str(model.facts.k))
     if layer_type == "unstructured" and set(layers) != set(model.masks):
         return scores, ["note: the published code ranks only 2-d convolutions and linear layers"]
     wrong = differing(scores, model.masks, layer_type, scope, k)
@@ -77,36 +79,10 @@ def _scores(model: Model) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def differing(
-    scores: dict[str, Tensor], masks: dict[str, Tensor], layer_type: str, scope: str, k: float
+    scores: dict[str, Tensor], masks: dict[str, Tensor], layer_type: str, scope: str, k: Decimal
 ) -> dict[str, int]:
-    """How many bits of the mask the published rule gives differently, by the layers' names.
-
-    It prunes the int((1 - k) · n) smallest, in floats: over the network, or in each layer.
-    """
-    if layer_type == "unstructured":
-        if scope == "layer":
-            theirs = {name: _kept(score.abs(), k) for name, score in scores.items()}
-        else:
-            flat = torch.cat([score.abs().flatten() for score in scores.values()])
-            parts = _kept(flat, k).split([score.numel() for score in scores.values()])
-            theirs = dict(zip(scores, parts, strict=True))
-    else:
-        axis = 0 if layer_type == "filter" else 1
-        theirs = {}
-        for name, score in scores.items():
-            others = [d for d in range(4) if d != axis]
-            kept = _kept(torch.linalg.vector_norm(score, dim=others), k)
-            shape = [-1 if d == axis else 1 for d in range(4)]
-            theirs[name] = kept.view(shape).expand(score.shape).flatten()
-    found = {}
-    for name, kept in theirs.items():
-        ours = masks.get(name, torch.ones_like(scores[name]))
-        found[name] = int((kept.flatten() != (ours.flatten() > 0)).sum())
-    return found
-
-
-def _kept(values: Tensor, k: float) -> Tensor:
-    order = values.flatten().argsort(stable=True)
-    kept = torch.ones(len(order), dtype=torch.bool)
-    kept[order[: int((1 - k) * len(order))]] = False
-    return kept.view(values.shape)
+    """How many bits of the mask the published rule gives differently, by the layers' names."""
+    sizes = {name: score.abs() for name, score in scores.items()}
+    theirs = published_rule(sizes, layer_type, k, scope)
+    whole = {name: masks.get(name, torch.ones_like(kept)) > 0 for name, kept in theirs.items()}
+    return {name: int((kept.bool() != whole[name]).sum()) for name, kept in theirs.items()}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from bip import models
 from bip.errors import UserError
 from bip.exporting.formats import Exported
-from bip.exporting.measure import macs
 from bip.exporting.model import Model, check_arch
 from bip.files import atomic_write_bytes
+from bip.training.macs import macs_of
 
 NAME = "sparse"
 SUFFIXES = (".pt", ".pth")
@@ -41,7 +41,7 @@ def write(model: Model, out: Path, of: str) -> Exported:
     kept = sum(int(mask.sum()) for mask in model.masks.values())
     pruned = sum(mask.numel() for mask in model.masks.values()) - kept
     parameters = sum(p.numel() for p in model.network.parameters()) - pruned
-    costs = macs(model.network, model.sample(1))
+    costs = macs_of(model.network, model.sample(1))
     saved = [
         costs.get(name.removesuffix(".weight"), 0) * (1 - float(mask.float().mean()))
         for name, mask in model.masks.items()
