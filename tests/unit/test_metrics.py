@@ -351,7 +351,11 @@ def test_wandb_writes_two_attempts_offline_as_one_run(
     written = [*run.folder.glob("wandb/offline-run-*/*.wandb")]
     assert len(written) == 2
     assert len({path.name for path in written}) == 1, "one ID"
-    first, last = sorted(written, key=lambda path: path.stat().st_mtime)
+    # W&B's own process may still write when finish() has returned.
+    end = time.monotonic() + 60
+    while {wandb_end(path)[1] for path in written} != {0, 1} and time.monotonic() < end:
+        time.sleep(0.1)
+    first, last = sorted(written, key=lambda path: wandb_end(path)[1], reverse=True)
     assert b"train/loss" in last.read_bytes()
     assert b"macs_kept" in last.read_bytes(), "the result is its summary"
     assert wandb_end(first) == (["preempting"] * stopped, 1), "else it shows as failed"
