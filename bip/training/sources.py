@@ -285,7 +285,10 @@ def layer_types(state: State) -> tuple[LayerType, ...]:
         return ("unstructured",)
     grouped: tuple[LayerType, ...] = ("filter", "channel")
     kinds = [k for k in grouped if all(_is_whole(mask != 0, GROUP_AXIS[k]) for mask in masks)]
-    return tuple(kinds) or ("unstructured",)
+    linear = any(n.endswith("weight") and v.dim() == 2 for n, v in state["state_dict"].items())
+    if kinds and (masks or linear):  # unstructured pruning would have scores for linear layers
+        return tuple(kinds)
+    return (*kinds, "unstructured")
 
 
 def _is_whole(mask: Tensor, axis: int) -> bool:

@@ -452,6 +452,17 @@ def test_masks_of_torch_prune_and_of_our_dense_export(
             assert torch.equal(tuned.masks[name], mask)
 
 
+def test_scores_of_convolutions_alone_show_their_layer_types_by_what_has_none() -> None:
+    """Unstructured pruning ranks linear layers too; a network may have none (squeezenet)."""
+    entries = {"a.weight": torch.ones(4, 2, 3, 3), "a.popup_scores": torch.ones(4, 2, 3, 3)}
+    state = {"facts": {}, "foreign": True, "state_dict": entries}
+    assert sources.layer_types(state) == ("filter", "channel", "unstructured")
+    entries["fc.weight"] = torch.ones(3, 4)
+    assert sources.layer_types(state) == ("filter", "channel")
+    entries["fc.popup_scores"] = torch.ones(3, 4)
+    assert sources.layer_types(state) == ("unstructured",)
+
+
 def test_masks_of_torch_prune_show_their_layer_types_by_their_shape() -> None:
     whole, single = torch.ones(4, 4, 3, 3), torch.ones(4, 4, 3, 3)
     whole[1], single[1, 2, 0, 0] = 0, 0
