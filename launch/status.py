@@ -56,6 +56,7 @@ class Row:
     loss: float | None = None
     images_per_second: float | None = None
     seconds: float | None = None
+    forward_backwards: int | None = None  # since the dense network
     eta: float | None = None
     attempt: int | None = None  # executions so far, this one included
     node: str = ""
@@ -172,7 +173,7 @@ def _result(path: Path) -> dict[str, Any]:
         result = None
     if result is None:
         return {"reason": "result.json is not readable"}
-    names = ("kept", "sparsity", "top1", "epochs", "seconds")
+    names = ("kept", "sparsity", "top1", "epochs", "seconds", "forward_backwards")
     found: dict[str, Any] = {name: _number(result, name) for name in names}
     found["best"] = _number(result, "best_top1")
     if found["best"] is None:

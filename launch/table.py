@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,8 @@ def table(rows: list[Row], folder: Path, width: int, at_once: int = 1, height: i
     parts += [*_lines(columns, [row.state for row in shown], width), Text("")]
     if len(shown) < len(rows):
         parts.append(Text(f"{len(rows) - len(shown)} more runs: launch status shows all", "dim"))
+    if means := _fit(_means(rows, axes), width):
+        parts += [Text("Over seeds, of finished runs:"), *_lines(means, None, width), Text("")]
     return Group(*parts, *_reasons(rows), *_where(rows, folder))
 
 
@@ -150,6 +153,37 @@ def _columns(rows: Sequence[Row], axes: Sequence[str], folder: Path) -> list[Col
     return [Column(name, own) for name, own in cells.items() if any(own) or name in always]
 
 
+def _means(rows: Iterable[Row], axes: Iterable[str]) -> list[Column]:
+    """Means, and sample deviations, of runs that differ by their seed alone; [] if none do."""
+    axes = [title for title in axes if title != "seed"]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        if row.state == "done" and row.top1 is not None:
+            key = "dense" if row.stage == "pretrain" else row.k
+            groups.setdefault((key, *(_axis(row, title) for title in axes)), []).append(row)
+    if all(len(group) == 1 for group in groups.values()):
+        return []
+
+    def mean(group: list[Row], name: str, form: str) -> str:
+        values = [value for row in group if (value := getattr(row, name)) is not None]
+        return format(statistics.fmean(values), form) if values else ""
+
+    def spread(group: list[Row]) -> str:
+        values = [row.top1 for row in group if row.top1 is not None]
+        return f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+
+    cells = {title: [key[at] for key in groups] for at, title in enumerate(("k", *axes))}
+    found = [*groups.values()]
+    cells |= {
+        "seeds": [f"{len(group)}" for group in found],
+        "top1 %": [mean(group, "top1", ".2f") + spread(group) for group in found],
+        "forward-backwards": [mean(group, "forward_backwards", ",.0f") for group in found],
+        "epochs": [mean(group, "epochs", ".0f") for group in found],
+        "seconds": [mean(group, "seconds", ".1f") for group in found],
+    }
+    return [Column(name, own) for name, own in cells.items() if any(own)]
+
+
 def _width(columns: Sequence[Column]) -> int:
     return sum(column.width for column in columns) + _GAP * (len(columns) - 1)
 
@@ -162,7 +196,7 @@ def _fit(columns: list[Column], width: int) -> list[Column]:
     return columns
 
 
-def _lines(columns: Sequence[Column], states: Sequence[Word], width: int) -> Iterator[Text]:
+def _lines(columns: Sequence[Column], states: Sequence[Word] | None, width: int) -> Iterator[Text]:
     """The header, a rule, and the rows. (rich's own tables take a second for a thousand rows.)"""
     too_much = max(0, _width(columns) - width)
     widths = []
@@ -187,8 +221,10 @@ def _lines(columns: Sequence[Column], states: Sequence[Word], width: int) -> Ite
 
     yield from line([column.title for column in columns])
     yield Text("─" * min(width, sum(widths) + _GAP * (len(widths) - 1)))
-    for state, *cells in zip(states, *(column.cells for column in columns), strict=True):
-        yield from line(cells, _STYLES[state])
+    count = len(columns[0].cells)
+    styles = [_STYLES[state] for state in states] if states else count * [""]
+    for row, style in zip(range(count), styles, strict=True):
+        yield from line([column.cells[row] for column in columns], style)
 
 
 def _most_important(rows: list[Row], height: int) -> list[Row]:

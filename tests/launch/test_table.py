@@ -101,6 +101,21 @@ def test_a_sweep_of_one_kind_has_it_in_the_heading() -> None:
     assert "interrupted 12 times" in text
 
 
+def test_methods_are_compared_by_means_over_seeds() -> None:
+    done = [row for row in rows_of() if row.state == "done"]
+    rows = [
+        replace(row, seed=seed, top1=top1, epochs=12, forward_backwards=300)
+        for row, both in zip(done, ((54.0, 55.0), (52.25, 52.75)), strict=True)
+        for seed, top1 in enumerate(both)
+    ]
+    assert "Over seeds" not in draw(rows[::2], 80)
+    text = draw([*rows, *(r for r in rows_of() if r.state != "done")], 80).split("Over seeds")[1]
+    header, _, bip, hydra = [line.split() for line in text.splitlines()[1:5]]
+    assert header[:5] == ["k", "method", "seeds", "top1", "%"]
+    assert bip == ["0.8", "bip", "2", "54.50", "±", "0.71", "300", "12", "16000.0"]
+    assert hydra[1:6] == ["hydra", "2", "52.50", "±", "0.35"]
+
+
 def test_eta_takes_waiting_runs_to_need_the_mean_of_their_stage() -> None:
     def row(kind: str, **values: Any) -> Row:
         one = rows_of()[0]
