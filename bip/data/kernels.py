@@ -37,12 +37,13 @@ def pad_crop(
             first, last = max(0, -start), min(width, width - start)  # of the crop, in the image
             for c in range(channels):
                 times, plus = scale[c], shift[c]
+                outside = times * np.float32(0) + plus  # never -0
                 for y in range(height):
                     plane, source = (n * channels + c) * height, top[n] - padding + y
                     to = (plane + y) * width
                     if source < 0 or source >= height or first > 0 or last < width:
                         for x in range(width):
-                            out[uint64(to + x)] = plus
+                            out[uint64(to + x)] = outside
                     if source < 0 or source >= height:
                         continue
                     at = (plane + source) * width + start
