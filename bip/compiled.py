@@ -93,9 +93,11 @@ def _torchs_threads() -> Iterator[None]:
     numba starts as many threads as there are cores, by the OpenMP that torch uses too.
     """
     before = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != before:
-        torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
 
 
 def in_parts(function: Any) -> Callable[..., None]:

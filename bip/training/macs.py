@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bip.pruning.state import PrunedParameters
@@ -20,7 +21,7 @@ def macs_of(network: nn.Module, sample: Tensor) -> dict[str, int]:
     Of convolutions and matrix products, those of activations (attention) too, by the shapes in a
     forward of `sample` (one image).
     """
-    with FlopCounterMode(display=False) as counter:
+    with _plain_attention(), FlopCounterMode(display=False) as counter:
         network(sample[:1])
     counts = {name: sum(ops.values()) // 2 for name, ops in counter.get_flop_counts().items()}
     named = {name.partition(".")[2]: found for name, found in counts.items() if "." in name}
@@ -41,10 +42,16 @@ def positions(network: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
         channels = output.shape[-1 if isinstance(module, nn.Linear) else 1]
         found[name] = found.get(name, 0) + output.numel() // channels
 
+    def note_attention(module: nn.MultiheadAttention, _inputs: Any, output: Any) -> None:
+        name = f"{names[id(module)]}.out_proj.weight".removeprefix(".")  # it is never called itself
+        found[name] = found.get(name, 0) + output[0].numel() // module.embed_dim
+
     modules = [module for module in network.modules() if isinstance(module, _COUNTED)]
     handles = [module.register_forward_hook(note) for module in modules]
+    attention = [m for m in network.modules() if isinstance(m, nn.MultiheadAttention)]
+    handles += [module.register_forward_hook(note_attention) for module in attention]
     try:
-        with _evaluating(network):
+        with _evaluating(network), _plain_attention():
             network(_image(network, shape))
     finally:
         for handle in handles:
@@ -54,6 +61,18 @@ def positions(network: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
 
 def _image(network: nn.Module, shape: tuple[int, ...]) -> Tensor:
     return torch.zeros(1, *shape, device=next(network.parameters()).device)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """By single products: torch's fused operations call no modules, and are not counted."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

@@ -42,6 +42,9 @@ class Together:
             for ended in [pool.submit(self._work, number) for number in range(self.at_once)]:
                 ended.result()
         for step in self.open:
+            if step.run is not None and step.run.note.exists():  # cancelled by --fail-fast
+                self.failed = True
+                continue
             step.ask()  # time has passed since it ended
             if step.end() == "requeued":
                 return events.EX_TEMPFAIL

@@ -46,7 +46,12 @@ def naive_pad_crop(image: np.ndarray, top: int, left: int, flip: bool, padding: 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("shape", "padding", "flip"),
-    [((40, 3, 9, 7), 4, True), ((30, 1, 8, 8), 1, False), ((5, 3, 6, 6), 0, True)],
+    [
+        ((40, 3, 9, 7), 4, True),
+        ((30, 1, 8, 8), 1, False),
+        ((5, 3, 6, 6), 0, True),
+        ((13, 3, 5, 7), 9, True),
+    ],
 )
 def test_pad_crop_is_the_naive_loop(
     device: str, shape: tuple[int, ...], padding: int, flip: bool, monkeypatch: pytest.MonkeyPatch
@@ -69,6 +74,7 @@ def test_pad_crop_is_the_naive_loop(
         normalise(cropped, scale, shift, expected)
         for parts in (1, 2):
             monkeypatch.setattr("bip.compiled.share", lambda _, parts=parts: parts)
+            normalised.fill_(torch.nan)
             pad_crop_normalised(given, crops, padding, scale, shift, normalised)
             assert normalised.numpy().tobytes() == expected.numpy().tobytes()
         np.testing.assert_array_equal(given.numpy(), images)

@@ -173,6 +173,22 @@ def test_a_killed_run_is_not_mistaken_for_another(task: SharedTask) -> None:
     assert task.calls("requeue") == 1
 
 
+def test_fail_fast_reaches_runs_that_wait_for_the_tasks_requeue(task: SharedTask) -> None:
+    """a and b are preempted, and SLURM refuses to requeue: a fails for good, with it b and c."""
+    task.says(RUNNING)
+    task.refuses("requeue is disabled for this job")
+    task.command("scancel", '#!/bin/bash\necho "$@" >"${0%/*}/cancelled"\n')
+    array = {"job": 7, "tasks": [["a", "b", "c"]]}
+    (task.sweep.jobs / "arrays.jsonl").write_text(json.dumps(array) + "\n")
+    task.sweep.fail_fast.touch()
+    assert task.execute(a=75, b=75) == 1
+    assert task.listed("cancelled") == ["7"]
+    reasons = [json.loads(task.sweep.failure_path(n).read_text())["reason"] for n in "abc"]
+    others = [reason.startswith("cancelled, as ") for reason in reasons]
+    assert sorted(others) == [False, True, True]
+    assert others[2], "c has not started"
+
+
 def test_a_node_with_fewer_cpus_is_a_final_error(task: SharedTask) -> None:
     assert task.rank("finishes", BIP_SHARE="0/4096") == 1
     assert task.note().startswith("error: runs_at_once: 4096 runs at once on ")

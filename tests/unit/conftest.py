@@ -6,6 +6,7 @@ import pytest
 
 from bip.pruning import passes, state
 from bip.pruning.select_cuda import CudaSelector
+from bip.training import fused
 
 
 @pytest.fixture
@@ -25,4 +26,6 @@ def both_devices(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def what_a_gpu_runs(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(passes, "is_compiled", lambda *_: False)
+    patch.setattr(fused, "lower_step", lambda *_: False)
+    patch.setattr(fused, "upper_step", lambda *_: False)
     patch.setattr(state, "make_selector", CudaSelector)

@@ -133,11 +133,35 @@ def test_exchanges_of_ranks_are_timed(group: Group) -> None:
 
 
 def test_macs_are_the_published_ones() -> None:
-    """torchvision's documentation: 1.81 and 0.3 GFLOPS (multiply-accumulates) per image."""
-    for name, giga in (("resnet18", 1.81), ("mobilenet_v2", 0.3)):
+    """torchvision's documentation has them as GFLOPS per image."""
+    for name, giga in (("resnet18", 1.81), ("mobilenet_v2", 0.3), ("vit_b_16", 17.56)):
         found = costs(models.build(f"torchvision/{name}", 1000, 3), None, (3, 224, 224))
         assert found["macs"] / 1e9 == pytest.approx(giga, abs=0.006)
         assert found["macs_kept"] == found["macs"]
+
+
+def test_a_pruned_weight_of_attention_costs_nothing() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inner = nn.Conv2d(3, 4, 1), nn.MultiheadAttention(4, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            tokens = self.stem(images).flatten(2).permute(2, 0, 1)
+            out: torch.Tensor = self.inner(tokens, tokens, tokens)[0]
+            return out
+
+    network = Attention()
+    assert positions(network, (3, 5, 5)) == {"stem.weight": 25, "inner.out_proj.weight": 25}
+    # Stem, inputs and output; both products of 25 tokens with each other.
+    expected = 25 * (12 + 48 + 16) + 2 * 25 * 25 * 4
+    assert costs(network, None, (3, 5, 5))["macs"] == expected
+    pruned = prune(network, "unstructured")
+    pruned.mask.zero_()
+    out_proj = [tensor.name == "inner.out_proj.weight" for tensor in pruned.layout.tensors]
+    assert any(out_proj)
+    gone = 25 * (12 * any(t.name == "stem.weight" for t in pruned.layout.tensors) + 16)
+    assert costs(network, pruned, (3, 5, 5))["macs_kept"] == expected - gone
 
 
 def test_macs_kept_count_what_the_mask_keeps() -> None:

@@ -74,6 +74,8 @@ class LmdbWriter:
         self._count: int = note.get("count", 0)
         self.image_bytes: int = note.get("image_bytes", 0)
         self._class_counts: list[int] = note.get("class_counts", [0] * len(self.classes))
+        if self._numbered:
+            self.classes = [f"{label}" for label in range(len(self._class_counts))]
         self.source_bytes: int = note.get("source_bytes", 0)
         self.skipped: list[tuple[str, str]] = [(n, why) for n, why in note.get("skipped", [])]
         self.repaired: Counter[str] = Counter(note.get("repaired", {}))

@@ -19,7 +19,7 @@ from bip.errors import UserError
 from bip.exporting.formats import Exported
 from bip.exporting.model import Model, check_arch
 from bip.files import atomic_write_bytes
-from bip.training.macs import macs_of
+from bip.training.macs import macs_of, positions
 
 NAME = "sparse"
 SUFFIXES = (".pt", ".pth")
@@ -41,12 +41,10 @@ def write(model: Model, out: Path, of: str) -> Exported:
     kept = sum(int(mask.sum()) for mask in model.masks.values())
     pruned = sum(mask.numel() for mask in model.masks.values()) - kept
     parameters = sum(p.numel() for p in model.network.parameters()) - pruned
-    costs = macs_of(model.network, model.sample(1))
-    saved = [
-        costs.get(name.removesuffix(".weight"), 0) * (1 - float(mask.float().mean()))
-        for name, mask in model.masks.items()
-    ]
-    return Exported(network, parameters, costs[""] - round(sum(saved)))
+    sample = model.sample(1)
+    uses = positions(model.network, tuple(sample.shape[1:]))
+    saved = sum(uses.get(name, 0) * int((mask == 0).sum()) for name, mask in model.masks.items())
+    return Exported(network, parameters, macs_of(model.network, sample)[""] - saved)
 
 
 class SparseLinear(nn.Module):
